@@ -1,0 +1,99 @@
+"""The tables of the documentation, made from the code. `python tests/doc_tables.py` writes them into the documents.
+
+A table stands between `<!-- table:NAME -->` and `<!-- /table -->`.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from types import NoneType
+from typing import Any, get_args
+
+from vllm_expert_prefetch.config import ExpertPrefetchConfig
+from vllm_expert_prefetch.metrics.definitions import METRICS, Metric
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+_TYPES = {int: "integer", float: "number", str: "string", bool: "true / false"}
+
+
+def config_table() -> str:
+    """One row per configuration key."""
+    rows = []
+    for entry in fields(ExpertPrefetchConfig):
+        kind = next(kind for kind in get_args(entry.type) or (entry.type,) if kind is not NoneType)
+        rows.append((f"`{entry.name}`", _TYPES[kind], _default(entry.default), entry.metadata["doc"]))
+    return _table(("key", "type", "default", "meaning"), rows)
+
+
+def metrics_table() -> str:
+    """One row per metric."""
+    rows = [
+        (f"`{metric.full_name}`", metric.kind.value, metric.unit, _label(metric), metric.help) for metric in METRICS
+    ]
+    return _table(("metric", "type", "unit", "own label", "meaning"), rows)
+
+
+def refusals_table() -> str:
+    """One row per combination refused when the configuration is read."""
+    from vllm_expert_prefetch.serving.refusals import REFUSALS
+
+    return _refusal_rows(REFUSALS)
+
+
+def layer_refusals_table() -> str:
+    """One row per kind of layer that is not taken over."""
+    from vllm_expert_prefetch.serving.refusals import LAYER_REFUSALS
+
+    return _refusal_rows(LAYER_REFUSALS)
+
+
+def _refusal_rows(refusals: Iterable[Any]) -> str:
+    rows = [(refusal.what, f"`{refusal.flag}`", refusal.remedy) for refusal in refusals]
+    return _table(("what", "asked for by", "remedy"), rows)
+
+
+TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
+    "config": (DOCS / "configuration.md", config_table),
+    "metrics": (DOCS / "metrics.md", metrics_table),
+    "refusals": (DOCS / "compatibility.md", refusals_table),
+    "layer_refusals": (DOCS / "compatibility.md", layer_refusals_table),
+}
+
+
+def documented(name: str) -> str:
+    """The table called `name` as it stands in its document."""
+    document, _ = TABLES[name]
+    found = _pattern(name).search(document.read_text())
+    assert found, f"{document} has no table between <!-- table:{name} --> and <!-- /table -->"
+    return found["table"]
+
+
+def write_tables() -> None:
+    """Bring every document up to date."""
+    for name, (document, table) in TABLES.items():
+        marker = f"<!-- table:{name} -->\n"
+        document.write_text(document.read_text().replace(marker + documented(name), marker + table()))
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    return re.compile(rf"<!-- table:{name} -->\n(?P<table>.*?)<!-- /table -->", re.DOTALL)
+
+
+def _default(value: Any) -> str:
+    if value is None:
+        return "unset"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+def _label(metric: Metric) -> str:
+    return f"`{metric.label}`: {', '.join(metric.values)}" if metric.label else ""
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    write_tables()

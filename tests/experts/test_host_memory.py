@@ -1,0 +1,185 @@
+"""Host memory: its exact size, how it is placed, and what it says when it cannot be."""
+
+import ctypes
+import gc
+import mmap
+import platform
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from process_memory import PAGE, has_numa_calls, mapping_at, numa_policy_at, status_bytes
+from processes import run_python
+
+from vllm_expert_prefetch.config import ConfigError
+from vllm_expert_prefetch.experts import HostMemory, HostMemoryOptions
+from vllm_expert_prefetch.experts.host_memory import _advise_huge_pages, memlock_limit_bytes
+
+THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+PINNED_BYTES = 4 * PAGE + 100
+"""Five pages, which a power of two would round up to eight."""
+SMALL_LIMIT_BYTES = 60_000
+"""Just below what unprivileged processes may lock on older systems."""
+LIMIT_BYTES = memlock_limit_bytes()
+
+needs_numa = pytest.mark.skipif(not has_numa_calls(), reason="no NUMA system calls here")
+needs_memlock = pytest.mark.skipif(
+    LIMIT_BYTES is not None and LIMIT_BYTES < SMALL_LIMIT_BYTES, reason=f"only {LIMIT_BYTES} bytes can be locked here"
+)
+
+
+class FakeCudaRuntime:
+    """Stands in for torch.cuda.cudart(): notes what is asked and whether the memory still exists then."""
+
+    def __init__(self, status=0):
+        self.status = status
+        self.calls = []
+
+    def cudaHostRegister(self, address, num_bytes, flags):
+        self.calls.append(("register", address, num_bytes, flags))
+        return self.status
+
+    def cudaHostUnregister(self, address):
+        self.calls.append(("unregister", address, mapping_at(address) is not None))
+
+
+@pytest.mark.parametrize("num_bytes", [1, 1000, PAGE, PAGE + 1])
+def test_the_tensor_has_exactly_the_bytes_asked_for_and_they_are_zero(num_bytes):
+    memory = HostMemory(num_bytes, HostMemoryOptions())
+    assert memory.num_bytes == memory.bytes.numel() == num_bytes
+    assert memory.bytes.dtype == torch.uint8
+    assert memory.bytes.device.type == "cpu"
+    assert not memory.bytes.any()
+
+
+def test_the_mapping_is_not_rounded_up():
+    num_bytes = 513 * 2**20  # a power of two would be 1 GiB
+    before = status_bytes("VmSize")
+    memory = HostMemory(num_bytes, HostMemoryOptions())
+    assert num_bytes <= status_bytes("VmSize") - before < num_bytes * 1.2
+    assert memory.bytes.numel() == num_bytes
+
+
+@needs_memlock
+def test_exactly_the_pages_asked_for_are_locked_and_no_longer_than_needed():
+    before = status_bytes("VmLck")
+    memory = HostMemory(PINNED_BYTES, HostMemoryOptions(pin=True))
+    assert status_bytes("VmLck") - before == 5 * PAGE
+    del memory
+    gc.collect()
+    assert status_bytes("VmLck") == before
+
+
+def test_nothing_is_locked_unless_asked():
+    before = status_bytes("VmLck")
+    memory = HostMemory(PINNED_BYTES, HostMemoryOptions())
+    memory.bytes.fill_(1)
+    assert status_bytes("VmLck") == before
+
+
+@needs_memlock
+def test_a_memlock_limit_that_is_too_small_is_an_error_that_names_it_and_the_remedy():
+    output = run_python(f"""
+        from process_memory import obey_memlock_limit
+        from vllm_expert_prefetch.config import ConfigError
+        from vllm_expert_prefetch.experts import HostMemory, HostMemoryOptions
+        obey_memlock_limit({SMALL_LIMIT_BYTES})
+        HostMemory({PINNED_BYTES}, HostMemoryOptions(pin=True))
+        try:
+            HostMemory(3_000_000, HostMemoryOptions(pin=True))
+        except ConfigError as error:
+            print(error)
+    """)
+    assert "cannot page-lock 3.0 MB" in output
+    assert "memlock limit 0.1 MB" in output
+    assert "ulimit -l unlimited" in output
+    assert 'pin_memory to "off"' in output
+
+
+def test_the_memory_lives_as_long_as_any_tensor_over_it_and_no_longer():
+    num_bytes = 256 * 2**20
+    before = status_bytes("VmSize")
+    memory = HostMemory(num_bytes, HostMemoryOptions())
+    memory.bytes[-1] = 7
+    last = memory.bytes[-4:]
+    del memory
+    gc.collect()
+    assert last.tolist() == [0, 0, 0, 7]
+    assert status_bytes("VmSize") - before >= num_bytes
+    del last
+    gc.collect()
+    assert status_bytes("VmSize") - before < num_bytes / 2
+
+
+def test_pinning_for_a_gpu_registers_exactly_the_mapping_and_unregisters_it_before_it_goes(monkeypatch):
+    runtime = FakeCudaRuntime()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    memory = HostMemory(PINNED_BYTES, HostMemoryOptions(pin=True, cuda=True))
+    address = memory.bytes.data_ptr()
+    assert runtime.calls == [("register", address, PINNED_BYTES, 0)]
+    row = memory.bytes.detach()[3:5]  # shares nothing with `bytes` but the memory
+    del memory
+    gc.collect()
+    assert len(runtime.calls) == 1, "unregistered under a living tensor"
+    del row
+    gc.collect()
+    assert runtime.calls[1:] == [("unregister", address, True)]
+
+
+def test_a_refused_registration_is_an_error_that_names_the_limit_and_the_remedy(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: FakeCudaRuntime(status=2))
+    with pytest.raises(
+        ConfigError, match=r"cannot page-lock 5\.0 MB.*returned 2; memlock limit .*pin_memory to \"off\""
+    ):
+        HostMemory(5_000_000, HostMemoryOptions(pin=True, cuda=True))
+
+
+@needs_numa
+def test_numa_node_binds_the_mapping_to_that_node():
+    memory = HostMemory(16 * PAGE, HostMemoryOptions(numa_node=0))
+    memory.bytes.fill_(3)
+    assert int(memory.bytes.sum()) == 3 * 16 * PAGE
+    assert numa_policy_at(memory.bytes.data_ptr()) in ("bind:0", "bind=static:0", None)
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="numa_node is refused here")
+@pytest.mark.parametrize("node", [0, 1, 63, 64, 130])
+def test_the_kernel_is_asked_for_exactly_that_node(monkeypatch, node):
+    asked = []
+
+    def syscall(number, address, num_bytes, mode, mask, num_bits, flags):
+        asked.append([bit for bit in range(num_bits.value) if mask[bit // 64] >> bit % 64 & 1])
+        return 0
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace(syscall=syscall))
+    HostMemory(PAGE, HostMemoryOptions(numa_node=node))
+    assert asked == [[node]]
+
+
+@needs_numa
+@pytest.mark.parametrize("node", [900, 5000])
+def test_a_numa_node_that_does_not_exist_is_refused_by_name_with_those_that_do(node):
+    online = Path("/sys/devices/system/node/online")
+    there_are = f"Nodes here: {online.read_text().strip()}" if online.exists() else "This machine shows no NUMA nodes"
+    with pytest.raises(ConfigError, match=rf"numa_node {node}: .*{re.escape(there_are)}"):
+        HostMemory(PAGE, HostMemoryOptions(numa_node=node))
+
+
+@pytest.mark.skipif(not THP.exists(), reason="this kernel has no transparent huge pages")
+@pytest.mark.parametrize("asked", [True, False])
+def test_huge_pages_are_advised_exactly_when_asked_for(asked):
+    memory = HostMemory(8 * 2**20, HostMemoryOptions(huge_pages=asked))
+    mapping = mapping_at(memory.bytes.data_ptr())
+    assert ("hg" in mapping["VmFlags"].split()) == asked
+
+
+def test_refused_huge_pages_are_an_error_that_names_the_key_and_the_remedy():
+    class Refusing:
+        def madvise(self, advice):
+            assert advice == mmap.MADV_HUGEPAGE
+            raise OSError(22, "Invalid argument")
+
+    with pytest.raises(ConfigError, match=r"huge_pages is on .* set huge_pages to false"):
+        _advise_huge_pages(Refusing())

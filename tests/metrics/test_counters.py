@@ -1,0 +1,115 @@
+"""The worker's side: a small private file that other processes read while it is written."""
+
+import gc
+import os
+import stat
+
+import pytest
+from counter_files import INFO, Worker, labels, make_counters
+from processes import run_python
+
+from vllm_expert_prefetch.metrics.counters import HEADER_BYTES, SUFFIX, Counters, read_counters
+from vllm_expert_prefetch.metrics.definitions import INDEX, SERIES
+
+HIT = "lookups_total/hit"
+
+
+def values_of(path):
+    return read_counters(path)[2]
+
+
+def test_the_file_is_private_whatever_the_umask(tmp_path):
+    before = os.umask(0)
+    try:
+        counters = make_counters(tmp_path)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(counters.path.stat().st_mode) == 0o600
+
+
+def test_a_reader_gets_labels_info_values_and_the_pid(tmp_path):
+    counters = make_counters(tmp_path, rank="3")
+    counters.set("slots", 48)
+    read_labels, info, values, pid = read_counters(counters.path)
+    assert (read_labels, info, pid) == (labels("3"), INFO, os.getpid())
+    assert list(values) == list(SERIES)
+    assert values == {**dict.fromkeys(SERIES, 0.0), "slots": 48.0}
+
+
+def test_every_series_has_a_place_of_its_own(tmp_path):
+    counters = make_counters(tmp_path)
+    for series in SERIES:
+        counters.add(INDEX[series], 1 + INDEX[series])
+    assert values_of(counters.path) == {series: 1.0 + index for index, series in enumerate(SERIES)}
+
+
+def test_add_adds_and_set_sets(tmp_path):
+    counters = make_counters(tmp_path)
+    counters.add(INDEX[HIT], 2)
+    counters.add(INDEX[HIT], 0.5)
+    counters.set("slots", 4)
+    counters.set("slots", 3)
+    assert (counters.get(HIT), counters.get("slots")) == (2.5, 3.0)
+    assert (values_of(counters.path)[HIT], values_of(counters.path)["slots"]) == (2.5, 3.0)
+
+
+def test_another_process_sees_every_addition_at_once(tmp_path):
+    with Worker(tmp_path) as worker:
+        (path,) = tmp_path.glob(f"*{SUFFIX}")
+        assert read_counters(path)[3] == worker.pid != os.getpid()
+        for expected in (1.0, 2.0, 3.0):
+            worker.add(HIT, 1)
+            assert values_of(path)[HIT] == expected
+
+
+def test_nothing_temporary_is_left(tmp_path):
+    counters = make_counters(tmp_path)
+    assert list(tmp_path.iterdir()) == [counters.path]
+
+
+def test_a_header_that_is_too_long_is_refused_and_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match=rf"metrics header of \d+ bytes exceeds {HEADER_BYTES - 4}"):
+        Counters(tmp_path / f"a{SUFFIX}", labels(model_name="m" * HEADER_BYTES), INFO)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_header_that_just_fits_is_read_back_whole(tmp_path):
+    def refused(length):
+        try:
+            Counters(tmp_path / f"{length}{SUFFIX}", labels(model_name="m" * length), INFO)
+        except ValueError:
+            return True
+        return False
+
+    longest = next(length for length in range(HEADER_BYTES, 0, -1) if not refused(length))
+    counters = Counters(tmp_path / f"longest{SUFFIX}", labels(model_name="m" * longest), INFO)
+    counters.add(0, 1)
+    assert int.from_bytes(counters.path.read_bytes()[:4], "little") == HEADER_BYTES - 4, "room is wasted"
+    read_labels, info, values, _ = read_counters(counters.path)
+    assert (read_labels["model_name"], info, values[SERIES[0]]) == ("m" * longest, INFO, 1.0)
+
+
+def test_the_file_and_its_descriptors_go_with_the_counters(tmp_path):
+    gc.collect()
+    before = os.listdir("/proc/self/fd")
+    counters = make_counters(tmp_path)
+    del counters
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+    assert os.listdir("/proc/self/fd") == before
+
+
+def test_the_file_goes_when_its_process_ends_and_not_when_a_forked_child_does(tmp_path):
+    output = run_python(f"""
+        import os, sys
+        from pathlib import Path
+        from counter_files import make_counters
+        counters = make_counters(Path({str(tmp_path)!r}))
+        child = os.fork()
+        if child == 0:
+            sys.exit(0)
+        os.waitpid(child, 0)
+        print(counters.path.exists())
+    """)
+    assert output.strip() == "True"
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,175 @@
+"""The directory that the processes of one server share: private, found again, and never left behind."""
+
+import multiprocessing
+import os
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from processes import run_python, start_python
+
+from vllm_expert_prefetch.metrics import runtime_dir
+from vllm_expert_prefetch.metrics.runtime_dir import ENVIRONMENT_VARIABLE, ensure_runtime_dir, process_is_alive
+
+MAKE = "from vllm_expert_prefetch.metrics.runtime_dir import ensure_runtime_dir; directory = ensure_runtime_dir()\n"
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    """An XDG_RUNTIME_DIR for this process and those it starts; nothing is inherited, no exit handler stays behind."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "")  # so that what a test sets is undone
+    monkeypatch.setattr(runtime_dir, "atexit", SimpleNamespace(register=lambda *_: None))
+    return tmp_path
+
+
+@pytest.fixture
+def dead_pid():
+    """The id of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_it_lies_in_the_xdg_runtime_directory_and_is_private(base):
+    before = os.umask(0)
+    try:
+        directory = ensure_runtime_dir()
+    finally:
+        os.umask(before)
+    assert directory.parent == base
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+
+
+def test_without_an_xdg_runtime_directory_it_lies_in_the_temporary_one(base, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(base))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "")
+    assert ensure_runtime_dir().parent == base
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "")
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    assert ensure_runtime_dir().parent == base
+
+
+def test_asking_again_finds_the_same_one(base):
+    assert ensure_runtime_dir() == ensure_runtime_dir()
+    assert len(list(base.iterdir())) == 1
+
+
+def child_directory() -> Path:
+    """What a process that this one starts the way vLLM does finds, and its end."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(ensure_runtime_dir)
+
+
+def test_a_process_started_through_multiprocessing_finds_its_parents_and_leaves_it(base):
+    directory = ensure_runtime_dir()
+    assert child_directory() == directory
+    assert directory.is_dir()
+
+
+def test_another_program_gets_one_of_its_own(base):
+    """A server started from a program that itself uses the plugin must not show that program's counters."""
+    directory = ensure_runtime_dir()
+    output = run_python(MAKE + "print(directory)", env={ENVIRONMENT_VARIABLE: str(directory)})
+    assert Path(output.strip()).parent == base
+    assert Path(output.strip()) != directory
+    assert directory.is_dir()
+
+
+def test_an_inherited_one_that_is_gone_is_replaced(base, monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, str(base / "gone"))
+    directory = ensure_runtime_dir()
+    assert directory.is_dir()
+    assert os.environ[ENVIRONMENT_VARIABLE] == str(directory)
+
+
+def test_a_place_that_cannot_be_used_is_named(base, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(base / "missing"))
+    with pytest.raises(OSError, match="missing"):
+        ensure_runtime_dir()
+
+
+def test_it_goes_when_its_owner_exits(base):
+    assert run_python(MAKE + "(directory / 'file').write_text('x'); print(directory.is_dir())").strip() == "True"
+    assert list(base.iterdir()) == []
+
+
+def test_it_stays_when_a_forked_child_exits(base):
+    output = run_python(
+        MAKE + "import os, sys\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    sys.exit(0)\n"
+        "os.waitpid(child, 0)\n"
+        "print(directory.is_dir())\n"
+    )
+    assert output.strip() == "True"
+    assert list(base.iterdir()) == []
+
+
+def test_what_a_killed_server_left_is_removed_by_the_next_start(base):
+    with start_python(MAKE + "print('ready', flush=True); input()") as killed:
+        assert killed.stdout.readline() == "ready\n"
+        (left,) = base.iterdir()
+        (left / "engine0-rank0-000000.counters").write_text("x")
+        killed.send_signal(signal.SIGKILL)
+    assert left.is_dir()
+    ensure_runtime_dir()
+    assert not left.exists()
+
+
+def test_what_a_running_server_uses_is_left_alone(base):
+    with start_python(MAKE + "print('ready', flush=True); input()") as running:
+        assert running.stdout.readline() == "ready\n"
+        (used,) = base.iterdir()
+        ensure_runtime_dir()
+        assert used.is_dir()
+        running.communicate("\n")
+
+
+def test_what_is_not_ours_is_left_alone(base, dead_pid):
+    others = [base / name for name in (f"expert-prefetch-x{dead_pid}-a", f"something-{dead_pid}-a", "expert-prefetch-")]
+    for other in others:
+        other.mkdir()
+    (base / f"expert-prefetch-{dead_pid}-link").symlink_to(others[0])
+    ensure_runtime_dir()
+    assert all(other.is_dir() for other in others)
+
+
+def test_a_leftover_that_another_start_removes_first_is_no_error(base, dead_pid, monkeypatch):
+    left = base / f"expert-prefetch-{dead_pid}-a"
+    left.mkdir()
+
+    lstat = Path.lstat
+
+    def removed_meanwhile(path):
+        if path == left and left.exists():
+            left.rmdir()
+        return lstat(path)
+
+    monkeypatch.setattr(Path, "lstat", removed_meanwhile)
+    assert ensure_runtime_dir().is_dir()
+    assert not left.exists()
+
+
+def test_a_dangling_link_that_looks_like_a_leftover_is_no_error(base, dead_pid):
+    (base / f"expert-prefetch-{dead_pid}-a").symlink_to(base / "nowhere")
+    assert ensure_runtime_dir().is_dir()
+
+
+def test_a_process_is_alive_until_it_has_ended(dead_pid):
+    assert process_is_alive(os.getpid())
+    assert not process_is_alive(dead_pid)
+
+
+def test_another_users_process_is_alive(monkeypatch):
+    def refused(pid, signal_number):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", refused)
+    assert process_is_alive(12345)

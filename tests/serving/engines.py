@@ -1,0 +1,81 @@
+"""Engines for tests: open one in this process, generate greedily, compare, free it again."""
+
+import contextlib
+import gc
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).resolve().parents[1]
+TINY_MODEL = TESTS / "models" / "tiny-moe"
+
+
+@dataclass(frozen=True)
+class Output:
+    """A greedy completion: token ids and the log-probabilities of the two best tokens at each place."""
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[tuple[float, ...], ...]
+
+
+@contextlib.contextmanager
+def open_engine(model: Path | str, config: dict[str, Any] | bool | None, **options: Any) -> Iterator[Any]:
+    """A vLLM `LLM` in this process. `config`: the plugin's configuration, None for an engine that does not ask."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    if config is not None:
+        options["additional_config"] = {"expert_prefetch": config}
+    defaults = {"enforce_eager": True, "max_model_len": 512, "max_num_seqs": 16, "enable_prefix_caching": False}
+    llm = LLM(str(model), **(defaults | options))
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()  # now, not when the caller's last reference goes
+        del llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def greedy(llm: Any, prompts: list[Any], num_tokens: int = 16) -> list[Output]:
+    """Greedy completions of all prompts in one batch."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=num_tokens, logprobs=2, ignore_eos=True, detokenize=False)
+    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    return [
+        Output(
+            tuple(output.outputs[0].token_ids),
+            tuple(
+                tuple(sorted((entry.logprob for entry in place.values()), reverse=True))
+                for place in output.outputs[0].logprobs
+            ),
+        )
+        for output in outputs
+    ]
+
+
+def prompts(count: int) -> list[str]:
+    """Prompts of the domains in turn."""
+    lines = [json.loads(line) for line in (TESTS / "data" / "prompts.jsonl").read_text().splitlines()]
+    domains = list(dict.fromkeys(line["domain"] for line in lines))
+    by_domain = [[line["prompt"] for line in lines if line["domain"] == domain] for domain in domains]
+    return [prompt for group in zip(*by_domain, strict=True) for prompt in group][:count]
+
+
+def layers(llm: Any) -> list[Any]:
+    """The modules of the engine's model that hold routed experts."""
+    from vllm_expert_prefetch.serving.compat import moe_layers_of
+
+    model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+    return moe_layers_of(model)
+
+
+def counters(llm: Any) -> dict[str, float]:
+    """The plugin's counters of this engine, by series."""
+    from vllm_expert_prefetch.metrics.definitions import SERIES
+
+    source = layers(llm)[0]._deployment.counters
+    return {series: source.get(series) for series in SERIES}

@@ -1,0 +1,86 @@
+"""The `--plugin` flag, alone and together with every other way to set `additional_config`."""
+
+import json
+
+import pytest
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from vllm_expert_prefetch.serving.activation import deep_merge
+
+
+def parse(*arguments: str):
+    """What vLLM's own parser makes of a command line; plugins are loaded while it is built."""
+    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+    return EngineArgs.from_cli_args(parser.parse_args(list(arguments))).additional_config
+
+
+ASK = ["--plugin", "expert_prefetch"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], {}),
+        (ASK, {"expert_prefetch": {}}),
+        (["--additional-config.expert_prefetch.policy", "lfu"], {"expert_prefetch": {"policy": "lfu"}}),
+        ([*ASK, "--additional-config.expert_prefetch.cache_gb", "1.5"], {"expert_prefetch": {"cache_gb": 1.5}}),
+        ([*ASK, "--additional-config", '{"other": 1}'], {"other": 1, "expert_prefetch": {}}),
+        (["--additional-config", '{"other": 1}', *ASK], {"other": 1, "expert_prefetch": {}}),
+        (
+            [
+                "--additional-config",
+                '{"expert_prefetch": {"policy": "lfu", "cache_gb": 2}}',
+                *ASK,
+                "--additional-config.expert_prefetch.cache_gb",
+                "3",
+            ],
+            {"expert_prefetch": {"policy": "lfu", "cache_gb": 3}},
+        ),
+        (["--additional-config", '{"a": 1}', "--additional-config", '{"b": 2}'], {"b": 2}),
+    ],
+)
+def test_the_ways_to_ask_combine(arguments, expected):
+    assert parse(*arguments) == expected
+
+
+def test_a_configuration_file_combines_with_the_command_line(tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "plugin: expert_prefetch\nadditional-config:\n  expert_prefetch:\n    policy: lfru\n    slots_per_layer: 4\n"
+    )
+    arguments = ["--config", str(config), "--additional-config.expert_prefetch.slots_per_layer", "8"]
+    assert parse(*arguments) == {"expert_prefetch": {"policy": "lfru", "slots_per_layer": 8}}
+
+
+def test_parsing_twice_keeps_no_memory():
+    assert parse(*ASK) == {"expert_prefetch": {}}
+    assert parse("--additional-config", json.dumps({"x": 1})) == {"x": 1}
+
+
+def test_an_unknown_plugin_is_refused_with_the_installed_ones(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        parse("--plugin", "expert_prefetsch")
+    assert exit_info.value.code == 2
+    message = capsys.readouterr().err
+    assert "unknown plugin 'expert_prefetsch'" in message
+    assert "expert_prefetch" in message
+    assert "lora_filesystem_resolver" in message
+
+
+def test_deep_merge_prefers_the_later_value_and_changes_no_argument():
+    low, high = {"a": {"x": 1, "y": 1}, "b": 1}, {"a": {"y": 2}, "c": 3}
+    assert deep_merge(low, high) == {"a": {"x": 1, "y": 2}, "b": 1, "c": 3}
+    assert low == {"a": {"x": 1, "y": 1}, "b": 1}
+
+
+def test_installing_twice_changes_nothing():
+    from vllm.model_executor.custom_op import op_registry_oot
+
+    from vllm_expert_prefetch.plugin import register
+
+    register()
+    before = dict(op_registry_oot)
+    register()
+    assert op_registry_oot == before
+    assert op_registry_oot["RoutedExperts"].__name__ == "CachedRoutedExperts"

@@ -1,0 +1,151 @@
+"""What cannot be served is refused at start-up, with one message that names the key or flag and the remedy."""
+
+import json
+import shutil
+
+import pytest
+from engines import TINY_MODEL, open_engine
+from families import write_checkpoint
+from safetensors import safe_open
+from safetensors.torch import save_file
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm_expert_prefetch.config import ConfigError
+from vllm_expert_prefetch.serving import compat
+from vllm_expert_prefetch.serving.refusals import REFUSALS
+from vllm_expert_prefetch.serving.takeover import TakeoverError
+
+
+def create_config(model=TINY_MODEL, config=None, **options):
+    """vLLM's own path from flags to a checked configuration, without loading anything."""
+    additional = {"expert_prefetch": config or {}}
+    return EngineArgs(str(model), additional_config=additional, max_model_len=512, **options).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        ({"enable_expert_parallel": True}, "--enable-expert-parallel"),
+        ({"enable_lora": True}, "--enable-lora"),
+        ({"cpu_offload_gb": 1}, "--cpu-offload-gb"),
+        ({"offload_group_size": 2}, "--offload-group-size"),
+        ({"data_parallel_size": 2}, "--data-parallel-size"),
+        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
+        ({"enable_dbo": True}, "--enable-dbo"),
+    ],
+)
+def test_flags_without_a_test_are_refused_by_name(options, flag):
+    with pytest.raises(ConfigError, match=flag):
+        create_config(**options)
+
+
+def test_every_refusal_names_a_flag_and_a_remedy():
+    for refusal in REFUSALS:
+        assert refusal.what
+        assert refusal.flag
+        assert refusal.remedy
+
+
+def test_a_dense_model_is_refused(tmp_path):
+    model = write_checkpoint("llama", tmp_path / "llama")
+    with pytest.raises(ConfigError, match=r"a dense model .*no routed experts"):
+        create_config(model, skip_tokenizer_init=True)
+
+
+def test_a_speculative_draft_with_experts_is_refused():
+    draft = {"model": str(TINY_MODEL), "method": "draft_model", "num_speculative_tokens": 2}
+    with pytest.raises(ConfigError, match="--speculative-config"):
+        create_config(speculative_config=draft)
+
+
+def test_an_unknown_key_names_the_nearest_one():
+    with pytest.raises(ConfigError, match=r"unknown key 'cache_fractoin'; did you mean 'cache_fraction'"):
+        create_config(config={"cache_fractoin": 0.5})
+
+
+@pytest.mark.parametrize(("version", "on_cpu"), [("0.25.1", False), ("0.34.0", False), ("0.29.0", True)])
+def test_other_versions_of_vllm_are_refused_with_the_range(version, on_cpu):
+    with pytest.raises(ConfigError, match=r"0\.26 to 0\.33 on a GPU"):
+        compat.check_version(version, on_cpu)
+
+
+@pytest.mark.parametrize(("version", "on_cpu"), [("0.26.0", False), ("0.33.2+cu130", False), ("0.30.0rc1", True)])
+def test_versions_in_the_range_are_accepted(version, on_cpu):
+    compat.check_version(version, on_cpu)
+
+
+@pytest.fixture
+def model_copy(tmp_path):
+    return shutil.copytree(TINY_MODEL, tmp_path / "model", copy_function=shutil.copyfile)
+
+
+def tensors_of(model):
+    with safe_open(model / "model.safetensors", "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def truncate(model):
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def cut_attention(model):
+    tensors = tensors_of(model)
+    name = "model.layers.3.self_attn.q_proj.weight"
+    save_file({**tensors, name: tensors[name][:-8].contiguous()}, model / "model.safetensors", {"format": "pt"})
+
+
+def cut_one_expert(tensors):
+    name = "model.layers.3.mlp.experts.5.up_proj.weight"
+    tensors[name] = tensors[name][:-8].contiguous()
+
+
+def drop_one_expert(tensors):
+    del tensors["model.layers.3.mlp.experts.5.up_proj.weight"]
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("damage", [truncate, cut_attention])
+def test_a_damaged_checkpoint_fails_as_in_plain_vllm(damage, model_copy):
+    from servers import serve
+
+    damage(model_copy)
+    with serve("--plugin", "expert_prefetch", model=model_copy) as running:
+        assert running.process.wait(120) != 0
+        log = running.log.read_text()
+        assert running.all_gone(10)
+    assert "Error" in log
+    assert "TakeoverError" not in log
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("damage", "found"),
+    [(drop_one_expert, "'missing'"), (cut_one_expert, r"\(56, 128\)")],
+    ids=["missing", "too small"],
+)
+def test_a_checkpoint_with_a_damaged_expert_fails_by_name(damage, found, model_copy):
+    """Plain vLLM serves uninitialised memory there."""
+    tensors = tensors_of(model_copy)
+    damage(tensors)
+    save_file(tensors, model_copy / "model.safetensors", {"format": "pt"})
+    place = r"model\.layers\.3\.mlp\.experts, w13_weight \(w3\)"
+    with pytest.raises(TakeoverError, match=rf"{place}: expected \(64, 128\) .* found {{5: {found}}}"):
+        open_engine(model_copy, True).__enter__()
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"slots_per_layer": 1}, "gives 1 slots per layer, and one token needs 2"),
+        ({"slots_per_layer": 17}, "gives 17 slots per layer, more than the 16 experts"),
+        ({"pin_memory": "on", "numa_node": 900}, "numa_node 900"),
+    ],
+)
+def test_a_cache_that_cannot_be_fails_at_start_up(config, message):
+    from servers import serve
+
+    with serve("--additional-config", json.dumps({"expert_prefetch": config})) as running:
+        assert running.process.wait(120) != 0
+        assert message in running.log.read_text()

@@ -1,0 +1,156 @@
+"""The plugin as a user meets it: `vllm serve`, the OpenAI endpoint, /metrics, and signals."""
+
+import re
+import signal
+import threading
+import time
+
+import pytest
+from engines import prompts
+from servers import Server, serve
+
+pytestmark = pytest.mark.engine
+
+ASK = ["--plugin", "expert_prefetch", "--additional-config.expert_prefetch.cache_fraction", "0.5"]
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serve(*ASK) as running:
+        running.wait_ready()
+        yield running
+
+
+@pytest.fixture(scope="module")
+def stock_texts():
+    with serve() as running:
+        running.wait_ready()
+        assert running.metrics() == {}
+        yield [running.complete(prompt) for prompt in prompts(4)]
+
+
+def total(metrics: dict[str, float], name: str, **labels: str) -> float:
+    wanted = [f'{key}="{value}"' for key, value in labels.items()]
+    return sum(
+        value
+        for key, value in metrics.items()
+        if key.startswith(f"vllm_expert_prefetch_{name}{{") and all(label in key for label in wanted)
+    )
+
+
+def test_smoke_server_gives_the_completions_of_plain_vllm(server, stock_texts):
+    assert [server.complete(prompt) for prompt in prompts(4)] == stock_texts
+
+
+def test_the_start_up_line_says_what_is_offloaded(server):
+    line = next(line for line in server.log.read_text().splitlines() if "MoE layers x" in line)
+    assert "8 MoE layers x 16 experts, 8 slots each" in line
+    for part in ("0.006291 GB on the host", "0.003146 GB cache (50 % of the experts)", "policy lru", "staging torch"):
+        assert part in line
+
+
+def test_metrics_of_the_worker_process_appear_on_vllms_endpoint(server):
+    before = server.metrics()
+    server.complete("It is a truth universally acknowledged", 8)
+    after = server.metrics()
+    moved = total(after, "transfer_bytes_total") - total(before, "transfer_bytes_total")
+    misses = total(after, "lookups_total", outcome="miss") - total(before, "lookups_total", outcome="miss")
+    lookups = total(after, "lookups_total") - total(before, "lookups_total")
+    assert moved == misses * 49152
+    # one prompt step and 7 decode steps of one request, 8 layers, top-2
+    assert lookups >= 7 * 8 * 2
+    assert total(after, "waves_total") - total(before, "waves_total") == 8 * 8
+    assert total(after, "slots") == 64
+    assert total(after, "experts") == 128
+    assert total(after, "cache_bytes") == total(after, "host_store_bytes") / 2
+    info = next(key for key in after if key.startswith("vllm_expert_prefetch_info"))
+    for label in ('execution="exact"', 'policy="lru"', 'prefetch="off"', 'model_name="demo"', 'rank="0"', 'engine="0"'):
+        assert label in info
+
+
+def test_files_of_the_metrics_are_private(server):
+    (directory,) = server.runtime.iterdir()
+    assert directory.stat().st_mode & 0o777 == 0o700
+    (counters,) = directory.iterdir()
+    assert counters.stat().st_mode & 0o777 == 0o600
+
+
+def assert_ends_cleanly(running: Server) -> None:
+    started = time.monotonic()
+    running.stop(10)
+    assert running.all_gone(10 - (time.monotonic() - started))
+    assert list(running.runtime.iterdir()) == []
+
+
+def test_sigterm_during_generation_ends_everything_within_ten_seconds():
+    with serve(*ASK) as running:
+        running.wait_ready()
+        running.complete("In the beginning", 2)  # the first request compiles the sampler: seconds in which nothing ends
+        client = threading.Thread(target=_complete_until_cut_off, args=(running,))
+        client.start()
+        time.sleep(0.5)
+        assert_ends_cleanly(running)
+        client.join(10)
+
+
+def _complete_until_cut_off(running: Server) -> None:
+    import httpx
+
+    with pytest.raises(httpx.HTTPError):
+        running.complete("In the beginning", 500)
+
+
+def test_sigterm_during_load_ends_everything_within_ten_seconds():
+    with serve(*ASK) as running:
+        wait_for_line(running, "Starting to load model")
+        assert_ends_cleanly(running)
+
+
+def test_a_killed_server_leaves_nothing_that_the_next_one_does_not_clean():
+    with serve(*ASK) as running:
+        running.wait_ready()
+        killed = next(running.runtime.iterdir())
+        for pid in running.descendants():
+            _kill(pid)
+        running.process.wait(10)
+        assert killed.exists()
+        with serve(*ASK, environment={"XDG_RUNTIME_DIR": str(running.runtime)}) as successor:
+            successor.wait_ready()
+            assert not killed.exists()
+
+
+def _kill(pid: int) -> None:
+    import os
+
+    os.kill(pid, signal.SIGKILL)
+
+
+def wait_for_line(running: Server, text: str, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not re.search(re.escape(text), running.log.read_text()):
+        assert time.monotonic() < deadline
+        assert running.process.poll() is None, running.log.read_text()[-2000:]
+        time.sleep(0.05)
+
+
+def test_tensor_parallel_workers_give_the_same_text_and_are_told_apart(stock_texts):
+    arguments = [*ASK, "--tensor-parallel-size", "2"]
+    bind = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    with serve("--tensor-parallel-size", "2", environment=bind) as stock:
+        stock.wait_ready()
+        expected = [stock.complete(prompt) for prompt in prompts(4)]
+    with serve(*arguments, environment=bind) as running:
+        running.wait_ready()
+        assert [running.complete(prompt) for prompt in prompts(4)] == expected
+        metrics = running.metrics()
+    by_rank = [total(metrics, "lookups_total", rank=rank) for rank in ("0", "1")]
+    assert by_rank[0] == by_rank[1] > 0
+    assert total(metrics, "experts", rank="1") == 128
+
+
+def test_several_api_servers_show_the_same_workers():
+    with serve(*ASK, "--api-server-count", "2") as running:
+        running.wait_ready()
+        running.complete("In the beginning", 8)
+        seen = [total(running.metrics(), "lookups_total") for _ in range(6)]
+    assert min(seen) == max(seen) > 0

@@ -1,0 +1,167 @@
+"""The configuration: what is accepted, what is refused in which words, and its table in the documentation."""
+
+import dataclasses
+import math
+
+import pytest
+from doc_tables import config_table, documented
+
+from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig, config_from_additional
+from vllm_expert_prefetch.residency import POLICIES
+
+KEYS = [entry.name for entry in dataclasses.fields(ExpertPrefetchConfig)]
+SIZES = ["cache_gb", "cache_fraction", "slots_per_layer"]
+
+GOOD = {
+    "cache_gb": [0.001, 12, 12.5],
+    "cache_fraction": [0.01, 0.5, 1, 1.0],
+    "slots_per_layer": [1, 64],
+    "policy": list(POLICIES),
+    "execution": ["exact"],
+    "prefetch": ["off"],
+    "stream_buffer": ["auto", "on", "off"],
+    "max_token_waves": [0, 1, 100],
+    "pin_memory": ["auto", "on", "off"],
+    "numa_node": [None, 0, 3],
+    "huge_pages": [True, False],
+    "emulated_link_gbps": [None, 1, 0.5],
+    "emulated_link_latency_us": [0, 0.0],
+}
+BAD = {
+    "cache_gb": [0, -1, math.nan, math.inf, "12", True],
+    "cache_fraction": [0, -0.5, 1.01, math.nan, "half", True],
+    "slots_per_layer": [0, -3, 2.0, "8", True],
+    "policy": ["LRU", "fifo", "", None, 1],
+    "execution": ["speculative", None, True],
+    "prefetch": ["on", "auto", None, False],
+    "stream_buffer": ["yes", True, None],
+    "max_token_waves": [-1, 1.5, "8", None, False],
+    "pin_memory": ["yes", True, None],
+    "numa_node": [-1, 0.0, "0", True],
+    "huge_pages": [1, 0, "true", None],
+    "emulated_link_gbps": [0, -1, math.inf, "10", True],
+    "emulated_link_latency_us": [-1, math.nan, math.inf, "5", None, True],
+}
+
+
+def cases(values):
+    return [pytest.param(key, value, id=f"{key}={value!r}") for key, several in values.items() for value in several]
+
+
+def test_every_key_has_accepted_and_refused_values_here():
+    assert list(GOOD) == KEYS == list(BAD)
+
+
+def test_the_defaults_are_a_valid_configuration():
+    config = ExpertPrefetchConfig()
+    assert (config.policy, config.execution, config.prefetch) == ("lru", "exact", "off")
+    assert config == ExpertPrefetchConfig.from_mapping({})
+
+
+@pytest.mark.parametrize(("key", "value"), cases(GOOD))
+def test_good_values_are_kept_as_they_are(key, value):
+    assert getattr(ExpertPrefetchConfig.from_mapping({key: value}), key) == value
+
+
+@pytest.mark.parametrize(("key", "value"), cases(BAD))
+def test_bad_values_are_refused_with_the_name_of_their_key(key, value):
+    with pytest.raises(ConfigError, match=rf"^expert_prefetch: {key} must be .*, got .*{value}"):
+        ExpertPrefetchConfig.from_mapping({key: value})
+
+
+@pytest.mark.parametrize("key", [key for key in KEYS if key != "huge_pages"])
+def test_true_is_not_a_number_and_not_a_name(key):
+    with pytest.raises(ConfigError, match=rf"{key} must be (an integer|a number|a string), got True"):
+        ExpertPrefetchConfig.from_mapping({key: True})
+
+
+@pytest.mark.parametrize(
+    ("unknown", "nearest"),
+    [
+        ("cache_gib", "cache_gb"),
+        ("cache-fraction", "cache_fraction"),
+        ("slots", "slots_per_layer"),
+        ("polcy", "policy"),
+        ("token_waves", "max_token_waves"),
+        ("numa", "numa_node"),
+        ("hugepages", "huge_pages"),
+        ("emulated_link_gbs", "emulated_link_gbps"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_valid_one_and_all_of_them(unknown, nearest):
+    with pytest.raises(ConfigError) as refused:
+        ExpertPrefetchConfig.from_mapping({unknown: 1})
+    assert f"unknown key {unknown!r}; did you mean {nearest!r}?" in str(refused.value)
+    assert all(key in str(refused.value) for key in KEYS)
+
+
+@pytest.mark.parametrize("unknown", ["", "zzz", "%", 7])
+def test_an_unknown_key_that_resembles_none_is_refused_as_well(unknown):
+    with pytest.raises(ConfigError, match=r"unknown key .* did you mean"):
+        ExpertPrefetchConfig.from_mapping({unknown: 1})
+
+
+@pytest.mark.parametrize("left_out", [None, *SIZES])
+def test_cache_sizes_exclude_each_other(left_out):
+    given = {"cache_gb": 4, "cache_fraction": 0.5, "slots_per_layer": 8}
+    given.pop(left_out, None)
+    with pytest.raises(ConfigError, match=f"{' and '.join(given)} exclude each other"):
+        ExpertPrefetchConfig.from_mapping(given)
+
+
+def test_an_emulated_latency_needs_an_emulated_link():
+    assert ExpertPrefetchConfig(emulated_link_gbps=10, emulated_link_latency_us=5).emulated_link_latency_us == 5
+    with pytest.raises(ConfigError, match="emulated_link_latency_us needs emulated_link_gbps"):
+        ExpertPrefetchConfig(emulated_link_latency_us=5)
+
+
+@pytest.mark.parametrize(
+    ("options", "num_slots"),
+    [
+        ({"slots_per_layer": 12}, 12),
+        ({"cache_fraction": 0.5}, 50),
+        ({"cache_fraction": 0.505}, 50),
+        ({"cache_fraction": 0.29}, 29),  # 0.29 * 100 is 28.999999999999996
+        ({"cache_fraction": 1.0}, 100),
+        ({"cache_gb": 3}, None),
+        ({}, None),
+    ],
+)
+def test_slots_asked_for_are_the_number_or_the_fraction_rounded_down(options, num_slots):
+    assert ExpertPrefetchConfig(**options).slots_asked(num_experts=100) == num_slots
+
+
+def test_a_configuration_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ExpertPrefetchConfig().policy = "lfu"
+
+
+@pytest.mark.parametrize("additional", [None, {}, {"other": {"policy": "lfu"}}, {"expert_prefetch": False}, "text", 3])
+def test_without_its_key_or_with_false_the_plugin_is_not_asked_for(additional):
+    assert config_from_additional(additional) is None
+
+
+@pytest.mark.parametrize("values", [{}, True])
+def test_an_empty_object_and_true_mean_everything_automatic(values):
+    assert config_from_additional({"expert_prefetch": values, "other": 1}) == ExpertPrefetchConfig()
+
+
+def test_settings_are_read_from_the_key():
+    config = config_from_additional({"expert_prefetch": {"policy": "lfu", "cache_gb": 2}})
+    assert config == ExpertPrefetchConfig(policy="lfu", cache_gb=2)
+
+
+@pytest.mark.parametrize("values", [None, "on", 1, 0, [], ["policy"]])
+def test_anything_else_under_the_key_is_refused(values):
+    with pytest.raises(ConfigError, match=r"expected an object of settings \(or true / false\), got"):
+        config_from_additional({"expert_prefetch": values})
+
+
+def test_the_documented_table_is_the_code():
+    assert documented("config") == config_table(), "python tests/doc_tables.py brings it up to date"
+
+
+@pytest.mark.parametrize("entry", dataclasses.fields(ExpertPrefetchConfig), ids=lambda entry: entry.name)
+def test_every_key_says_what_it_means(entry):
+    assert len(entry.metadata["doc"]) > 20
+    assert entry.metadata["doc"].endswith(".")

@@ -1,0 +1,1 @@
+"""The command `vllm-expert-prefetch`. One module per subcommand; heavy imports happen inside functions."""

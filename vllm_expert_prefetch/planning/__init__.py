@@ -1,0 +1,1 @@
+"""Sizing and, later, analytic models and trace replay. No torch, no vLLM."""

@@ -1,0 +1,138 @@
+"""Every name of vLLM that may move between releases, in one place, and the range of releases that was read."""
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from packaging.version import Version
+
+from vllm_expert_prefetch.config import CONFIG_KEY, ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+LOWEST, LOWEST_ON_CPU, BEYOND = Version("0.26"), Version("0.30"), Version("0.34")
+SUPPORTED = f"{LOWEST} to 0.33 on a GPU, {LOWEST_ON_CPU} to 0.33 on CPU"
+
+
+def vllm_version() -> str:
+    """The version of the vLLM that is imported, whatever its distribution is called."""
+    from vllm.version import __version__
+
+    return str(__version__)
+
+
+def check_version(version: str, on_cpu: bool) -> None:
+    """Raise ConfigError for a vLLM whose seams nobody has read."""
+    release = Version(Version(version).base_version)
+    if not (LOWEST_ON_CPU if on_cpu else LOWEST) <= release < BEYOND:
+        raise ConfigError(
+            f"{CONFIG_KEY}: vLLM {version} is not supported. Supported: {SUPPORTED}. Install one of these, or serve "
+            "without the plugin"
+        )
+
+
+def logger() -> Any:
+    """A logger below vLLM's own, so that its handlers and level apply."""
+    from vllm.logger import init_logger
+
+    return init_logger("vllm.expert_prefetch")
+
+
+def platform_class() -> type:
+    """The class of vLLM's current platform. Detecting it initialises no CUDA."""
+    from vllm.platforms import current_platform
+
+    return type(current_platform)
+
+
+def on_cpu_platform() -> bool:
+    """Whether vLLM computes on the CPU."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
+def on_cuda_platform() -> bool:
+    """Whether vLLM computes on an NVIDIA GPU."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cuda())
+
+
+def num_real_tokens(num_rows: int) -> int:
+    """How many of a step's `num_rows` rows are tokens: the rest is padding, and a dummy or profile run has none."""
+    from vllm.forward_context import get_forward_context, is_forward_context_available
+
+    if not is_forward_context_available():
+        return 0
+    metadata = get_forward_context().attn_metadata
+    if not isinstance(metadata, dict) or not metadata:  # a list belongs to dual-batch overlap, which is refused
+        return 0
+    first = next(iter(metadata.values()))
+    return min(num_rows, getattr(first, "num_actual_tokens", num_rows))
+
+
+def moe_layers_of(model: "torch.nn.Module") -> list[Any]:
+    """Every module of `model` that holds routed experts, of any class."""
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    return [module for module in model.modules() if isinstance(module, RoutedExperts)]
+
+
+def kv_bytes_per_sequence(vllm_config: Any) -> int:
+    """KV cache bytes of one sequence of `max_model_len` tokens on one rank, from the model's own shape."""
+    model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
+    import torch
+    from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+
+    dtype = model.dtype if cache.cache_dtype == "auto" else STR_DTYPE_TO_TORCH_DTYPE[cache.cache_dtype]
+    item_bytes = torch.empty((), dtype=dtype).element_size()
+    heads_and_sides = 1 if model.use_mla else 2 * model.get_num_kv_heads(parallel)
+    per_token = model.get_num_layers(parallel) * heads_and_sides * model.get_head_size() * item_bytes
+    return int(per_token * model.max_model_len)
+
+
+def find_seams() -> dict[str, bool]:
+    """Every place where the plugin joins vLLM, and whether this vLLM has it."""
+    return {name: _found(probe) for name, probe in _SEAMS.items()}
+
+
+def _found(probe: Callable[[], bool]) -> bool:
+    try:
+        return probe()
+    except (ImportError, AttributeError):
+        return False
+
+
+def _layer_seam() -> bool:
+    from vllm.model_executor.custom_op import op_registry_oot
+    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
+
+    parameters = list(inspect.signature(RoutedExperts.forward_modular).parameters)
+    return isinstance(op_registry_oot, dict) and parameters[1:4] == ["x", "topk_weights", "topk_ids"]
+
+
+def _platform_seam() -> bool:
+    platform = platform_class()
+    return hasattr(platform, "pre_register_and_update") and hasattr(platform, "check_and_update_config")
+
+
+def _loader_seam() -> bool:
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    return hasattr(BaseModelLoader, "load_model")
+
+
+def _context_seam() -> bool:
+    from vllm.forward_context import ForwardContext
+
+    return "attn_metadata" in ForwardContext.__dataclass_fields__
+
+
+_SEAMS: dict[str, Callable[[], bool]] = {
+    "RoutedExperts (layer replacement)": _layer_seam,
+    "platform hooks (flag and configuration check)": _platform_seam,
+    "BaseModelLoader.load_model (proof of takeover)": _loader_seam,
+    "ForwardContext.attn_metadata (padding and dummy runs)": _context_seam,
+}

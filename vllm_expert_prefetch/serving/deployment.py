@@ -1,0 +1,198 @@
+"""One worker's MoE layers together: the slot count, the proof that they were taken over, the start-up line."""
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vllm_expert_prefetch import __version__
+from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, ExpertPrefetchConfig
+from vllm_expert_prefetch.experts import EmulatedLink, HostMemoryOptions, HostStore, SlotPool
+from vllm_expert_prefetch.metrics.counters import SUFFIX, Counters
+from vllm_expert_prefetch.metrics.runtime_dir import ensure_runtime_dir
+from vllm_expert_prefetch.planning.sizing import GB, CacheSize, MemoryBudget, ModelShape, size_cache
+from vllm_expert_prefetch.serving import compat
+from vllm_expert_prefetch.serving.takeover import TakeoverError
+
+if TYPE_CHECKING:
+    from vllm_expert_prefetch.serving.layer import CachedRoutedExperts
+
+_ACTIVATION_COPIES = 16
+"""Activation reserve on a GPU, in copies of the widest step's hidden states (before vLLM has measured it)."""
+
+
+class Deployment:
+    """What the MoE layers of one model on one worker share."""
+
+    counters: Counters
+    """There once every layer is taken over: a start that fails shows no metrics."""
+
+    def __init__(self, vllm_config: Any, config: ExpertPrefetchConfig) -> None:
+        self.config = config
+        self._vllm_config = vllm_config
+        self.layers: list[weakref.ref[CachedRoutedExperts]] = []
+        self.size: CacheSize | None = None
+        self._sizing = ""
+        self._num_taken_over = 0
+        self._buffers: dict[tuple[object, ...], SlotPool] = {}
+        self.link = (
+            EmulatedLink(config.emulated_link_gbps, config.emulated_link_latency_us)
+            if config.emulated_link_gbps is not None
+            else None
+        )
+        on_cuda = compat.on_cuda_platform()
+        self.host_memory = HostMemoryOptions(
+            pin=config.pin_memory == "on" or (config.pin_memory == AUTO and on_cuda),
+            cuda=on_cuda,
+            numa_node=config.numa_node,
+            huge_pages=config.huge_pages,
+        )
+
+    def is_for(self, vllm_config: Any) -> bool:
+        """Whether this deployment belongs to the model that `vllm_config` describes."""
+        return self._vllm_config is vllm_config
+
+    def size_for(self, layer: "CachedRoutedExperts", resident_bytes: int) -> CacheSize:
+        """The cache's size, decided once, when the first layer is complete and every other weight is loaded.
+
+        `resident_bytes`: what that layer's experts take on the accelerator at this moment.
+        """
+        if self.size is None:
+            budget = None if compat.on_cpu_platform() else self._budget(resident_bytes)
+            self.size = size_cache(self.config, self._shape(layer), budget)
+            self._sizing = budget.describe() if budget else ""
+        return self.size
+
+    def stream_buffer(self, store: HostStore, device: torch.device) -> SlotPool:
+        """The buffer that all layers with records of this shape share."""
+        key = tuple((name, view.shape, view.dtype) for name, view in store.views.items())
+        if key not in self._buffers:
+            self._buffers[key] = SlotPool(store.views, store.num_experts, device)
+        return self._buffers[key]
+
+    def layer_taken_over(self) -> None:
+        """Called by each layer; the last one makes the proof and prints the start-up line."""
+        self._num_taken_over += 1
+        if self._num_taken_over == len(self.layers):
+            self._verify_bytes()
+            self._publish()
+            compat.logger().info("%s", self.describe())
+
+    def describe(self) -> str:
+        """The start-up line."""
+        first = self._live_layers()[0]
+        config = self.config
+        link = (
+            f"EMULATED {self.link.gbps} GB/s + {self.link.latency_us} us (not a real link)"
+            if self.link
+            else "not emulated"
+        )
+        store, cache = self._host_bytes(), self._cache_bytes()
+        return (
+            f"expert_prefetch: {len(self.layers)} MoE layers x {first.num_experts} experts, "
+            f"{first.cache.num_slots} slots each; "
+            f"{store / GB:.4g} GB on the host ({'page-locked' if self.host_memory.pin else 'pageable'}), "
+            f"{cache / GB:.4g} GB cache ({100 * first.cache.num_slots / first.num_experts:.0f} % of the experts), "
+            f"{self._buffer_bytes() / GB:.4g} GB stream buffer; "
+            f"policy {config.policy}, execution {config.execution}, prefetch {config.prefetch}; "
+            f"staging {first.staging.name}, link {link}" + (f"; sizing: {self._sizing}" if self._sizing else "")
+        )
+
+    def _live_layers(self) -> "list[CachedRoutedExperts]":
+        layers = [reference() for reference in self.layers]
+        return [layer for layer in layers if layer is not None]
+
+    def _shape(self, layer: "CachedRoutedExperts") -> ModelShape:
+        expert_bytes = sum(other.expert_bytes for other in self._live_layers())
+        return ModelShape(len(self.layers), layer.num_experts, layer.top_k, expert_bytes)
+
+    def _budget(self, resident_bytes: int) -> MemoryBudget:
+        """GPU memory as the driver and torch report it now."""
+        free, total = torch.cuda.mem_get_info()
+        cached_by_torch = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        scheduler, model = self._vllm_config.scheduler_config, self._vllm_config.model_config
+        widest = scheduler.max_num_batched_tokens * model.get_hidden_size() * 2 * _ACTIVATION_COPIES
+        logits = scheduler.max_num_seqs * model.get_vocab_size() * 4 * 2
+        return MemoryBudget(
+            total_bytes=total,
+            utilization=self._vllm_config.cache_config.gpu_memory_utilization,
+            other_bytes=total - free - cached_by_torch - resident_bytes,
+            activation_bytes=widest + logits,
+            kv_reserve_bytes=compat.kv_bytes_per_sequence(self._vllm_config),
+        )
+
+    def _verify_bytes(self) -> None:
+        for layer in self._live_layers():
+            for name in layer.store.views:
+                held = getattr(layer, name)
+                if held.shape[0] != layer.cache.num_slots:
+                    raise TakeoverError(
+                        f"{CONFIG_KEY}: {layer.layer_name}.{name} holds {held.shape[0]} experts on the accelerator "
+                        f"instead of {layer.cache.num_slots} slots"
+                    )
+
+    def _host_bytes(self) -> int:
+        return sum(layer.store.num_bytes for layer in self._live_layers())
+
+    def _cache_bytes(self) -> int:
+        return sum(layer.pool.num_bytes for layer in self._live_layers())
+
+    def _buffer_bytes(self) -> int:
+        return sum(buffer.num_bytes for buffer in self._buffers.values())
+
+    def _publish(self) -> None:
+        self.counters = Counters(self._counter_path(), self._labels(), self._info())
+        layers = self._live_layers()
+        gauges = {
+            "moe_layers": len(layers),
+            "experts": sum(layer.num_experts for layer in layers),
+            "slots": sum(layer.cache.num_slots for layer in layers),
+            "host_store_bytes": self._host_bytes(),
+            "cache_bytes": self._cache_bytes(),
+            "stream_buffer_bytes": self._buffer_bytes(),
+            "expert_record_bytes": sum(layer.store.record_bytes for layer in layers) / len(layers),
+        }
+        for name, value in gauges.items():
+            self.counters.set(name, value)
+
+    def _labels(self) -> dict[str, str]:
+        model, parallel = self._vllm_config.model_config, self._vllm_config.parallel_config
+        served = model.served_model_name or model.model
+        return {
+            "model_name": served if isinstance(served, str) else served[0],
+            "engine": str(parallel.data_parallel_rank),
+            "rank": str(parallel.rank),
+        }
+
+    def _info(self) -> dict[str, str]:
+        return {
+            "execution": self.config.execution,
+            "policy": self.config.policy,
+            "prefetch": self.config.prefetch,
+            "staging": "torch",
+            "link": f"emulated {self.link.gbps} GB/s {self.link.latency_us} us" if self.link else "real",
+            "pinned": str(self.host_memory.pin).lower(),
+            "version": __version__,
+            "vllm_version": compat.vllm_version(),
+        }
+
+    def _counter_path(self) -> Any:
+        parallel = self._vllm_config.parallel_config
+        directory = ensure_runtime_dir()
+        stem = f"engine{parallel.data_parallel_rank}-rank{parallel.rank}"
+        numbers = [int(path.stem.rsplit("-", 1)[1]) for path in directory.glob(f"{stem}-*{SUFFIX}")]
+        return directory / f"{stem}-{max(numbers, default=0) + 1:06d}{SUFFIX}"
+
+
+_latest: "weakref.ref[Deployment] | None" = None
+"""Weak: a deployment lives as long as its layers, and its counters end with it."""
+
+
+def deployment_of(vllm_config: Any, config: ExpertPrefetchConfig) -> Deployment:
+    """The deployment that the model now being built belongs to; its layers keep it alive."""
+    global _latest
+    deployment = _latest() if _latest else None
+    if deployment is None or not deployment.is_for(vllm_config):
+        deployment = Deployment(vllm_config, config)
+        _latest = weakref.ref(deployment)
+    return deployment

@@ -1,0 +1,169 @@
+"""What is refused at start-up, because no test shows that it works. `docs/compatibility.md` shows the same table."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_expert_prefetch.config import CONFIG_KEY, ConfigError, ExpertPrefetchConfig
+from vllm_expert_prefetch.serving import compat
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One combination that is not served: what, the flag that asks for it, and the remedy."""
+
+    what: str
+    flag: str
+    remedy: str
+    applies: Callable[[Any, ExpertPrefetchConfig], bool]
+    """Takes vLLM's VllmConfig and the plugin's configuration."""
+
+
+def _offload_flags(vllm_config: Any, config: ExpertPrefetchConfig) -> bool:
+    offload = vllm_config.offload_config
+    return bool(offload.uva.cpu_offload_gb or offload.prefetch.offload_group_size or offload.offload_backend != "auto")
+
+
+def _moe_draft(vllm_config: Any, config: ExpertPrefetchConfig) -> bool:
+    speculative = vllm_config.speculative_config
+    draft = getattr(speculative, "draft_model_config", None)
+    return draft is not None and draft is not vllm_config.model_config and draft.get_num_experts() > 0
+
+
+def _parallel(name: str, low: int | bool = False) -> Callable[[Any, ExpertPrefetchConfig], bool]:
+    return lambda vllm_config, config: getattr(vllm_config.parallel_config, name, low) > low
+
+
+DROP = "drop the flag"
+
+REFUSALS = (
+    Refusal(
+        "a dense model",
+        "--plugin expert_prefetch",
+        "this model has no routed experts: drop the flag",
+        lambda vllm_config, config: vllm_config.model_config.get_num_experts() == 0,
+    ),
+    Refusal(
+        "accelerators other than NVIDIA GPUs and the CPU platform",
+        "--plugin expert_prefetch",
+        "serve without the plugin",
+        lambda vllm_config, config: not (compat.on_cpu_platform() or compat.on_cuda_platform()),
+    ),
+    Refusal(
+        "torch.compile and CUDA graphs on a GPU",
+        "-O1, -O2, -O3 (vLLM's default)",
+        "add --enforce-eager: residency is decided on the host, which a captured graph cannot do",
+        lambda vllm_config, config: not compat.on_cpu_platform() and not vllm_config.model_config.enforce_eager,
+    ),
+    Refusal("expert parallelism", "--enable-expert-parallel", DROP, _parallel("enable_expert_parallel")),
+    Refusal("expert load balancing", "--enable-eplb", DROP, _parallel("enable_eplb")),
+    Refusal("elastic expert parallelism", "--enable-elastic-ep", DROP, _parallel("enable_elastic_ep")),
+    Refusal("dual-batch overlap", "--enable-dbo", DROP, _parallel("enable_dbo")),
+    Refusal("micro-batching", "--ubatch-size", DROP, _parallel("ubatch_size", 1)),
+    Refusal(
+        "data parallelism", "--data-parallel-size", "run one server per replica", _parallel("data_parallel_size", 1)
+    ),
+    Refusal(
+        "pipeline parallelism",
+        "--pipeline-parallel-size",
+        "use --tensor-parallel-size",
+        _parallel("pipeline_parallel_size", 1),
+    ),
+    Refusal(
+        "context parallelism in prefill",
+        "--prefill-context-parallel-size",
+        DROP,
+        _parallel("prefill_context_parallel_size", 1),
+    ),
+    Refusal(
+        "context parallelism in decode",
+        "--decode-context-parallel-size",
+        DROP,
+        _parallel("decode_context_parallel_size", 1),
+    ),
+    Refusal("LoRA", "--enable-lora", DROP, lambda vllm_config, config: vllm_config.lora_config is not None),
+    Refusal(
+        "sleep mode",
+        "--enable-sleep-mode",
+        DROP,
+        lambda vllm_config, config: bool(vllm_config.model_config.enable_sleep_mode),
+    ),
+    Refusal(
+        "weight transfer into a running engine",
+        "--weight-transfer-config",
+        "restart the server to change weights",
+        lambda vllm_config, config: vllm_config.weight_transfer_config is not None,
+    ),
+    Refusal(
+        "weights that another process has post-processed",
+        "--load-format ipc_cache",
+        "use --load-format auto",
+        lambda vllm_config, config: vllm_config.load_config.load_format == "ipc_cache",
+    ),
+    Refusal(
+        "speculative decoding with a Mixture-of-Experts draft",
+        "--speculative-config",
+        "use a dense draft or the ngram method",
+        _moe_draft,
+    ),
+    Refusal(
+        "vLLM's own weight offloading",
+        "--cpu-offload-gb, --offload-group-size, --offload-backend",
+        "drop it: the experts are offloaded by the plugin",
+        _offload_flags,
+    ),
+    Refusal(
+        "an emulated link on a GPU",
+        "emulated_link_gbps",
+        "drop the key: a GPU has a real link",
+        lambda vllm_config, config: config.emulated_link_gbps is not None and not compat.on_cpu_platform(),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class LayerRefusal:
+    """One kind of layer that is not taken over."""
+
+    what: str
+    flag: str
+    remedy: str
+    applies: Callable[[Any], bool]
+    """Takes the quant_method of vLLM's RoutedExperts."""
+
+
+def _is_quantised(quant_method: Any) -> bool:
+    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+    return not isinstance(quant_method, UnquantizedFusedMoEMethod)
+
+
+LAYER_REFUSALS = (
+    LayerRefusal(
+        "kernels that contain the router (monolithic)",
+        "--moe-backend",
+        "choose a modular backend, on a GPU --moe-backend triton; on CPU use vLLM 0.30 or newer",
+        lambda quant_method: bool(quant_method.is_monolithic),
+    ),
+    LayerRefusal(
+        "quantised experts", "--quantization", "use the bf16, fp16 or fp32 checkpoint of the model", _is_quantised
+    ),
+)
+
+
+def check_refusals(vllm_config: Any, config: ExpertPrefetchConfig) -> None:
+    """Raise ConfigError for the first entry of REFUSALS that applies."""
+    for refusal in REFUSALS:
+        if refusal.applies(vllm_config, config):
+            raise ConfigError(_refused(refusal))
+
+
+def check_layer_refusals(layer_name: str, quant_method: Any) -> None:
+    """Raise ConfigError for the first entry of LAYER_REFUSALS that applies to a layer."""
+    for refusal in LAYER_REFUSALS:
+        if refusal.applies(quant_method):
+            raise ConfigError(f"{_refused(refusal)} (layer {layer_name}, {type(quant_method).__name__})")
+
+
+def _refused(refusal: Refusal | LayerRefusal) -> str:
+    return f"{CONFIG_KEY}: {refusal.what} ({refusal.flag}) is not supported: {refusal.remedy}"

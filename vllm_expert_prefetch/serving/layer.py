@@ -107,7 +107,7 @@ class CachedRoutedExperts(RoutedExperts):
         """Start with a full cache: any expert is better than an empty slot."""
         loads = self.cache.begin_loads(list(range(self.cache.num_slots)), ())
         self.staging.fill([(load.expert, load.slot) for load in loads])
-        self.cache.complete_loads(loads, cold=True)
+        self.cache.complete([load.expert for load in loads], cold=True)
 
     def weight_loader(
         self,

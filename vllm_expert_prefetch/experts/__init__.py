@@ -2,8 +2,27 @@
 
 from vllm_expert_prefetch.experts.host_memory import HostMemory, HostMemoryOptions
 from vllm_expert_prefetch.experts.host_store import HostStore
+from vllm_expert_prefetch.experts.layer_cache import LayerCache, NativeLayerCache, PythonLayerCache, Step, slot_ids_of
 from vllm_expert_prefetch.experts.link import EmulatedLink
+from vllm_expert_prefetch.experts.native_planner import POLICY_NUMBERS, NativePlanner
+from vllm_expert_prefetch.experts.native_staging import NativeStaging, StagingLane
 from vllm_expert_prefetch.experts.slot_pool import SlotPool
 from vllm_expert_prefetch.experts.staging import TorchStaging
 
-__all__ = ["EmulatedLink", "HostMemory", "HostMemoryOptions", "HostStore", "SlotPool", "TorchStaging"]
+__all__ = [
+    "POLICY_NUMBERS",
+    "EmulatedLink",
+    "HostMemory",
+    "HostMemoryOptions",
+    "HostStore",
+    "LayerCache",
+    "NativeLayerCache",
+    "NativePlanner",
+    "NativeStaging",
+    "PythonLayerCache",
+    "SlotPool",
+    "StagingLane",
+    "Step",
+    "TorchStaging",
+    "slot_ids_of",
+]

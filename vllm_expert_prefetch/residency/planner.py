@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 
 from vllm_expert_prefetch.residency.cache import ExpertCache
-from vllm_expert_prefetch.residency.types import NO_EXPERT, NO_SLOT, Load, Plan, PrefetchPlan, Split, Wave
+from vllm_expert_prefetch.residency.types import NO_EXPERT, Load, Plan, PrefetchPlan, Split, Wave
 
 EMPTY_PLAN = Plan(Split.NONE, (), 0, 0, 0, 0)
 

@@ -38,9 +38,10 @@ class Load(NamedTuple):
 class Wave(NamedTuple):
     """One kernel call of a step.
 
-    `experts[i]` sits in `slots[i]` once every copy in `loads` has landed, and those of `late`, experts of this wave that
-    were in flight already: their copies are waited for, or taken over, never made twice. `rows` are the token rows of a wave that was
-    split by tokens; None means every row (one wave) or every (row, expert) pair of these experts (split by experts).
+    `experts[i]` sits in `slots[i]` once every copy in `loads` has landed, and those of `late`, experts of this wave
+    that were in flight already: their copies are waited for, or taken over, never made twice. `rows` are the token
+    rows of a wave that was split by tokens; None means every row (one wave) or every (row, expert) pair of these
+    experts (split by experts).
 
     A streamed wave runs from the stream buffer, which has room for every expert of a layer, expert e at place e:
     `loads` bring what is absent from the host (`slot` is the place, no victim), and an expert whose `slots[i]` is not

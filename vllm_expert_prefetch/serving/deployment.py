@@ -7,10 +7,25 @@ import torch
 
 from vllm_expert_prefetch import __version__
 from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, ExpertPrefetchConfig
-from vllm_expert_prefetch.experts import EmulatedLink, HostMemoryOptions, HostStore, SlotPool
+from vllm_expert_prefetch.experts import (
+    POLICY_NUMBERS,
+    EmulatedLink,
+    HostMemoryOptions,
+    HostStore,
+    LayerCache,
+    NativeLayerCache,
+    NativePlanner,
+    NativeStaging,
+    PythonLayerCache,
+    SlotPool,
+    StagingLane,
+    TorchStaging,
+)
 from vllm_expert_prefetch.metrics.counters import SUFFIX, Counters
 from vllm_expert_prefetch.metrics.runtime_dir import ensure_runtime_dir
+from vllm_expert_prefetch.native.library import host_library, why_not_host
 from vllm_expert_prefetch.planning.sizing import GB, CacheSize, MemoryBudget, ModelShape, size_cache
+from vllm_expert_prefetch.residency import ExpertCache, Planner, create_policy
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.takeover import TakeoverError
 
@@ -35,6 +50,7 @@ class Deployment:
         self._sizing = ""
         self._num_taken_over = 0
         self._buffers: dict[tuple[object, ...], SlotPool] = {}
+        self._lane: StagingLane | None = None
         self.link = (
             EmulatedLink(config.emulated_link_gbps, config.emulated_link_latency_us)
             if config.emulated_link_gbps is not None
@@ -70,6 +86,35 @@ class Deployment:
             self._buffers[key] = SlotPool(store.views, store.num_experts, device)
         return self._buffers[key]
 
+    def layer_cache(self, layer: "CachedRoutedExperts", size: CacheSize) -> LayerCache:
+        """The cache of `layer`, whose store and slots exist, every slot still free.
+
+        Planned and staged in C++ where that was built and knows the policy; otherwise in Python, and by torch.
+        """
+        policy, waves, stream = self.config.policy, self.config.max_token_waves, size.stream_buffer
+        lane = self._staging_lane()
+        staging = NativeStaging(layer.store, layer.pool, lane) if lane else None
+        if staging and policy in POLICY_NUMBERS:
+            planner = NativePlanner(
+                staging.lane.library, layer.num_experts, size.num_slots, layer.top_k, policy, waves, stream
+            )
+            return NativeLayerCache(planner, staging)
+        cache = ExpertCache(layer.num_experts, size.num_slots, create_policy(policy, seed=self._num_taken_over))
+        return PythonLayerCache(
+            cache,
+            Planner(cache, layer.top_k, waves, stream),
+            staging or TorchStaging(layer.store, layer.pool, self.link),
+        )
+
+    def _staging_lane(self) -> StagingLane | None:
+        """The native engine that all layers share; None on a GPU, and where it was not built."""
+        if self._lane is None and compat.on_cpu_platform():
+            if host_library() is None:
+                compat.logger().warning_once("expert_prefetch: staging with torch: %s", why_not_host())
+            else:
+                self._lane = StagingLane(self.link)
+        return self._lane
+
     def layer_taken_over(self) -> None:
         """Called by each layer; the last one makes the proof and prints the start-up line."""
         self._num_taken_over += 1
@@ -95,7 +140,7 @@ class Deployment:
             f"{cache / GB:.4g} GB cache ({100 * first.cache.num_slots / first.num_experts:.0f} % of the experts), "
             f"{self._buffer_bytes() / GB:.4g} GB stream buffer; "
             f"policy {config.policy}, execution {config.execution}, prefetch {config.prefetch}; "
-            f"staging {first.staging.name}, link {link}" + (f"; sizing: {self._sizing}" if self._sizing else "")
+            f"staging {first.cache.staging.name}, link {link}" + (f"; sizing: {self._sizing}" if self._sizing else "")
         )
 
     def _live_layers(self) -> "list[CachedRoutedExperts]":
@@ -169,7 +214,7 @@ class Deployment:
             "execution": self.config.execution,
             "policy": self.config.policy,
             "prefetch": self.config.prefetch,
-            "staging": "torch",
+            "staging": self._live_layers()[0].cache.staging.name,
             "link": f"emulated {self.link.gbps} GB/s {self.link.latency_us} us" if self.link else "real",
             "pinned": str(self.host_memory.pin).lower(),
             "version": __version__,

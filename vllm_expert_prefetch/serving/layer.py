@@ -8,9 +8,9 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from vllm_expert_prefetch.config import config_from_additional
-from vllm_expert_prefetch.experts import HostStore, SlotPool, TorchStaging
+from vllm_expert_prefetch.experts import HostStore, SlotPool, Step
 from vllm_expert_prefetch.metrics.definitions import INDEX
-from vllm_expert_prefetch.residency import ExpertCache, Plan, Planner, Split, create_policy
+from vllm_expert_prefetch.residency import Split
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.deployment import deployment_of
 from vllm_expert_prefetch.serving.execution import Executor, Kernel
@@ -24,7 +24,7 @@ _DEMAND_BYTES = INDEX["transfer_bytes_total/demand"]
 _STREAM_BYTES = INDEX["transfer_bytes_total/stream"]
 _TRANSFER_SECONDS = INDEX["transfer_seconds_total"]
 _EVICTIONS = INDEX["evictions_total"]
-_WAVES = {split: INDEX[f"waves_total/{split.name.lower()}"] for split in Split}
+_WAVES = {int(split): INDEX[f"waves_total/{split.name.lower()}"] for split in Split}
 
 
 class CachedRoutedExperts(RoutedExperts):
@@ -81,7 +81,7 @@ class CachedRoutedExperts(RoutedExperts):
         self.quant_method.process_weights_after_loading = post_process_and_take_over  # type: ignore[method-assign]
 
     def _take_over(self) -> None:
-        deployment, config = self._deployment, self._deployment.config
+        deployment = self._deployment
         tensors = {name: p.data for name, p in expert_parameters(self, self.num_experts).items()}
         resident_bytes = sum(t.nbytes for t in tensors.values() if t.device.type != "cpu")
         size = deployment.size_for(self, resident_bytes)
@@ -91,23 +91,15 @@ class CachedRoutedExperts(RoutedExperts):
         swap_in_slots(self, pool.tensors)
         self.pool = pool
         self._use(pool)
-        self.staging = TorchStaging(self.store, self.pool, deployment.link)
-        self.cache = ExpertCache(self.num_experts, size.num_slots, create_policy(config.policy, self._number))
-        self.planner = Planner(self.cache, self.top_k, config.max_token_waves, size.stream_buffer)
+        self.cache = deployment.layer_cache(self, size)
         buffer = deployment.stream_buffer(self.store, self._accelerator) if size.stream_buffer else None
         self.executor = Executor(
-            self.num_experts, self.staging, self._kernel, buffer, self._kernel_on(buffer) if buffer else None
+            self.num_experts, self.cache.staging, self._kernel, buffer, self._kernel_on(buffer) if buffer else None
         )
-        self._fill_slots()
+        self.cache.fill()
         self.is_taken_over = True
-        self.is_fully_resident = self.cache.slot_of == list(range(self.num_experts))
+        self.is_fully_resident = size.num_slots == self.num_experts
         deployment.layer_taken_over()
-
-    def _fill_slots(self) -> None:
-        """Start with a full cache: any expert is better than an empty slot."""
-        loads = self.cache.begin_loads(list(range(self.cache.num_slots)), ())
-        self.staging.fill([(load.expert, load.slot) for load in loads])
-        self.cache.complete([load.expert for load in loads], cold=True)
 
     def weight_loader(
         self,
@@ -172,10 +164,12 @@ class CachedRoutedExperts(RoutedExperts):
         num_tokens = compat.num_real_tokens(x.shape[0])
         if num_tokens == 0:  # a dummy or profile run: the right shapes and load, no residency, no counters
             return self._kernel(x, topk_weights, topk_ids % self.cache.num_slots)
-        plan = self.planner.plan(topk_ids[:num_tokens].flatten().tolist())
-        output = self.executor.run(plan, x, topk_weights, topk_ids)
-        self.planner.complete(plan)
-        self._count(plan)
+        step = self.cache.serve(topk_ids, num_tokens)
+        if step.slot_ids is not None:
+            output = self._kernel(x, topk_weights, step.slot_ids)
+        else:
+            output, step = self.executor.run(step, x, topk_weights, topk_ids)
+        self._count(step)
         return output
 
     def _kernel(self, x: torch.Tensor, topk_weights: torch.Tensor, slot_ids: torch.Tensor) -> torch.Tensor:
@@ -205,19 +199,18 @@ class CachedRoutedExperts(RoutedExperts):
             getattr(self, name).data = tensor
         self.global_num_experts = self.local_num_experts = pool.num_slots  # what the kernel is told
 
-    def _count(self, plan: Plan) -> None:
+    def _count(self, step: Step) -> None:
         add = self._deployment.counters.add
-        add(_HIT, plan.num_hits)
-        add(_WAVES[plan.split], len(plan.waves))
-        if plan.num_late:
-            add(_LATE, plan.num_late)
-        if plan.num_misses:
-            staging = self.staging
-            add(_MISS, plan.num_misses)
-            add(_EVICTIONS, plan.num_evictions)
-            add(_STREAM_BYTES if plan.split is Split.STREAM else _DEMAND_BYTES, staging.total_bytes)
-            add(_TRANSFER_SECONDS, staging.total_seconds)
-            staging.reset_totals()
+        add(_HIT, step.num_hits)
+        add(_WAVES[step.split], step.num_waves)
+        if step.num_late:
+            add(_LATE, step.num_late)
+        if step.num_misses:
+            add(_MISS, step.num_misses)
+            add(_EVICTIONS, step.num_evictions)
+        if step.num_bytes:
+            add(_STREAM_BYTES if step.split == Split.STREAM else _DEMAND_BYTES, step.num_bytes)
+            add(_TRANSFER_SECONDS, step.stall_seconds)
 
 
 def _name_of(layer: torch.nn.Module, parameter: torch.nn.Parameter) -> str:

@@ -42,10 +42,10 @@ def find_compiler() -> list[str]:
 
 @functools.cache
 def find_nvcc() -> str | None:
-    """CUDA's compiler: in PATH, below CUDA_HOME, or in its usual place."""
-    homes = filter(None, (os.environ.get("CUDA_HOME"), "/usr/local/cuda"))
-    places = [os.environ.get("PATH", os.defpath), *(f"{home}/bin" for home in homes)]
-    return shutil.which("nvcc", path=os.pathsep.join(places))
+    """CUDA's compiler: in CUDA_HOME, else in PATH, else, while CUDA_HOME is unset, in its usual place."""
+    home = os.environ.get("CUDA_HOME")
+    places = [f"{home}/bin", os.environ.get("PATH", os.defpath)] if home else [os.environ.get("PATH", os.defpath)]
+    return shutil.which("nvcc", path=os.pathsep.join(places if home else [*places, "/usr/local/cuda/bin"]))
 
 
 def wants_cuda(compiler: list[str], nvcc: str | None) -> bool:
@@ -90,9 +90,9 @@ def common_flags(part: str, version: str) -> list[str]:
 
 
 def link_flags() -> list[str]:
-    """Name libtvm_ffi.so without a path: the Python package has loaded it before. Strip everything but the exports."""
+    """Name libtvm_ffi.so without a path: the Python package has loaded it before. Keep only what the exports need."""
     tvm_ffi = [f"-L{tvm_ffi_folder() / 'lib'}", "-ltvm_ffi"]
-    return [*tvm_ffi, "-Xlinker", "--version-script=csrc/exports.map", "-Xlinker", "-s"]
+    return [*tvm_ffi, "-Xlinker", "--version-script=csrc/exports.map", "-Xlinker", "--gc-sections", "-Xlinker", "-s"]
 
 
 def path_map() -> str:

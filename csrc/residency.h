@@ -51,6 +51,8 @@ enum Word : int {
   kIssued,
   kCancelled,
   kOutOfRange,  // routed ids >= num_experts, which are ignored
+  kStreamSteps,   // of the steps, those that were streamed
+  kStreamMisses,  // of the misses, those of streamed steps
   kHeaderWords = 24,
 };
 
@@ -222,9 +224,10 @@ inline void smallest_first(Alone&, VictimKey* keys, int count, int wanted) {
 }
 #endif
 
-// Notes in `scratch.first` which experts are asked for, and where first.
-template <class Team, class Id>
-VEP_HD void find_first(Team& team, const Layer& layer, const Id* ids, int num_ids, const Scratch& scratch) {
+// Notes in `scratch.first` which experts are asked for, and where first. `ids` here and below: a pointer to integers, or
+// whatever else has [].
+template <class Team, class Ids>
+VEP_HD void find_first(Team& team, const Layer& layer, const Ids& ids, int num_ids, const Scratch& scratch) {
   const int num_experts = layer.num_experts();
   for (int expert = team.rank(); expert < num_experts; expert += team.size()) scratch.first[expert] = kNever;
   team.sync();
@@ -243,8 +246,8 @@ VEP_HD void find_first(Team& team, const Layer& layer, const Id* ids, int num_id
   team.sync();
 }
 
-template <class Id>
-VEP_HD bool is_first(const Layer& layer, const Id* ids, int i, const Scratch& scratch) {
+template <class Ids>
+VEP_HD bool is_first(const Layer& layer, const Ids& ids, int i, const Scratch& scratch) {
   const int64_t expert = static_cast<int64_t>(ids[i]);
   return expert >= 0 && expert < layer.num_experts() && scratch.first[expert] == i;
 }
@@ -334,8 +337,8 @@ VEP_HD inline bool place(const Layer& layer, const Scratch& scratch, const WaveL
 // step makes sure of it before the kernel. `ids`: `num_ids` routed ids, negative ones are padding. `slot_ids` (num_ids)
 // receives a valid slot for every entry. Returns kSplitNone, or kWide or kMustSettle, and then only prefetches that
 // have landed or could be cancelled are settled.
-template <class Team, class Id, class CopyLane>
-VEP_HD Split plan_narrow(Team& team, const Layer& layer, CopyLane& lane, const Id* ids, int num_ids, Id* slot_ids,
+template <class Team, class Ids, class Id, class CopyLane>
+VEP_HD Split plan_narrow(Team& team, const Layer& layer, CopyLane& lane, const Ids& ids, int num_ids, Id* slot_ids,
                          const Scratch& scratch, const WaveLists& lists, StepCounts* counts) {
   find_first(team, layer, ids, num_ids, scratch);
   settle(team, layer, lane, scratch, true);
@@ -419,8 +422,8 @@ VEP_HD inline void count_step(const Layer& layer, const StepCounts& step) {
 
 // Plans copies for `predicted` experts, most wanted first, at most `budget` of them, and marks them in flight.
 // Prefetches that have landed are settled first, none is cancelled. Returns the number of loads.
-template <class Team, class Id, class CopyLane>
-VEP_HD int plan_prefetch(Team& team, const Layer& layer, CopyLane& lane, const Id* predicted, int num_predicted,
+template <class Team, class Ids, class CopyLane>
+VEP_HD int plan_prefetch(Team& team, const Layer& layer, CopyLane& lane, const Ids& predicted, int num_predicted,
                          int budget, const Scratch& scratch, const WaveLists& lists, StepCounts* counts) {
   find_first(team, layer, predicted, num_predicted, scratch);
   settle(team, layer, lane, scratch, false);

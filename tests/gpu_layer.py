@@ -36,7 +36,7 @@ class GpuLayer:
         self.pool = SlotPool(self.store.views, num_slots, device)
         self.truth = {name: tensor.to(device) for name, tensor in tensors.items()}
         self.lane = lane or DeviceLane(device)
-        self.staging = DeviceStaging(self.store, self.pool, self.lane, DeviceStagingOptions(**options))
+        self.staging = DeviceStaging(self.store.views, self.pool, self.lane, DeviceStagingOptions(**options))
         self.demand = DemandLists(num_slots, device)
         self.ahead = PrefetchLists(num_slots, device)
         self.num_expected_errors = 0

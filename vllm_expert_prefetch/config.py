@@ -47,6 +47,12 @@ class ExpertPrefetchConfig:
     policy: str = _key("lru", "Eviction policy: " + ", ".join(f"`{name}`" for name in POLICIES) + ".")
     execution: str = _key("exact", "`exact`: the tokens are those of plain vLLM. No other mode exists yet.")
     prefetch: str = _key(OFF, "`off`: experts are copied when a token needs them. No other mode exists yet.")
+    staging: str = _key(
+        AUTO,
+        "Who plans and copies: `native` (the CPU platform: C++; a GPU: CUDA kernels, inside CUDA graphs, not yet run on "
+        "a GPU), `torch` (Python and torch; a GPU then needs `--enforce-eager`), `auto` (the CPU platform: `native` "
+        "where it was built; a GPU: `torch`).",
+    )
     stream_buffer: str = _key(
         AUTO,
         "Room for one layer's experts on the accelerator, shared by all layers, for steps that need more distinct "
@@ -78,6 +84,7 @@ class ExpertPrefetchConfig:
         _one_of("policy", self.policy, list(POLICIES))
         _one_of("execution", self.execution, ["exact"])
         _one_of("prefetch", self.prefetch, [OFF])
+        _one_of("staging", self.staging, [AUTO, "native", "torch"])
         _one_of("pin_memory", self.pin_memory, [AUTO, "on", OFF])
         _one_of("stream_buffer", self.stream_buffer, [AUTO, "on", OFF])
         _at_least("max_token_waves", self.max_token_waves, 0)

@@ -67,9 +67,9 @@ class Decoder:
         shape = self.backbone.shape
         weights = torch.full((1, shape.top_k), 1 / shape.top_k, dtype=torch.float32, device=DEVICE)
         for layer in range(shape.num_layers):
+            x = self.backbone.attend(layer, x)
             if layer + 1 < shape.num_layers:
                 self.ahead(layer + 1)
-            x = self.backbone.attend(layer, x)
             slot_ids, w13, w2 = self.slots_of(layer)
             normed = torch.nn.functional.rms_norm(x, (shape.hidden,))
             x = x + self.kernel(normed, w13, w2, weights, slot_ids.view(1, -1))
@@ -102,6 +102,7 @@ class Cached:
         return w13.view(-1, 2 * intermediate, hidden), w2.view(-1, hidden, intermediate)
 
     def slots_of(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Stage what the layer needs: its slot ids and weights."""
         layer, demand = self.layers[index], self.layers[index].demand
         if self.resident:
             return self.routed[index], *self.weights(layer)
@@ -120,6 +121,7 @@ class Cached:
         return self.slot_ids[index], *self.weights(layer)
 
     def ahead(self, index: int) -> None:
+        """Plan and start the prefetch of a layer."""
         if not self.prefetch:
             return
         layer, lists = self.layers[index], self.layers[index].ahead

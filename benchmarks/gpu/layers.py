@@ -17,10 +17,11 @@ DEVICE = torch.device("cuda")
 
 
 def make_store(row_bytes: tuple[int, ...], num_experts: int) -> HostStore:
-    """Small random bfloat16 numbers: zeros would be cheaper to compute with."""
-    rows = {
-        f"w{i}": torch.randn(num_experts, length // 2).div_(50).to(torch.bfloat16) for i, length in enumerate(row_bytes)
-    }
+    """Small random bfloat16 numbers, other ones for each expert: zeros would be cheaper to compute with."""
+    rows = {}
+    for index, length in enumerate(row_bytes):
+        numbers = torch.randn(length // 2).div_(50).to(torch.bfloat16)
+        rows[f"w{index}"] = torch.stack([numbers.roll(4099 * expert) for expert in range(num_experts)])
     return HostStore(rows, HostMemoryOptions(pin=True, cuda=True))
 
 
@@ -30,7 +31,7 @@ class Layer:
     def __init__(self, store: HostStore, num_slots: int, lane: DeviceLane, options: DeviceStagingOptions) -> None:
         self.store, self.num_slots = store, num_slots
         self.pool = SlotPool(store.views, num_slots, lane.device)
-        self.staging = DeviceStaging(store, self.pool, lane, options)
+        self.staging = DeviceStaging(store.views, self.pool, lane, options)
         self.demand = DemandLists(num_slots, lane.device)
         self.ahead = PrefetchLists(num_slots, lane.device)
         self.record_bytes = self.staging.record_bytes

@@ -32,9 +32,8 @@ def _gather_lines(gather: dict[str, Any]) -> list[str]:
             best[key] = row
     for (record_mb, records, _), row in best.items():
         blocks = f", {row['blocks']} blocks" if row["blocks"] else ""
-        lines.append(
-            f"  {records:>3} x {record_mb:>7} MB {row['gbps']:>7} GB/s {row['of_peak']:6.1%} ({row['by']}{blocks})"
-        )
+        speed = f"{row['gbps']:>7} GB/s {row['of_peak']:6.1%}"
+        lines.append(f"  {records:>3} x {record_mb:>7} MB {speed} ({row['by']}{blocks})")
     return lines
 
 
@@ -46,7 +45,6 @@ def _decode_lines(decode: dict[str, Any]) -> list[str]:
     for row in decode["rows"]:
         measured = f"{row['ms_per_token']:9.3f}" if "ms_per_token" in row else f"{'-':>9}"
         differing = row.get("differing_values", "-")
-        lines.append(
-            f"  {row['variant']:<22} {measured} {row['bound_ms']:8.3f} {row['missed_mb_per_token']:10.2f} {differing:>10}"
-        )
+        bound, missed = row["bound_ms"], row["missed_mb_per_token"]
+        lines.append(f"  {row['variant']:<22} {measured} {bound:8.3f} {missed:10.2f} {differing:>10}")
     return lines

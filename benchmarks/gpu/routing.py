@@ -69,7 +69,7 @@ def _predict(rng: random.Random, ids: list[int], num_experts: int, recall: float
 
 
 def cache_misses(trace: Trace, shape: MoeShape, num_slots: int, policy: str, warm_up: int) -> list[int]:
-    """Misses of all layers per step after `warm_up` steps, planned by the specification itself, slots empty at first."""
+    """Misses of all layers per step after `warm_up` steps, by the specification itself, slots empty at first."""
     misses = [0] * (len(trace.routed) - warm_up)
     for layer in range(shape.num_layers):
         cache = ExpertCache(shape.num_experts, num_slots, create_policy(policy))

@@ -22,10 +22,8 @@ class MoeShape:
     @property
     def row_bytes(self) -> tuple[int, int]:
         """Bytes of one expert's w13 (2I, H) and w2 (H, I)."""
-        return (
-            2 * self.intermediate * self.hidden * self.dtype_bytes,
-            self.hidden * self.intermediate * self.dtype_bytes,
-        )
+        w2 = self.hidden * self.intermediate * self.dtype_bytes
+        return 2 * w2, w2
 
     @property
     def record_bytes(self) -> int:

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import machine
-import routing
 from shapes import Plan
 
 OK, NEEDS_GPU, NOT_HERE, FAILED = "ok", "needs a GPU", "not here", "failed"
@@ -39,12 +38,12 @@ def run_machine(job: Job) -> dict[str, Any]:
 
 
 def run_build(job: Job) -> dict[str, Any]:
-    """The libraries in place, the CUDA one for this card only."""
+    """The libraries in place, the CUDA one for this card only, and the metadata by which the package knows itself."""
     if not job.on_gpu:
         return {"status": NEEDS_GPU, "nvcc": machine.nvcc()}
     arch = machine.gpus()[0]["compute_cap"].replace(".", "")
     environment = {**os.environ, "VEP_BUILD_CUDA": "1", "VEP_CUDA_ARCHS": arch}
-    return _command([sys.executable, "setup.py", "build_ext", "--inplace"], 600, environment, archs=arch)
+    return _command([sys.executable, "setup.py", "egg_info", "build_ext", "--inplace"], 600, environment, archs=arch)
 
 
 def run_link(job: Job) -> dict[str, Any]:
@@ -89,18 +88,15 @@ def run_sanitizer(job: Job) -> dict[str, Any]:
     tool = shutil.which("compute-sanitizer")
     if tool is None or not job.on_gpu:
         return {"status": NOT_HERE if tool is None else NEEDS_GPU}
-    chosen = [
-        "tests/gpu/test_gather.py",
-        "tests/gpu/test_prefetch.py",
-        "-k",
-        "not replays and not crowded and not large",
-    ]
-    pytest = [sys.executable, "-m", "pytest", "-q", "--no-header", "-o", "timeout=0", *chosen]
-    return _command([tool, "--error-exitcode", "9", *pytest], 900)
+    files = ["tests/gpu/test_gather.py", "tests/gpu/test_prefetch.py"]
+    pytest = [sys.executable, "-m", "pytest", "-q", "--no-header", "-o", "timeout=0", *files]
+    return _command([tool, "--error-exitcode", "9", *pytest, "-k", "not replays and not crowded and not large"], 900)
 
 
 def run_decode(job: Job) -> dict[str, Any]:
     """The synthetic decoder; without a GPU its trace and its bounds, for an assumed link and compute time."""
+    import routing
+
     plan = job.plan
     trace = routing.make_trace(plan.shape, plan.num_decode_steps, routing.TraceOptions())
     result: dict[str, Any] = {"shape": asdict(plan.shape), "trace": routing.measured_locality(trace)}

@@ -37,7 +37,7 @@ __device__ void report_error(const Lane& lane) {
   DeviceInt(*lane.errors).fetch_add(1, cuda::memory_order_relaxed);
 }
 
-// Host memory does not change while kernels run, and a record is read once: read-only path, no room in L1.
+// A source does not change while it is read, and is read once: read-only path, no room in L1.
 __device__ uint4 load_once(const uint4* source) {
   uint4 v;
   asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"

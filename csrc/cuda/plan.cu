@@ -52,6 +52,16 @@ class Block {
   int64_t* sums_;  // shared, one per warp
 };
 
+// Routed or predicted ids, `per_token` of each token; those of padding tokens count as -1. `real` is negative for
+// padding: vLLM's slot mapping, which is on the device, also while a graph with more tokens than requests is replayed.
+template <class Id>
+struct TokenIds {
+  const Id* ids;
+  const int64_t* real;  // (tokens)
+  int per_token;
+  __device__ Id operator[](int i) const { return real[i / per_token] < 0 ? Id{-1} : ids[i]; }
+};
+
 struct SlotWords {
   int32_t* words;
   __device__ bool landed(int slot) const { return is_ready(&words[slot]); }
@@ -133,32 +143,30 @@ __device__ void wait_for_lane(Block& team, const Layer& layer, int32_t* words) {
 
 template <class Id>
 __global__ void __launch_bounds__(kPlanThreads, 1)
-    plan_step_kernel(int64_t* state, int32_t* words, const Id* ids, Id* slot_ids, int num_entries,
-                     const int32_t* num_tokens, int first_token, const Orders orders, int64_t* mirror) {
+    plan_step_kernel(int64_t* state, int32_t* words, const Id* routed, const int64_t* real, Id* slot_ids,
+                     int num_entries, const Orders orders, int64_t* mirror) {
   extern __shared__ int64_t memory[];
   __shared__ int64_t sums[kPlanThreads / kWarp];
   Block team(sums);
   const Layer layer{state};
   const Room room = Room::of(memory, layer, orders.loads);
   SlotWords lane{words};
-  const int top_k = static_cast<int>(layer.header[kTopK]);
-  const int64_t real = static_cast<int64_t>(*num_tokens - first_token) * top_k;
-  const int num_ids = static_cast<int>(real < 0 ? 0 : real < num_entries ? real : num_entries);
+  const TokenIds<Id> ids{routed, real, static_cast<int>(layer.header[kTopK])};
   StepCounts step;
   Split split = kMustSettle;
   while (true) {
-    split = plan_narrow(team, layer, lane, ids, num_ids, slot_ids, room.scratch, room.lists, &step);
+    split = plan_narrow(team, layer, lane, ids, num_entries, slot_ids, room.scratch, room.lists, &step);
     if (split != kMustSettle) break;
     wait_for_lane(team, layer, words);  // only records that are being copied are in the way, and they land
   }
   if (split == kWide) {  // the caller promised a narrow step: no slot id may be out of range all the same
-    for (int i = team.rank(); i < num_ids; i += team.size()) slot_ids[i] = 0;
-    if (team.rank() == 0) layer.header[kOutOfRange] += num_ids;
+    for (int i = team.rank(); i < num_entries; i += team.size()) slot_ids[i] = 0;
+    if (team.rank() == 0) layer.header[kOutOfRange] += num_entries;
   }
   for (int m = team.rank(); m < step.num_misses; m += team.size()) begin_load(&words[orders.loads[2 * m + 1]]);
   take_over_late(team, layer, words, room, step, orders);
-  for (int i = num_ids + team.rank(); i < num_entries; i += team.size()) {  // padding: any valid slot
-    slot_ids[i] = ids[i] > 0 ? ids[i] % static_cast<Id>(layer.num_slots()) : 0;
+  for (int i = team.rank(); i < num_entries; i += team.size()) {  // padding: any valid slot, but not all the same one
+    if (ids[i] < 0) slot_ids[i] = static_cast<Id>(i % layer.num_slots());
   }
   if (team.rank() == 0) count_step(layer, step);
   mirror_totals(layer, mirror);
@@ -166,19 +174,17 @@ __global__ void __launch_bounds__(kPlanThreads, 1)
 
 template <class Id>
 __global__ void __launch_bounds__(kPlanThreads, 1)
-    plan_prefetch_kernel(int64_t* state, int32_t* words, const Id* predicted, int num_entries,
-                         const int32_t* num_tokens, int per_token, int budget, const Orders orders) {
+    plan_prefetch_kernel(int64_t* state, int32_t* words, const Id* predicted, const int64_t* real, int per_token,
+                         int num_entries, int budget, const Orders orders) {
   extern __shared__ int64_t memory[];
   __shared__ int64_t sums[kPlanThreads / kWarp];
   Block team(sums);
   const Layer layer{state};
   const Room room = Room::of(memory, layer, orders.loads);
   SlotWords lane{words};
-  const int64_t real = static_cast<int64_t>(*num_tokens) * per_token;
-  const int num_predicted = static_cast<int>(real < num_entries ? real : num_entries);
+  const TokenIds<Id> ids{predicted, real, per_token};
   StepCounts step;
-  const int num_loads = plan_prefetch(team, layer, lane, predicted, num_predicted, budget, room.scratch, room.lists,
-                                      &step);
+  const int num_loads = plan_prefetch(team, layer, lane, ids, num_entries, budget, room.scratch, room.lists, &step);
   for (int m = team.rank(); m < num_loads; m += team.size()) {
     orders.extra[m] = static_cast<int32_t>(enqueue(&words[orders.loads[2 * m + 1]]));
   }
@@ -189,7 +195,7 @@ __global__ void __launch_bounds__(kPlanThreads, 1)
 // (expert, expert)), what is resident from its slot (`kept`, pairs (expert, slot)). Residency does not change.
 template <class Id>
 __global__ void __launch_bounds__(kPlanThreads, 1)
-    plan_stream_kernel(int64_t* state, int32_t* words, const Id* ids, int num_entries, const int32_t* num_tokens,
+    plan_stream_kernel(int64_t* state, int32_t* words, const Id* routed, const int64_t* real, int num_entries,
                        int32_t* loads, int32_t* num_loads, int32_t* kept, int32_t* num_kept, int64_t* mirror) {
   extern __shared__ int64_t memory[];
   __shared__ int64_t sums[kPlanThreads / kWarp];
@@ -197,8 +203,8 @@ __global__ void __launch_bounds__(kPlanThreads, 1)
   const Layer layer{state};
   const Scratch scratch = Scratch::at(memory, layer.num_experts(), layer.num_slots());
   SlotWords lane{words};
-  const int64_t real = static_cast<int64_t>(*num_tokens) * layer.header[kTopK];
-  find_first(team, layer, ids, static_cast<int>(real < num_entries ? real : num_entries), scratch);
+  const TokenIds<Id> ids{routed, real, static_cast<int>(layer.header[kTopK])};
+  find_first(team, layer, ids, num_entries, scratch);
   wait_for_lane(team, layer, words);
   settle(team, layer, lane, scratch, true);
   constexpr int64_t kKept = 1ll << 16, kUse = 1ll << 32, kField = kKept - 1;
@@ -231,6 +237,8 @@ __global__ void __launch_bounds__(kPlanThreads, 1)
     *num_loads = step.num_misses;
     *num_kept = step.num_hits;
     count_step(layer, step);
+    layer.header[kStreamSteps] += step.num_needed > 0;
+    layer.header[kStreamMisses] += step.num_misses;
   }
   mirror_totals(layer, mirror);
 }
@@ -257,10 +265,20 @@ void check_room(const TensorView& list, int64_t needed, const char* what) {
   TVM_FFI_CHECK(list.numel() >= needed, ValueError) << what << " has room for " << list.numel() << ", needs " << needed;
 }
 
-void PlanStep(TensorView state, TensorView words, TensorView ids, TensorView slot_ids, TensorView num_tokens,
-              int64_t first_token, TensorView loads, TensorView num_loads, TensorView late, TensorView num_late,
-              int64_t mirror, int64_t stream) {
+// The tokens of (tokens, per token) ids; `real` must tell for each whether it is one.
+int64_t check_tokens(const TensorView& ids, const TensorView& real) {
+  TVM_FFI_CHECK(ids.ndim() == 2, ValueError) << "ids must have shape (tokens, k), they have " << ids.ndim()
+                                             << " dimensions";
+  check_room(real, ids.size(0), "real");
+  return ids.size(0);
+}
+
+// `ids` (T, K) int32 or int64, `real` (>= T) int64, negative for padding; K must be the planner's top-k.
+void PlanStep(TensorView state, TensorView words, TensorView ids, TensorView real, TensorView slot_ids,
+              TensorView loads, TensorView num_loads, TensorView late, TensorView num_late, int64_t mirror,
+              int64_t stream) {
   const Shape shape = shape_of(state, words);
+  check_tokens(ids, real);
   const int64_t entries = ids.numel();
   TVM_FFI_CHECK(entries <= shape.num_slots, ValueError)
       << entries << " routed ids may need more than " << shape.num_slots << " slots: split the step, or stream it";
@@ -273,16 +291,18 @@ void PlanStep(TensorView state, TensorView words, TensorView ids, TensorView slo
     using Id = decltype(id);
     plan_step_kernel<Id><<<1, kPlanThreads, shape.bytes, reinterpret_cast<cudaStream_t>(stream)>>>(
         cuda_data<int64_t>(state, "state"), cuda_data<int32_t>(words, "words"), cuda_data<Id>(ids, "ids"),
-        cuda_data<Id>(slot_ids, "slot_ids"), static_cast<int>(entries), cuda_data<int32_t>(num_tokens, "num_tokens"),
-        static_cast<int>(first_token), orders, reinterpret_cast<int64_t*>(mirror));
+        cuda_data<int64_t>(real, "real"), cuda_data<Id>(slot_ids, "slot_ids"), static_cast<int>(entries), orders,
+        reinterpret_cast<int64_t*>(mirror));
   };
   ids.dtype().bits == 64 ? launch(int64_t{}) : launch(int32_t{});
   check_launch("plan_step");
 }
 
-void PlanPrefetch(TensorView state, TensorView words, TensorView predicted, TensorView num_tokens, int64_t per_token,
-                  int64_t budget, TensorView loads, TensorView num_loads, TensorView tickets, int64_t stream) {
+// `predicted` (T, P): P expert ids of each token, most wanted first.
+void PlanPrefetch(TensorView state, TensorView words, TensorView predicted, TensorView real, int64_t budget,
+                  TensorView loads, TensorView num_loads, TensorView tickets, int64_t stream) {
   const Shape shape = shape_of(state, words);
+  check_tokens(predicted, real);
   const int64_t most = budget < 0 ? 0 : budget < shape.num_slots ? budget : shape.num_slots;
   check_room(loads, 2 * most, "loads");
   check_room(tickets, most, "tickets");
@@ -292,23 +312,24 @@ void PlanPrefetch(TensorView state, TensorView words, TensorView predicted, Tens
     using Id = decltype(id);
     plan_prefetch_kernel<Id><<<1, kPlanThreads, shape.bytes, reinterpret_cast<cudaStream_t>(stream)>>>(
         cuda_data<int64_t>(state, "state"), cuda_data<int32_t>(words, "words"), cuda_data<Id>(predicted, "predicted"),
-        static_cast<int>(predicted.numel()), cuda_data<int32_t>(num_tokens, "num_tokens"),
-        static_cast<int>(per_token), static_cast<int>(most), orders);
+        cuda_data<int64_t>(real, "real"), static_cast<int>(predicted.size(1)), static_cast<int>(predicted.numel()),
+        static_cast<int>(most), orders);
   };
   predicted.dtype().bits == 64 ? launch(int64_t{}) : launch(int32_t{});
   check_launch("plan_prefetch");
 }
 
-void PlanStream(TensorView state, TensorView words, TensorView ids, TensorView num_tokens, TensorView loads,
+void PlanStream(TensorView state, TensorView words, TensorView ids, TensorView real, TensorView loads,
                 TensorView num_loads, TensorView kept, TensorView num_kept, int64_t mirror, int64_t stream) {
   const Shape shape = shape_of(state, words);
+  check_tokens(ids, real);
   check_room(loads, 2 * shape.num_experts, "loads");
   check_room(kept, 2 * shape.num_slots, "kept");
   const auto launch = [&](auto id) {
     using Id = decltype(id);
     plan_stream_kernel<Id><<<1, kPlanThreads, shape.bytes, reinterpret_cast<cudaStream_t>(stream)>>>(
         cuda_data<int64_t>(state, "state"), cuda_data<int32_t>(words, "words"), cuda_data<Id>(ids, "ids"),
-        static_cast<int>(ids.numel()), cuda_data<int32_t>(num_tokens, "num_tokens"), cuda_data<int32_t>(loads, "loads"),
+        cuda_data<int64_t>(real, "real"), static_cast<int>(ids.numel()), cuda_data<int32_t>(loads, "loads"),
         cuda_data<int32_t>(num_loads, "num_loads"), cuda_data<int32_t>(kept, "kept"),
         cuda_data<int32_t>(num_kept, "num_kept"), reinterpret_cast<int64_t*>(mirror));
   };

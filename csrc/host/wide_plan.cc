@@ -248,6 +248,10 @@ Split plan_wide(const Layer& layer, const Id* ids, int num_ids, Workspace& work)
   step.num_used = num_used;
   step.num_unused = work.plan[kPlanUnused];
   count_step(layer, step);
+  if (split == kSplitStream) {
+    layer.header[kStreamSteps] += 1;
+    layer.header[kStreamMisses] += step.num_misses;
+  }
   return split;
 }
 

@@ -6,6 +6,9 @@ import pytest
 import torch
 from gpu_layer import READY, word
 
+from vllm_expert_prefetch.experts.device_staging import DeviceStaging
+from vllm_expert_prefetch.experts.slot_pool import SlotPool
+
 RECORDS = {
     "one vector": [16],
     "uneven": [48, 4112, 16],
@@ -76,6 +79,19 @@ def test_the_copy_engines_bring_the_same_bytes(make_layer, batched):
     assert layer.holds(5, 0)
     assert layer.holds(0, 3)
     assert layer.is_untouched(2)
+
+
+def test_records_go_from_slots_to_a_buffer(make_layer):
+    """As a wide step does with what is resident: pairs are (slot, place)."""
+    layer = make_layer([4096, 48], 9, 6)
+    buffer = SlotPool(layer.pool.tensors, 9, torch.device("cuda"))
+    layer.ask([(3, 1), (7, 4)])
+    layer.staging.stage(layer.demand)
+    staging = DeviceStaging(layer.pool.tensors, buffer, layer.lane)
+    layer.ask([(1, 3), (4, 7)])
+    staging.stage(layer.demand)
+    for name, truth in layer.truth.items():
+        assert torch.equal(buffer.tensors[name][[3, 7]], truth[[3, 7]])
 
 
 def test_replays_copy_what_their_own_list_says(make_layer):

@@ -48,7 +48,7 @@ def test_pageable_memory_is_refused(make_layer):
     layer = make_layer([4096], 4, 2)
     pageable = HostStore({"tensor0": torch.zeros(4, 4096, dtype=torch.uint8)}, HostMemoryOptions())
     with pytest.raises(RuntimeError, match="not mapped into device 0"):
-        DeviceStaging(pageable, layer.pool, layer.lane)
+        DeviceStaging(pageable.views, layer.pool, layer.lane)
 
 
 def test_rows_of_odd_length_are_refused_with_the_number(make_layer):

@@ -1,5 +1,7 @@
 """The bytes: host store, slot pool and the staging between them. Imports torch, never vLLM."""
 
+from vllm_expert_prefetch.experts.device_cache import DeviceLayerCache
+from vllm_expert_prefetch.experts.device_staging import DeviceLane
 from vllm_expert_prefetch.experts.host_memory import HostMemory, HostMemoryOptions
 from vllm_expert_prefetch.experts.host_store import HostStore
 from vllm_expert_prefetch.experts.layer_cache import LayerCache, NativeLayerCache, PythonLayerCache, Step, slot_ids_of
@@ -11,6 +13,8 @@ from vllm_expert_prefetch.experts.staging import TorchStaging
 
 __all__ = [
     "POLICY_NUMBERS",
+    "DeviceLane",
+    "DeviceLayerCache",
     "EmulatedLink",
     "HostMemory",
     "HostMemoryOptions",

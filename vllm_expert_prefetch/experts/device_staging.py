@@ -4,13 +4,13 @@ Nothing here allocates, synchronises or reads a result, so every call can be cap
 are int32 tensors on the GPU that the plan kernel fills; their addresses never change.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from vllm_expert_prefetch.experts.host_store import HostStore, row_bytes
+from vllm_expert_prefetch.experts.host_store import row_bytes
 from vllm_expert_prefetch.experts.slot_pool import SlotPool
 from vllm_expert_prefetch.native.library import cuda_library, why_not_cuda
 
@@ -87,14 +87,20 @@ class DeviceLane:
 
 
 class DeviceStaging:
-    """Copies records of one layer from its page-locked host store into `pool`, on the GPU's own initiative.
+    """Copies records of one layer into `pool`, on the GPU's own initiative.
 
-    `slot_words` (C) int32 holds the words of slot_state.h, for the plan kernel. At most one prefetch of a layer may be
-    on its way: join the lane before planning the next one.
+    `sources` are tensors (E, *row) by name: the views of a page-locked host store, or tensors on the GPU (the slots,
+    when `pool` is the stream buffer; "expert" then means the place in the source). `slot_words` (C) int32 holds the
+    words of slot_state.h, for the plan kernel. At most one prefetch of a layer may be on its way: join the lane before
+    planning the next one.
     """
 
     def __init__(
-        self, store: HostStore, pool: SlotPool, lane: DeviceLane, options: DeviceStagingOptions | None = None
+        self,
+        sources: Mapping[str, torch.Tensor],
+        pool: SlotPool,
+        lane: DeviceLane,
+        options: DeviceStagingOptions | None = None,
     ) -> None:
         """DeviceStagingError without the CUDA library; ValueError or RuntimeError, with numbers, for memory that is
         not page-locked, or whose rows or strides are no multiples of 16 bytes."""
@@ -103,10 +109,9 @@ class DeviceStaging:
             raise DeviceStagingError(f"expert_prefetch: no staging on the GPU: {why_not_cuda()}")
         self.lane = lane
         self.options = options or DeviceStagingOptions()
-        self.num_experts, self.num_slots = store.num_experts, pool.num_slots
-        self._table = _segment_table(self._library, store, pool, lane.device)
-        self._layer = (self._table, self.num_experts, self.num_slots)
-        self._kept_alive = (store, pool)  # kernels hold their addresses
+        self.num_experts, self.num_slots = len(next(iter(sources.values()))), pool.num_slots
+        self._layer = (_segment_table(self._library, sources, pool, lane.device), self.num_experts, self.num_slots)
+        self._kept_alive = (dict(sources), pool)  # kernels hold their addresses
         self.record_bytes: int = self._library.check_layout(*self._layer)
         num_words = self._library.board_ints(self.num_slots)
         self._board = torch.zeros(num_words, dtype=torch.int32, device=lane.device)
@@ -161,13 +166,20 @@ class DeviceStaging:
         return torch.cuda.current_stream(self.lane.device).cuda_stream
 
 
-def _segment_table(library: Any, store: HostStore, pool: SlotPool, device: torch.device) -> torch.Tensor:
-    """One row per expert tensor, int64 on the CPU: address in the store as the GPU sees it, stride, address in the
+def _segment_table(
+    library: Any, sources: Mapping[str, torch.Tensor], pool: SlotPool, device: torch.device
+) -> torch.Tensor:
+    """One row per expert tensor, int64 on the CPU: address of the source as the GPU sees it, stride, address in the
     slots, stride, row bytes."""
     rows = []
-    for name, view in store.views.items():
+    for name, source in sources.items():
+        address = source.data_ptr()
+        if not source.is_cuda:
+            address = library.device_pointer(address, device.index)
         slots = pool.tensors[name]
-        source = library.device_pointer(view.data_ptr(), device.index)
-        store_stride = view.stride(0) * view.element_size()
-        rows.append((source, store_stride, slots.data_ptr(), slots.stride(0) * slots.element_size(), row_bytes(view)))
+        rows.append((address, _stride_bytes(source), slots.data_ptr(), _stride_bytes(slots), row_bytes(source)))
     return torch.tensor(rows, dtype=torch.int64)
+
+
+def _stride_bytes(tensor: torch.Tensor) -> int:
+    return tensor.stride(0) * tensor.element_size()

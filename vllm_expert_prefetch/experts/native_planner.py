@@ -15,7 +15,7 @@ MUST_SETTLE = -1
 """What `plan` returns while prefetches leave the step too few slots (`residency.Planner.must_settle`)."""
 
 HEAD_WORDS = 8
-_HEADER_WORDS = 24
+HEADER_WORDS = 24
 _RANKED, _IN_FLIGHT = 1, 4
 
 
@@ -53,12 +53,12 @@ class NativePlanner:
     @property
     def slot_of(self) -> list[int]:
         """Slot of each expert, -1 for an absent one."""
-        return self.state[_HEADER_WORDS : _HEADER_WORDS + self.num_experts].tolist()
+        return self.state[HEADER_WORDS : HEADER_WORDS + self.num_experts].tolist()
 
     @property
     def expert_in(self) -> list[int]:
         """Expert in each slot, -1 for a free one."""
-        start = _HEADER_WORDS + 4 * self.num_experts
+        start = HEADER_WORDS + 4 * self.num_experts
         return self.state[start : start + self.num_slots].tolist()
 
     def check_integrity(self) -> None:
@@ -67,7 +67,7 @@ class NativePlanner:
         placed = {expert: slot for expert, slot in enumerate(slot_of) if slot >= 0}
         inverse = {expert: slot for slot, expert in enumerate(expert_in) if expert >= 0}
         assert placed == inverse, f"slot_of and expert_in are not inverse: {placed} and {inverse}"
-        flags = self.state[_HEADER_WORDS + self.num_experts :][: self.num_experts].tolist()
+        flags = self.state[HEADER_WORDS + self.num_experts :][: self.num_experts].tolist()
         states = {expert: flag & (_RANKED | _IN_FLIGHT) for expert, flag in enumerate(flags) if flag}
         assert states.keys() == placed.keys(), f"ranked or in flight are {states.keys()}, placed are {placed.keys()}"
         assert set(states.values()) <= {_RANKED, _IN_FLIGHT}, f"both or neither ranked and in flight: {states}"

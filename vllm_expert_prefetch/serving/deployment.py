@@ -7,26 +7,13 @@ import torch
 
 from vllm_expert_prefetch import __version__
 from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, ExpertPrefetchConfig
-from vllm_expert_prefetch.experts import (
-    POLICY_NUMBERS,
-    EmulatedLink,
-    HostMemoryOptions,
-    HostStore,
-    LayerCache,
-    NativeLayerCache,
-    NativePlanner,
-    NativeStaging,
-    PythonLayerCache,
-    SlotPool,
-    StagingLane,
-    TorchStaging,
-)
+from vllm_expert_prefetch.experts import HostMemoryOptions, HostStore, SlotPool
 from vllm_expert_prefetch.metrics.counters import SUFFIX, Counters
 from vllm_expert_prefetch.metrics.runtime_dir import ensure_runtime_dir
-from vllm_expert_prefetch.native.library import host_library, why_not_host
 from vllm_expert_prefetch.planning.sizing import GB, CacheSize, MemoryBudget, ModelShape, size_cache
-from vllm_expert_prefetch.residency import ExpertCache, Planner, create_policy
 from vllm_expert_prefetch.serving import compat
+from vllm_expert_prefetch.serving.cache_factory import CacheFactory
+from vllm_expert_prefetch.serving.device_totals import DeviceTotals
 from vllm_expert_prefetch.serving.takeover import TakeoverError
 
 if TYPE_CHECKING:
@@ -50,12 +37,8 @@ class Deployment:
         self._sizing = ""
         self._num_taken_over = 0
         self._buffers: dict[tuple[object, ...], SlotPool] = {}
-        self._lane: StagingLane | None = None
-        self.link = (
-            EmulatedLink(config.emulated_link_gbps, config.emulated_link_latency_us)
-            if config.emulated_link_gbps is not None
-            else None
-        )
+        self._device_totals: DeviceTotals | None = None
+        self.caches = CacheFactory(config)
         on_cuda = compat.on_cuda_platform()
         self.host_memory = HostMemoryOptions(
             pin=config.pin_memory == "on" or (config.pin_memory == AUTO and on_cuda),
@@ -86,35 +69,6 @@ class Deployment:
             self._buffers[key] = SlotPool(store.views, store.num_experts, device)
         return self._buffers[key]
 
-    def layer_cache(self, layer: "CachedRoutedExperts", size: CacheSize) -> LayerCache:
-        """The cache of `layer`, whose store and slots exist, every slot still free.
-
-        Planned and staged in C++ where that was built and knows the policy; otherwise in Python, and by torch.
-        """
-        policy, waves, stream = self.config.policy, self.config.max_token_waves, size.stream_buffer
-        lane = self._staging_lane()
-        staging = NativeStaging(layer.store, layer.pool, lane) if lane else None
-        if staging and policy in POLICY_NUMBERS:
-            planner = NativePlanner(
-                staging.lane.library, layer.num_experts, size.num_slots, layer.top_k, policy, waves, stream
-            )
-            return NativeLayerCache(planner, staging)
-        cache = ExpertCache(layer.num_experts, size.num_slots, create_policy(policy, seed=self._num_taken_over))
-        return PythonLayerCache(
-            cache,
-            Planner(cache, layer.top_k, waves, stream),
-            staging or TorchStaging(layer.store, layer.pool, self.link),
-        )
-
-    def _staging_lane(self) -> StagingLane | None:
-        """The native engine that all layers share; None on a GPU, and where it was not built."""
-        if self._lane is None and compat.on_cpu_platform():
-            if host_library() is None:
-                compat.logger().warning_once("expert_prefetch: staging with torch: %s", why_not_host())
-            else:
-                self._lane = StagingLane(self.link)
-        return self._lane
-
     def layer_taken_over(self) -> None:
         """Called by each layer; the last one makes the proof and prints the start-up line."""
         self._num_taken_over += 1
@@ -127,20 +81,18 @@ class Deployment:
         """The start-up line."""
         first = self._live_layers()[0]
         config = self.config
-        link = (
-            f"EMULATED {self.link.gbps} GB/s + {self.link.latency_us} us (not a real link)"
-            if self.link
-            else "not emulated"
-        )
+        link = self.caches.link
+        link_text = f"EMULATED {link.gbps} GB/s + {link.latency_us} us (not a real link)" if link else "not emulated"
         store, cache = self._host_bytes(), self._cache_bytes()
         return (
             f"expert_prefetch: {len(self.layers)} MoE layers x {first.num_experts} experts, "
-            f"{first.cache.num_slots} slots each; "
+            f"{first.pool.num_slots} slots each; "
             f"{store / GB:.4g} GB on the host ({'page-locked' if self.host_memory.pin else 'pageable'}), "
-            f"{cache / GB:.4g} GB cache ({100 * first.cache.num_slots / first.num_experts:.0f} % of the experts), "
+            f"{cache / GB:.4g} GB cache ({100 * first.pool.num_slots / first.num_experts:.0f} % of the experts), "
             f"{self._buffer_bytes() / GB:.4g} GB stream buffer; "
             f"policy {config.policy}, execution {config.execution}, prefetch {config.prefetch}; "
-            f"staging {first.cache.staging.name}, link {link}" + (f"; sizing: {self._sizing}" if self._sizing else "")
+            f"staging {self.caches.staging_name}, link {link_text}"
+            + (f"; sizing: {self._sizing}" if self._sizing else "")
         )
 
     def _live_layers(self) -> "list[CachedRoutedExperts]":
@@ -170,10 +122,10 @@ class Deployment:
         for layer in self._live_layers():
             for name in layer.store.views:
                 held = getattr(layer, name)
-                if held.shape[0] != layer.cache.num_slots:
+                if held.shape[0] != layer.pool.num_slots:
                     raise TakeoverError(
                         f"{CONFIG_KEY}: {layer.layer_name}.{name} holds {held.shape[0]} experts on the accelerator "
-                        f"instead of {layer.cache.num_slots} slots"
+                        f"instead of {layer.pool.num_slots} slots"
                     )
 
     def _host_bytes(self) -> int:
@@ -191,7 +143,7 @@ class Deployment:
         gauges = {
             "moe_layers": len(layers),
             "experts": sum(layer.num_experts for layer in layers),
-            "slots": sum(layer.cache.num_slots for layer in layers),
+            "slots": sum(layer.pool.num_slots for layer in layers),
             "host_store_bytes": self._host_bytes(),
             "cache_bytes": self._cache_bytes(),
             "stream_buffer_bytes": self._buffer_bytes(),
@@ -199,6 +151,9 @@ class Deployment:
         }
         for name, value in gauges.items():
             self.counters.set(name, value)
+        device_caches = [layer.device_cache for layer in layers if layer.device_cache is not None]
+        if device_caches:
+            self._device_totals = DeviceTotals(device_caches, self.counters)
 
     def _labels(self) -> dict[str, str]:
         model, parallel = self._vllm_config.model_config, self._vllm_config.parallel_config
@@ -210,12 +165,13 @@ class Deployment:
         }
 
     def _info(self) -> dict[str, str]:
+        link = self.caches.link
         return {
             "execution": self.config.execution,
             "policy": self.config.policy,
             "prefetch": self.config.prefetch,
-            "staging": self._live_layers()[0].cache.staging.name,
-            "link": f"emulated {self.link.gbps} GB/s {self.link.latency_us} us" if self.link else "real",
+            "staging": self.caches.staging_name,
+            "link": f"emulated {link.gbps} GB/s {link.latency_us} us" if link else "real",
             "pinned": str(self.host_memory.pin).lower(),
             "version": __version__,
             "vllm_version": compat.vllm_version(),

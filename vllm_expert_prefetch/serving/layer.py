@@ -1,6 +1,7 @@
 """vLLM's routed experts, served from a slot cache."""
 
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -8,11 +9,12 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from vllm_expert_prefetch.config import config_from_additional
-from vllm_expert_prefetch.experts import HostStore, SlotPool, Step
+from vllm_expert_prefetch.experts import DeviceLayerCache, HostStore, SlotPool, Step
 from vllm_expert_prefetch.metrics.definitions import INDEX
 from vllm_expert_prefetch.residency import Split
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.deployment import deployment_of
+from vllm_expert_prefetch.serving.device_step import DeviceStep
 from vllm_expert_prefetch.serving.execution import Executor, Kernel
 from vllm_expert_prefetch.serving.refusals import check_layer_refusals
 from vllm_expert_prefetch.serving.takeover import TakeoverError, expert_parameters, swap_in_slots
@@ -58,9 +60,12 @@ class CachedRoutedExperts(RoutedExperts):
             super().__init__(*args, **kwargs)
         check_layer_refusals(self.layer_name, self.quant_method)
         self.is_taken_over = self.is_fully_resident = False
+        self.device_cache: DeviceLayerCache | None = None
+        self._device_step: DeviceStep | None = None
         self.num_experts = self.local_num_experts
         self.expert_bytes = sum(p.nbytes for p in expert_parameters(self, self.num_experts).values())
-        self._accelerator = device
+        self.accelerator = device
+        self._tiles: dict[int, dict[str, int]] = {}
         self._deployment = deployment_of(vllm_config, config)
         self._number = len(self._deployment.layers)
         self._deployment.layers.append(weakref.ref(self))
@@ -87,16 +92,20 @@ class CachedRoutedExperts(RoutedExperts):
         size = deployment.size_for(self, resident_bytes)
         self.store = HostStore(tensors, deployment.host_memory)
         tensors.clear()
-        pool = SlotPool(self.store.views, size.num_slots, self._accelerator)
+        pool = SlotPool(self.store.views, size.num_slots, self.accelerator)
         swap_in_slots(self, pool.tensors)
         self.pool = pool
         self._use(pool)
-        self.cache = deployment.layer_cache(self, size)
-        buffer = deployment.stream_buffer(self.store, self._accelerator) if size.stream_buffer else None
-        self.executor = Executor(
-            self.num_experts, self.cache.staging, self._kernel, buffer, self._kernel_on(buffer) if buffer else None
-        )
-        self.cache.fill()
+        buffer = deployment.stream_buffer(self.store, self.accelerator) if size.stream_buffer else None
+        buffer_kernel = self._kernel_on(buffer) if buffer else None
+        if deployment.caches.decides_on_gpu:
+            self.device_cache = deployment.caches.device_cache(self, buffer)
+            waves = deployment.config.max_token_waves
+            self._device_step = DeviceStep(self.device_cache, self._kernel, buffer_kernel, waves)
+        else:
+            self.cache = deployment.caches.layer_cache(self, size, seed=self._number)
+            self.executor = Executor(self.num_experts, self.cache.staging, self._kernel, buffer, buffer_kernel)
+            self.cache.fill()
         self.is_taken_over = True
         self.is_fully_resident = size.num_slots == self.num_experts
         deployment.layer_taken_over()
@@ -149,6 +158,9 @@ class CachedRoutedExperts(RoutedExperts):
         With a slot for every expert, expert e sits in slot e for good: vLLM's own path, nothing to look up or count.
         Shared experts were computed by vLLM's runner: its only kernels that compute them here need expert parallelism.
         """
+        if self._device_step is not None and not self.is_fully_resident:
+            with self._tiles_as_if_resident(x.shape[0]):
+                return self._device_step.run(x, topk_weights, topk_ids)
         if self.is_fully_resident:
             return super().forward_modular(x, topk_weights, topk_ids)  # type: ignore[return-value]
         if torch.compiler.is_compiling():
@@ -163,14 +175,25 @@ class CachedRoutedExperts(RoutedExperts):
             )
         num_tokens = compat.num_real_tokens(x.shape[0])
         if num_tokens == 0:  # a dummy or profile run: the right shapes and load, no residency, no counters
-            return self._kernel(x, topk_weights, topk_ids % self.cache.num_slots)
+            return self._kernel(x, topk_weights, topk_ids % self.pool.num_slots)
         step = self.cache.serve(topk_ids, num_tokens)
-        if step.slot_ids is not None:
-            output = self._kernel(x, topk_weights, step.slot_ids)
-        else:
-            output, step = self.executor.run(step, x, topk_weights, topk_ids)
+        with self._tiles_as_if_resident(x.shape[0]):
+            if step.slot_ids is not None:
+                output = self._kernel(x, topk_weights, step.slot_ids)
+            else:
+                output, step = self.executor.run(step, x, topk_weights, topk_ids)
         self._count(step)
         return output
+
+    def _tiles_as_if_resident(self, num_rows: int) -> AbstractContextManager[None]:
+        """On a GPU, every row is computed with the tiles that vLLM would choose for the whole step with all E experts:
+        the same sums in the same order, whatever the number of slots and waves."""
+        if self.accelerator.type != "cuda":
+            return nullcontext()
+        if num_rows not in self._tiles:
+            w13, w2 = (tuple(self.store.views[name].shape) for name in ("w13_weight", "w2_weight"))
+            self._tiles[num_rows] = compat.tiles_of(w13, w2, self.top_k, num_rows)
+        return compat.fixed_tiles(self._tiles[num_rows])
 
     def _kernel(self, x: torch.Tensor, topk_weights: torch.Tensor, slot_ids: torch.Tensor) -> torch.Tensor:
         return self.quant_method.apply(  # type: ignore[return-value]  # the deferred form is for kernels that are refused

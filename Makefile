@@ -25,10 +25,10 @@ DEMO_DIR = .demo/$(patsubst %-moe,%,$(DEMO))-moe
 URL = http://localhost:$(PORT)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve lint check test bench gpu-check matrix clean
+.PHONY: help setup serve lint check test bench sanitize release-check gpu-check matrix clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 setup:  ## Make .venv: vLLM for this machine, this package, and its tools (quick when nothing changed)
 	@$(SETUP) --venv "$(VENV)" --platform $(PLATFORM)
@@ -72,6 +72,12 @@ test: setup  ## The whole test suite
 
 bench: setup  ## Every benchmark, in its quick form
 	@set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python "$$script" --quick; done
+
+sanitize: setup  ## The native code's C++ tests under the address, undefined-behaviour and thread sanitizers
+	$(BIN)/pytest tests/native/test_sanitizers.py $(PYTEST_ARGS)
+
+release-check: setup  ## Build the sdist and the wheels, and prove that they install and work (about 5 minutes)
+	$(BIN)/python .ci/release_check.py
 
 # Where there is a GPU, there may be no network: this uses the Python at hand, and installs nothing.
 gpu-check:  ## Build, test and measure everything that needs a GPU (docs/gpu-check.md; GPU_CHECK_ARGS="--quick")

@@ -23,7 +23,9 @@ RULES = {
     "prediction": Rule(["residency", "config", "experts"], torch="yes"),
     "calibration": Rule(["residency", "config", "experts", "prediction"], torch="yes"),
     "demo": Rule(torch="yes"),
-    "serving": Rule(["residency", "config", "metrics", "planning", "experts", "prediction"], torch="yes", vllm="yes"),
+    "serving": Rule(
+        ["native", "residency", "config", "metrics", "planning", "experts", "prediction"], torch="yes", vllm="yes"
+    ),
     "plugin": Rule(late_parts=["serving"]),
     "cli": Rule(
         ["native", "residency", "config", "metrics", "planning"],

@@ -49,9 +49,9 @@ class ExpertPrefetchConfig:
     prefetch: str = _key(OFF, "`off`: experts are copied when a token needs them. No other mode exists yet.")
     staging: str = _key(
         AUTO,
-        "Who plans and copies: `native` (the CPU platform: C++; a GPU: CUDA kernels, inside CUDA graphs, not yet run on "
-        "a GPU), `torch` (Python and torch; a GPU then needs `--enforce-eager`), `auto` (the CPU platform: `native` "
-        "where it was built; a GPU: `torch`).",
+        "Who plans and copies: `native` (the CPU platform: C++; a GPU: CUDA kernels, also inside CUDA graphs, not yet "
+        "run on a GPU), `torch` (Python and torch; a GPU then needs `--enforce-eager`), `auto` (the CPU platform: "
+        "`native` where it was built; a GPU: `torch`).",
     )
     stream_buffer: str = _key(
         AUTO,

@@ -252,6 +252,14 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
+cudaError_t load_kernels() {
+  cudaFuncAttributes attributes;
+  cudaError_t status = cudaFuncGetAttributes(&attributes, gather_kernel);
+  if (status == cudaSuccess) status = cudaFuncGetAttributes(&attributes, await_kernel);
+  if (status == cudaSuccess) status = cudaFuncGetAttributes(&attributes, prefetch_kernel);
+  return status;
+}
+
 void launch_gather(const RecordLayout& layout, const DemandLists& lists, const Board& board, const Lane& lane,
                    int num_blocks, cudaStream_t stream) {
   gather_kernel<<<num_blocks, kThreads, 0, stream>>>(layout, lists, board, lane);

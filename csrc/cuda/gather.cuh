@@ -53,6 +53,10 @@ struct PrefetchLists {
   const int32_t* tickets;  // what enqueue returned for the load of the same position
 };
 
+// Loads the kernels' code into the current device. Otherwise CUDA does so at the first launch, which may wait for every
+// running kernel and is no business of a capture.
+cudaError_t load_kernels();
+
 void launch_gather(const RecordLayout& layout, const DemandLists& lists, const Board& board, const Lane& lane,
                    int num_blocks, cudaStream_t stream);
 

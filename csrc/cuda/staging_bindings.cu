@@ -148,6 +148,11 @@ int64_t check_layout(TensorView table, int64_t num_experts, int64_t num_slots) {
   return layout_of(table, num_experts, num_slots).record_vectors * kVectorBytes;
 }
 
+void load_staging_kernels(int64_t device) {
+  tvm::ffi::CUDADeviceGuard guard(static_cast<int>(device));
+  check_cuda(load_kernels(), "load_staging_kernels");
+}
+
 int64_t device_pointer(int64_t host_address, int64_t device) {
   tvm::ffi::CUDADeviceGuard guard(static_cast<int>(device));
   void* pointer = nullptr;
@@ -222,6 +227,7 @@ void copy_records_async(TensorView table, int64_t num_experts, int64_t num_slots
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(board_ints, vep::board_ints);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(check_layout, vep::check_layout);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(load_staging_kernels, vep::load_staging_kernels);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(device_pointer, vep::device_pointer);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gather_records, vep::gather_records);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(await_slots, vep::await_slots);

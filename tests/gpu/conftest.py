@@ -1,5 +1,6 @@
 """A small layer on the GPU. Every test here needs a GPU and the CUDA library; without either it is skipped."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,9 @@ import torch
 from gpu_layer import GpuLayer
 
 HERE = Path(__file__).parent
+
+# Some tests launch kernels while another one spins: CUDA must not load code then, which may wait for all kernels.
+os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 
 
 def pytest_collection_modifyitems(items):

@@ -110,7 +110,14 @@ def test_the_tag_is_the_newest_glibc_that_the_libraries_name(build, tmp_path, sy
 
 
 def test_the_digest_follows_every_source_of_its_own_library(tmp_path):
-    files = {"a.h": "host cuda", "host/a.cc": "host", "host/b.h": "host", "cuda/a.cu": "cuda", "cuda/b.cc": "cuda", "cuda/b.cuh": "cuda"}
+    files = {
+        "a.h": "host cuda",
+        "host/a.cc": "host",
+        "host/b.h": "host",
+        "cuda/a.cu": "cuda",
+        "cuda/b.cc": "cuda",
+        "cuda/b.cuh": "cuda",
+    }
     for name in files:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("1")

@@ -36,6 +36,12 @@ def test_bit_equal_with_every_policy(stock, policy):
         assert generate(llm) == stock
 
 
+def test_bit_equal_when_planned_in_python_and_staged_by_torch(stock):
+    with open_engine(TINY_MODEL, {"cache_fraction": 0.25, "staging": "torch"}) as llm:
+        assert generate(llm) == stock
+        assert layers(llm)[0].cache.staging.name == "torch"
+
+
 def test_waves_by_tokens_are_bit_equal(stock):
     config = {"slots_per_layer": 4, "stream_buffer": "off", "max_token_waves": 64}
     with open_engine(TINY_MODEL, config) as llm:

@@ -35,11 +35,12 @@ class DeviceLayerCache:
         planner = NativePlanner(host_library(), store.num_experts, pool.num_slots, top_k, policy, 0, False)
         planner.fill()
         self._state = planner.state.to(lane.device)
-        self._library: Any = cuda_library()  # there, or DeviceStaging would have said why not
+        library: Any = cuda_library()  # there, or DeviceStaging would have said why not
+        self._library = library
         self._lane = lane
         self._demand = DemandLists(pool.num_slots, lane.device)
         self._mirror = HostMemory(8 * HEADER_WORDS, HostMemoryOptions(pin=True, cuda=True))
-        self._mirror_address = self._library.device_pointer(self._mirror.bytes.data_ptr(), lane.device.index)
+        self._mirror_address = library.device_pointer(self._mirror.bytes.data_ptr(), lane.device.index)
         self._totals = self._mirror.bytes.view(torch.int64)
         self._buffer_from_store = DeviceStaging(store.views, buffer, lane) if buffer else None
         self._buffer_from_pool = DeviceStaging(pool.tensors, buffer, lane) if buffer else None

@@ -113,6 +113,7 @@ class DeviceStaging:
         self._layer = (_segment_table(self._library, sources, pool, lane.device), self.num_experts, self.num_slots)
         self._kept_alive = (dict(sources), pool)  # kernels hold their addresses
         self.record_bytes: int = self._library.check_layout(*self._layer)
+        self._library.load_staging_kernels(lane.device.index)
         num_words = self._library.board_ints(self.num_slots)
         self._board = torch.zeros(num_words, dtype=torch.int32, device=lane.device)
         self.slot_words = self._board[: self.num_slots]

@@ -1,8 +1,8 @@
 """Prove what a release promises about its files: `make release-check` calls it, from this repository's environment.
 
-The sdist is built from the repository, and every wheel from that sdist alone. Each wheel is installed by one `pip install`
-into a new environment. torch and vLLM are several GB: the new environment sees those of the environment that runs this
-script, behind its own packages, so pip finds them installed and downloads only tvm-ffi.
+The sdist is built from the repository, every wheel from that sdist alone, and each wheel is installed by one
+`pip install` into a new environment. torch and vLLM are several GB: the new environment sees those of the environment
+that runs this script, behind its own packages, so pip finds them installed and downloads only tvm-ffi.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ OLDEST_TVM_FFI = "0.1.10"
 COMPILERS = ("g++", "c++")
 
 IMPORTS = """
-import importlib.metadata, json, sys, vllm_expert_prefetch
+import importlib.metadata, json, sys
+# This environment's vLLM may need a later tvm-ffi than the one under test: doctor must report without it.
+sys.modules["vllm"] = None
+import vllm_expert_prefetch
 from vllm_expert_prefetch.cli import doctor
 assert vllm_expert_prefetch.__file__.startswith(sys.prefix), vllm_expert_prefetch.__file__
 native = doctor.examine()["native"]
@@ -56,10 +59,13 @@ def require(holds: bool, message: str) -> None:
 
 
 def call(*command: object, env: dict[str, str] | None = None) -> str:
-    """The command's stdout; CheckError with the end of all its output when it fails."""
+    """The command's stdout; CheckError with the end of all its output when it fails.
+
+    It runs at the file system's root: Python would import this repository from its current folder.
+    """
     words = [str(word) for word in command]
     inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
-    done = subprocess.run(words, env=env or inherited, capture_output=True, text=True, check=False)
+    done = subprocess.run(words, cwd="/", env=env or inherited, capture_output=True, text=True, check=False)
     tail = "\n".join((done.stdout + done.stderr).splitlines()[-30:])
     require(done.returncode == 0, f"failed: {' '.join(words)}\n{tail}")
     return done.stdout
@@ -134,15 +140,18 @@ class Release:
         external = set(audit["external_libs"])
         require(external == {"libtvm_ffi.so"}, f"{wheel.name} needs {sorted(external)}, not libtvm_ffi.so alone")
 
-    def check_install(self, wheel: Path, *tvm_ffi: str) -> dict[str, Any]:
+    def check_install(self, wheel: Path, newest_tvm_ffi: bool) -> dict[str, Any]:
         """Install into a new environment and ask `doctor`; a wheel with a host library must plan with it."""
         python = self._make_venv(f"install-{len(list(self.folder.glob('install-*')))}")
         site = Path(call(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
         (site / "zz-heavy-packages.pth").write_text(sysconfig.get_path("purelib") + "\n")
-        call(python, "-m", "pip", "install", "--quiet", wheel, *tvm_ffi)
+        requirement = "apache-tvm-ffi" if newest_tvm_ffi else f"apache-tvm-ffi=={OLDEST_TVM_FFI}"
+        call(python, "-m", "pip", "install", "--quiet", "--upgrade", wheel, requirement)
         report = json.loads(call(python, "-c", IMPORTS).splitlines()[-1])
         if report["host"]["usable"]:
             call(python, "-c", PLAN)
+        if newest_tvm_ffi:
+            call(python.with_name("vllm-expert-prefetch"), "doctor")
         call(python, "-m", "pip", "uninstall", "--quiet", "--yes", "vllm-expert-prefetch")
         require(not list(site.glob("vllm_expert_prefetch*")), f"{wheel.name} leaves files behind when uninstalled")
         return report
@@ -153,11 +162,11 @@ def check(folder: Path) -> None:
     sdist, wheel = step("sdist, and a wheel from it", release.build)
     libraries = {"libvep_host.so", *(["libvep_cuda.so"] if release.have_nvcc else [])}
     step(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB", lambda: release.check_wheel(wheel, libraries))
-    for requirement in (f"apache-tvm-ffi=={OLDEST_TVM_FFI}", "apache-tvm-ffi"):
-        report = step(
-            f"one pip install, {requirement}", partial(release.check_install, wheel, "--upgrade", requirement)
-        )
-        print(f"  with apache-tvm-ffi {report['tvm_ffi']}")
+    for newest in (False, True):
+        install = partial(release.check_install, wheel, newest)
+        report = step(f"one pip install, {'newest' if newest else 'oldest'} tvm-ffi", install)
+        print(f"  apache-tvm-ffi {report['tvm_ffi']}")
+        require(newest or report["tvm_ffi"] == OLDEST_TVM_FFI, f"that is not {OLDEST_TVM_FFI}")
         require(report["host"]["usable"], f"the host library is not usable: {report['host']['reason']}")
         require(
             report["cuda"]["usable"] == release.have_nvcc,
@@ -167,7 +176,7 @@ def check(folder: Path) -> None:
     release.check_wheel(plain, {"libvep_host.so"})
     pure = step("the sdist where there is no compiler", lambda: release.build_without(sdist, "nvcc", *COMPILERS))
     release.check_wheel(pure, set())
-    report = step(f"one pip install, {pure.name}", lambda: release.check_install(pure))
+    report = step(f"one pip install, {pure.name}", partial(release.check_install, pure, True))
     reason = report["host"]["reason"]
     require(reason.startswith("not built: libvep_host.so needs a C++20 compiler"), f"doctor says: {reason}")
 

@@ -66,10 +66,13 @@ class ExpertPrefetchConfig:
     )
     pin_memory: str = _key(
         AUTO,
-        "Page-lock the host store: `auto` (on a GPU yes, on CPU no), `on`, `off`. `on` fails at start-up when the "
-        "memlock limit is too small.",
+        "Page-lock the host store: `auto` (on a GPU yes, and without it where that fails; on CPU no), `on` (fail at "
+        "start-up when the memlock limit is too small), `off`.",
     )
-    numa_node: int | None = _key(None, "NUMA node that holds the host store. Unset: where the worker runs.")
+    numa_node: int | None = _key(
+        None,
+        "NUMA node that holds the host store. Unset: on a GPU the node that it hangs on, on CPU where the worker runs.",
+    )
     huge_pages: bool = _key(False, "Ask for transparent huge pages (2 MB) for the host store.")
     emulated_link_gbps: float | None = _key(
         None, "CPU only, for studies: bandwidth of an emulated host-to-accelerator link, in GB/s (10^9 bytes/s)."

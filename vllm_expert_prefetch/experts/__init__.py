@@ -2,7 +2,7 @@
 
 from vllm_expert_prefetch.experts.device_cache import DeviceLayerCache
 from vllm_expert_prefetch.experts.device_staging import DeviceLane
-from vllm_expert_prefetch.experts.host_memory import HostMemory, HostMemoryOptions
+from vllm_expert_prefetch.experts.host_memory import HostMemory, HostMemoryOptions, numa_node_of_gpu
 from vllm_expert_prefetch.experts.host_store import HostStore
 from vllm_expert_prefetch.experts.layer_cache import LayerCache, NativeLayerCache, PythonLayerCache, Step, slot_ids_of
 from vllm_expert_prefetch.experts.link import EmulatedLink
@@ -28,5 +28,6 @@ __all__ = [
     "StagingLane",
     "Step",
     "TorchStaging",
+    "numa_node_of_gpu",
     "slot_ids_of",
 ]

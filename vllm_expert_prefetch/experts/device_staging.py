@@ -1,4 +1,4 @@
-"""Staging on a GPU, decided and done on the device: what csrc/cuda/gather.cu copies, and on which stream.
+"""Staging on a GPU, decided and done on the device: what csrc/cuda/gather_kernels.cuh copies, and on which stream.
 
 Nothing here allocates, synchronises or reads a result, so every call can be captured in a CUDA graph. Lists of loads
 are int32 tensors on the GPU that the plan kernel fills; their addresses never change.
@@ -82,7 +82,7 @@ class DeviceLane:
             self._is_ahead = False
 
     def num_errors(self) -> int:
-        """Loads and waits that kernels refused since the start (see gather.cu). Synchronises: for tests and reports."""
+        """Loads and waits that kernels refused since the start (see gather_kernels.cuh). Synchronises: for reports."""
         return int(self.words[1].item())
 
 

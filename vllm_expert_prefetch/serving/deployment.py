@@ -1,5 +1,6 @@
 """One worker's MoE layers together: the slot count, the proof that they were taken over, the start-up line."""
 
+import time
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -7,7 +8,7 @@ import torch
 
 from vllm_expert_prefetch import __version__
 from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, ExpertPrefetchConfig
-from vllm_expert_prefetch.experts import HostMemoryOptions, HostStore, SlotPool
+from vllm_expert_prefetch.experts import HostMemoryOptions, HostStore, SlotPool, numa_node_of_gpu
 from vllm_expert_prefetch.metrics.counters import SUFFIX, Counters
 from vllm_expert_prefetch.metrics.runtime_dir import ensure_runtime_dir
 from vllm_expert_prefetch.planning.sizing import GB, CacheSize, MemoryBudget, ModelShape, size_cache
@@ -19,6 +20,7 @@ from vllm_expert_prefetch.serving.takeover import TakeoverError
 if TYPE_CHECKING:
     from vllm_expert_prefetch.serving.layer import CachedRoutedExperts
 
+_PROGRESS_SECONDS = 10
 _ACTIVATION_COPIES = 16
 """Activation reserve on a GPU, in copies of the widest step's hidden states (before vLLM has measured it)."""
 
@@ -40,12 +42,18 @@ class Deployment:
         self._device_totals: DeviceTotals | None = None
         self.caches = CacheFactory(config)
         on_cuda = compat.on_cuda_platform()
+        node = config.numa_node
+        if node is None and on_cuda:
+            node = numa_node_of_gpu(torch.cuda.current_device())
         self.host_memory = HostMemoryOptions(
             pin=config.pin_memory == "on" or (config.pin_memory == AUTO and on_cuda),
             cuda=on_cuda,
-            numa_node=config.numa_node,
+            numa_node=node,
             huge_pages=config.huge_pages,
+            must_pin=config.pin_memory == "on",
+            must_bind=config.numa_node is not None,
         )
+        self._next_progress = time.monotonic() + _PROGRESS_SECONDS
 
     def is_for(self, vllm_config: Any) -> bool:
         """Whether this deployment belongs to the model that `vllm_config` describes."""
@@ -72,10 +80,25 @@ class Deployment:
     def layer_taken_over(self) -> None:
         """Called by each layer; the last one makes the proof and prints the start-up line."""
         self._num_taken_over += 1
+        self._report_progress()
         if self._num_taken_over == len(self.layers):
             self._verify_bytes()
             self._publish()
             compat.logger().info("%s", self.describe())
+
+    def _report_progress(self) -> None:
+        """Once, what of the host memory could not be as it should; and how far a long load is."""
+        layers = [layer for layer in self._live_layers() if hasattr(layer, "store")]
+        if self._num_taken_over == 1:
+            for note in layers[0].store.memory.notes:
+                compat.logger().warning("%s. Going on without", note)
+        if time.monotonic() > self._next_progress:
+            self._next_progress = time.monotonic() + _PROGRESS_SECONDS
+            filled = sum(layer.store.num_bytes for layer in layers) / GB
+            compat.logger().info(
+                "expert_prefetch: %d of %d MoE layers in host memory, %.4g GB",
+                *(self._num_taken_over, len(self.layers), filled),
+            )
 
     def describe(self) -> str:
         """The start-up line."""
@@ -87,7 +110,7 @@ class Deployment:
         return (
             f"expert_prefetch: {len(self.layers)} MoE layers x {first.num_experts} experts, "
             f"{first.pool.num_slots} slots each; "
-            f"{store / GB:.4g} GB on the host ({'page-locked' if self.host_memory.pin else 'pageable'}), "
+            f"{store / GB:.4g} GB on the host ({'page-locked' if self._is_pinned() else 'pageable'}), "
             f"{cache / GB:.4g} GB cache ({100 * first.pool.num_slots / first.num_experts:.0f} % of the experts), "
             f"{self._buffer_bytes() / GB:.4g} GB stream buffer; "
             f"policy {config.policy}, execution {config.execution}, prefetch {config.prefetch}; "
@@ -127,6 +150,9 @@ class Deployment:
                         f"{CONFIG_KEY}: {layer.layer_name}.{name} holds {held.shape[0]} experts on the accelerator "
                         f"instead of {layer.pool.num_slots} slots"
                     )
+
+    def _is_pinned(self) -> bool:
+        return all(layer.store.memory.is_pinned for layer in self._live_layers())
 
     def _host_bytes(self) -> int:
         return sum(layer.store.num_bytes for layer in self._live_layers())
@@ -172,7 +198,7 @@ class Deployment:
             "prefetch": self.config.prefetch,
             "staging": self.caches.staging_name,
             "link": f"emulated {link.gbps} GB/s {link.latency_us} us" if link else "real",
-            "pinned": str(self.host_memory.pin).lower(),
+            "pinned": str(self._is_pinned()).lower(),
             "version": __version__,
             "vllm_version": compat.vllm_version(),
         }

@@ -90,7 +90,7 @@ class Cached:
         self.routed = torch.zeros(shape.num_layers, shape.top_k, dtype=torch.int32, device=DEVICE)
         self.predicted = torch.zeros_like(self.routed)
         self.slot_ids = torch.arange(shape.top_k, dtype=torch.int32, device=DEVICE).repeat(shape.num_layers, 1)
-        self.one = torch.ones(1, dtype=torch.int32, device=DEVICE)
+        self.real = torch.ones(1, dtype=torch.int64, device=DEVICE)
         self.states = [planner_state(shape.num_experts, num_slots, shape.top_k, LFRU) for _ in self.layers]
         for layer in self.layers if self.resident else ():
             layer.staging.copy((expert, expert) for expert in range(num_slots))
@@ -111,7 +111,7 @@ class Cached:
             stream = torch.cuda.current_stream().cuda_stream
             routed, slot_ids = self.routed[index], self.slot_ids[index]
             self.library.plan_step(
-                self.states[index], layer.staging.slot_words, routed, slot_ids, self.one, 0, *lists, 0, stream
+                self.states[index], layer.staging.slot_words, routed.view(1, -1), self.real, slot_ids, *lists, 0, stream
             )
         else:
             demand.loads[:, 0].copy_(self.routed[index])
@@ -128,7 +128,7 @@ class Cached:
         top_k, stream = self.shape.top_k, torch.cuda.current_stream().cuda_stream
         words, orders = layer.staging.slot_words, (lists.loads, lists.num_loads, lists.tickets)
         self.library.plan_prefetch(
-            self.states[index], words, self.predicted[index], self.one, top_k, top_k, *orders, stream
+            self.states[index], words, self.predicted[index].view(1, -1), self.real, top_k, *orders, stream
         )
         layer.staging.prefetch(lists)
 

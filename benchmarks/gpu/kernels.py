@@ -84,8 +84,8 @@ def _plan_us(num_experts: int, num_slots: int, num_ids: int, policy: int, repeat
     top_k = 8
     state = planner_state(num_experts, num_slots, top_k, policy)
     words = torch.zeros(num_slots, dtype=torch.int32, device=DEVICE)
-    tokens = torch.full((1,), num_ids // top_k, dtype=torch.int32, device=DEVICE)
-    ids = torch.rand(NUM_IN_GRAPH, num_ids // top_k, num_experts, device=DEVICE).topk(top_k).indices.int().flatten(1)
+    real = torch.ones(num_ids // top_k, dtype=torch.int64, device=DEVICE)
+    ids = torch.rand(NUM_IN_GRAPH, num_ids // top_k, num_experts, device=DEVICE).topk(top_k).indices.int()
     lists = [torch.zeros(n, dtype=torch.int32, device=DEVICE) for n in (2 * num_ids, 1, num_ids, 1)]
     slot_ids = torch.zeros(num_ids, dtype=torch.int32, device=DEVICE)
     library: Any = cuda_library()
@@ -93,7 +93,7 @@ def _plan_us(num_experts: int, num_slots: int, num_ids: int, policy: int, repeat
     def run() -> None:
         stream = torch.cuda.current_stream().cuda_stream
         for routed in ids:
-            library.plan_step(state, words, routed, slot_ids, tokens, 0, *lists, 0, stream)
+            library.plan_step(state, words, routed, real, slot_ids, *lists, 0, stream)
 
     return round(median_ms(captured(run).replay, repeats) * 1e3 / NUM_IN_GRAPH, 2)
 

@@ -22,6 +22,9 @@
 
 #ifdef __CUDACC__
 #include <cuda/atomic>
+#define VEP_PRAGMA(text) _Pragma(#text)
+#else  // tests/native/cpp/gather_on_host.cc runs these kernels as threads
+#define VEP_PRAGMA(text)
 #endif
 
 namespace vep {
@@ -58,14 +61,14 @@ __device__ uint4 load_once(const uint4* source) {
 
 // By the whole block. All loads of a round leave before the first store waits for one.
 __device__ void copy_vectors(const uint4* source, uint4* target, int32_t count) {
-#pragma unroll 1
+  VEP_PRAGMA(unroll 1)
   for (int32_t base = threadIdx.x; base < count; base += num_threads() * kLoadsInFlight) {
     uint4 vectors[kLoadsInFlight];
-#pragma unroll
+    VEP_PRAGMA(unroll)
     for (int i = 0; i < kLoadsInFlight; ++i) {
       if (base + i * num_threads() < count) vectors[i] = load_once(source + base + i * num_threads());
     }
-#pragma unroll
+    VEP_PRAGMA(unroll)
     for (int i = 0; i < kLoadsInFlight; ++i) {
       if (base + i * num_threads() < count) target[base + i * num_threads()] = vectors[i];
     }

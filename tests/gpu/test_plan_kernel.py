@@ -60,9 +60,9 @@ class Walk:
         unused = self.cache.num_unused
         plan = self.planner.plan_prefetch(predicted, budget)
         ids = torch.tensor(predicted, dtype=torch.int32).cuda()
-        one = torch.ones(1, dtype=torch.int32).cuda()
+        real = torch.ones(1, dtype=torch.int64).cuda()
         cuda_library().plan_prefetch(
-            *(self.device_state, self.words, ids, one, len(predicted), budget),
+            *(self.device_state, self.words, ids.view(1, -1), real, budget),
             *(self.loads, self.num_loads, self.extra, torch.cuda.current_stream().cuda_stream),
         )
         assert self.listed() == [(load.expert, load.slot) for load in plan.loads]
@@ -79,21 +79,25 @@ class Walk:
     def step(self):
         num_tokens = self.rng.randrange(1, self.num_slots // self.top_k + 1)
         ids = [e for _ in range(num_tokens) for e in self.rng.sample(range(self.num_experts), self.top_k)]
-        ids = [-1 if self.rng.random() < 0.1 else expert for expert in ids]
+        routed = [-1 if self.rng.random() < 0.1 else expert for expert in ids]
+        real = [-1 if self.rng.random() < 0.15 else 3 for _ in range(num_tokens)]
+        ids = [expert if real[i // self.top_k] >= 0 else -1 for i, expert in enumerate(routed)]
         needed = set(ids)
         if self.would_wait(needed):
             self.set_states([READY if state == COPYING else state for state in self.states()])
         self.settle(needed)
         before = self.states()
         plan = self.planner.plan(ids)
-        self.run_kernel(ids, num_tokens)
+        self.run_kernel(routed, real)
         waves = plan.waves
         late = [(expert, self.cache.slot_of[expert]) for expert in (waves[0].late if waves else ())]
         claimed = [pair for pair in late if before[pair[1]] == QUEUED]
         loads = [(load.expert, load.slot) for load in (waves[0].loads if waves else ())]
         assert self.listed() == loads + claimed
         assert self.extra[: self.num_extra.item()].tolist() == [slot for e, slot in late if (e, slot) not in claimed]
-        assert self.slot_ids.tolist() == [max(self.cache.slot_of[expert], 0) if expert >= 0 else 0 for expert in ids]
+        assert self.slot_ids.tolist() == [
+            self.cache.slot_of[expert] if expert >= 0 else i % self.num_slots for i, expert in enumerate(ids)
+        ]
         counts = (plan.num_hits, plan.num_late, plan.num_misses, plan.num_evictions, plan.num_used, plan.num_unused)
         self.totals = [total + count for total, count in zip(self.totals, counts, strict=True)]
         self.planner.complete(plan)
@@ -102,12 +106,11 @@ class Walk:
         self.set_states([READY if state in (CLAIMED, URGENT) else state for state in after])
         self.check()
 
-    def run_kernel(self, ids, num_tokens):
+    def run_kernel(self, ids, real):
         routed = torch.tensor(ids, dtype=torch.int32).cuda()
         self.slot_ids = torch.full_like(routed, -9)
-        count = torch.tensor([num_tokens], dtype=torch.int32).cuda()
         cuda_library().plan_step(
-            *(self.device_state, self.words, routed, self.slot_ids, count, 0),
+            *(self.device_state, self.words, routed.view(len(real), -1), torch.tensor(real).cuda(), self.slot_ids),
             *(self.loads, self.num_loads, self.extra, self.num_extra, 0, torch.cuda.current_stream().cuda_stream),
         )
 

@@ -23,7 +23,7 @@ class PlannedLayer(GpuLayer):
         self.ids = torch.zeros(NUM_TOKENS * TOP_K, dtype=torch.int32, device="cuda")
         self.predicted = torch.zeros_like(self.ids)
         self.slot_ids = torch.zeros_like(self.ids)
-        self.num_tokens = torch.full((1,), NUM_TOKENS, dtype=torch.int32, device="cuda")
+        self.real = torch.ones(NUM_TOKENS, dtype=torch.int64, device="cuda")
         self.seen = {
             name: torch.zeros(len(self.ids), t.shape[1], dtype=t.dtype).cuda() for name, t in self.truth.items()
         }
@@ -32,9 +32,8 @@ class PlannedLayer(GpuLayer):
         cuda_library().plan_prefetch(
             self.residency,
             self.words,
-            self.predicted,
-            self.num_tokens,
-            TOP_K,
+            self.predicted.view(NUM_TOKENS, TOP_K),
+            self.real,
             BUDGET,
             self.ahead.loads,
             self.ahead.num_loads,
@@ -48,10 +47,9 @@ class PlannedLayer(GpuLayer):
         cuda_library().plan_step(
             self.residency,
             self.words,
-            self.ids,
+            self.ids.view(NUM_TOKENS, TOP_K),
+            self.real,
             self.slot_ids,
-            self.num_tokens,
-            0,
             demand.loads,
             demand.num_loads,
             demand.late,

@@ -13,8 +13,17 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 
+// Copying one takes time now and then, so that a record's copy can be seen half done.
 struct uint4 {
-  uint32_t x, y, z, w;
+  uint32_t x = 0, y = 0, z = 0, w = 0;
+
+  uint4() = default;
+  explicit uint4(uint32_t value) : x(value), y(~value), z(value * 3), w(value * 5) {}
+  uint4(const uint4& other) : x(other.x), y(other.y), z(other.z), w(other.w) {
+    static thread_local int copies = 0;
+    if (++copies % 40 == 0) std::this_thread::sleep_for(std::chrono::microseconds(30));
+  }
+  uint4& operator=(const uint4&) = default;
 };
 struct Index {
   unsigned x;

@@ -63,7 +63,7 @@ struct TestLayer {
     for (int s = 0; s < layout.num_segments; ++s) {
       const int row = pick(1, s == 0 ? 600 : 40), store_stride = row + pick(0, 4), pool_stride = row + pick(0, 2);
       memory.emplace_back(static_cast<size_t>(layout.num_experts * store_stride));
-      for (uint4& vector : memory.back()) vector = {random_source() % 1000, random_source() % 1000, 1, 2};
+      for (uint4& vector : memory.back()) vector = uint4(static_cast<uint32_t>(random_source()));
       auto* store = reinterpret_cast<const char*>(memory.back().data());
       memory.emplace_back(static_cast<size_t>(layout.num_slots * pool_stride));
       auto* pool = reinterpret_cast<char*>(memory.back().data());
@@ -76,7 +76,7 @@ struct TestLayer {
   }
 
   void poison() {
-    for (size_t i = 1; i < memory.size(); i += 2) std::memset(memory[i].data(), kPoison, 16 * memory[i].size());
+    for (size_t i = 1; i < memory.size(); i += 2) std::memset(static_cast<void*>(memory[i].data()), kPoison, 16 * memory[i].size());
   }
 
   bool holds(const RecordLoad& load) const {
@@ -187,10 +187,13 @@ void run_step(TestLayer& layer, Totals& totals) {
     ++num_errors;
   }
   const int num_demand_blocks = pick(1, 7);
+  const bool waits_apart = pick(0, 1);
+  const List<int32_t> nothing(num_slots);
   launch(demand, num_demand_blocks, pick(1, num_demand_blocks), [&] {
-    gather_kernel(layer.layout, {loads.view(), late.view()}, layer.board, layer.lane);
+    gather_kernel(layer.layout, {loads.view(), (waits_apart ? nothing : late).view()}, layer.board, layer.lane);
   });
   join(demand);
+  if (waits_apart) await_kernel(late.view(), num_slots, layer.board, layer.lane);
   for (int i = 0; i < num_ahead + num_demanded; ++i) {
     if (i >= num_ahead || fates[i] == Fate::kNeeded) REQUIRE(layer.holds(pairs[i]));
   }

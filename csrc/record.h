@@ -10,7 +10,7 @@ inline constexpr int64_t kVectorBytes = 16;
 
 // One expert tensor (w13, w2, scales...). Expert e's row is at store + e * store_stride, slot c's at pool +
 // c * pool_stride. All five are multiples of kVectorBytes where the GPU copies; addresses are valid on the device.
-struct RecordSegment {
+struct Segment {
   const char* store;
   int64_t store_stride;
   char* pool;
@@ -20,7 +20,7 @@ struct RecordSegment {
 
 // Passed to kernels by value: it lands in constant memory, and a graph keeps it, so addresses must not change.
 struct RecordLayout {
-  RecordSegment segments[kMaxSegments];
+  Segment segments[kMaxSegments];
   int32_t num_segments;
   int32_t num_experts;
   int32_t num_slots;
@@ -28,7 +28,7 @@ struct RecordLayout {
 };
 
 // One record to copy. Lists of them are int32 (n, 2) tensors.
-struct alignas(8) RecordLoad {
+struct alignas(8) Load {
   int32_t expert;
   int32_t slot;
 };
@@ -68,12 +68,12 @@ inline constexpr int64_t kLaneInts = 2;
 inline Lane lane_at(int32_t* memory) { return {memory, memory + 1}; }
 
 struct DemandLists {
-  DeviceList<RecordLoad> loads;
+  DeviceList<Load> loads;
   DeviceList<int32_t> late;  // slots whose record the prefetch lane copies
 };
 
 struct PrefetchLists {
-  DeviceList<RecordLoad> loads;
+  DeviceList<Load> loads;
   const int32_t* tickets;  // what enqueue returned for the load of the same position
 };
 

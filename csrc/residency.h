@@ -48,6 +48,7 @@ enum Word : int {
   kEvictions,
   kUsed,
   kUnused,
+  kDisplacedHits,  // misses on experts that a prefetch had evicted
   kIssued,
   kCancelled,
   kOutOfRange,  // routed ids >= num_experts, which are ignored
@@ -56,7 +57,8 @@ enum Word : int {
   kHeaderWords = 24,
 };
 
-enum Flag : int64_t { kRanked = 1, kCold = 2, kInFlight = 4, kUntouched = 8 };
+// kUntouched: brought by a prefetch, needed by no step yet. kDisplaced: evicted by a prefetch, not needed since.
+enum Flag : int64_t { kRanked = 1, kCold = 2, kInFlight = 4, kUntouched = 8, kDisplaced = 16 };
 
 // A view of one layer's state: `words(E, C)` int64 words, all of it in one allocation.
 struct Layer {
@@ -163,6 +165,7 @@ struct StepCounts {
   int num_evictions = 0;
   int num_used = 0;
   int num_unused = 0;
+  int num_displaced = 0;
 };
 
 // The lanes' share of `count` items in their order: lane by lane, contiguous.
@@ -310,9 +313,10 @@ VEP_HD void choose_victims(Team& team, const Layer& layer, const Scratch& scratc
   smallest_first(team, scratch.keys, layer.num_slots(), wanted);
 }
 
-// Gives load number `m` its slot: a free one, else that of victim number m - num_free. Returns whether the victim was
-// a prefetch that no step has needed. Each lane calls it for its own loads.
-VEP_HD inline bool place(const Layer& layer, const Scratch& scratch, const WaveLists& lists, int m) {
+// Gives load number `m` its slot: a free one, else that of victim number m - num_free, which is left with the flags
+// `evicted`. Returns whether the victim was a prefetch that no step has needed. Each lane calls it for its own loads.
+VEP_HD inline bool place(const Layer& layer, const Scratch& scratch, const WaveLists& lists, int m,
+                         int64_t evicted = 0) {
   const int64_t num_free = layer.header[kNumFree];
   const int64_t expert = lists.loads[2 * m];
   bool unused = false;
@@ -324,7 +328,7 @@ VEP_HD inline bool place(const Layer& layer, const Scratch& scratch, const WaveL
     victim = layer.expert_in()[slot];
     unused = (layer.flags()[victim] & kUntouched) != 0;
     layer.slot_of()[victim] = kNone;
-    layer.flags()[victim] = 0;
+    layer.flags()[victim] = evicted;
   }
   layer.slot_of()[expert] = slot;
   layer.expert_in()[slot] = expert;
@@ -364,6 +368,8 @@ VEP_HD Split plan_narrow(Team& team, const Layer& layer, CopyLane& lane, const I
   if (step.num_needed + layer.header[kNumInFlight] - step.num_late > layer.num_slots()) return kMustSettle;
 
   const int hits = step.num_hits, late = step.num_late;
+  constexpr int64_t kDisplacedOne = 1ll << 32;
+  int64_t unused = 0;
   for (int i = begin; i < end; ++i) {
     if (!is_first(layer, ids, i, scratch)) continue;
     const int expert = static_cast<int>(ids[i]);
@@ -380,6 +386,7 @@ VEP_HD Split plan_narrow(Team& team, const Layer& layer, CopyLane& lane, const I
       before += kWait;
     } else {
       lists.loads[2 * miss] = expert;
+      unused += flags & kDisplaced ? kDisplacedOne : 0;
       before += kMiss;
     }
   }
@@ -389,10 +396,10 @@ VEP_HD Split plan_narrow(Team& team, const Layer& layer, CopyLane& lane, const I
   const int num_free = static_cast<int>(layer.header[kNumFree]);
   step.num_evictions = step.num_misses > num_free ? step.num_misses - num_free : 0;
   if (step.num_evictions) choose_victims(team, layer, scratch, step.num_evictions);
-  int64_t unused = 0;
   for (int m = team.rank(); m < step.num_misses; m += team.size()) unused += place(layer, scratch, lists, m);
   team.sum(unused, &total);
-  step.num_unused = static_cast<int>(total);
+  step.num_unused = static_cast<int>(total % kDisplacedOne);
+  step.num_displaced = static_cast<int>(total / kDisplacedOne);
   for (int m = team.rank(); m < step.num_misses; m += team.size()) layer.rank_hot(lists.loads[2 * m], late + m);
   team.sync();
   if (team.rank() == 0) {
@@ -418,6 +425,7 @@ VEP_HD inline void count_step(const Layer& layer, const StepCounts& step) {
   layer.header[kEvictions] += step.num_evictions;
   layer.header[kUsed] += step.num_used;
   layer.header[kUnused] += step.num_unused;
+  layer.header[kDisplacedHits] += step.num_displaced;
 }
 
 // Plans copies for `predicted` experts, most wanted first, at most `budget` of them, and marks them in flight.
@@ -457,7 +465,7 @@ VEP_HD int plan_prefetch(Team& team, const Layer& layer, CopyLane& lane, const I
   if (step.num_evictions) choose_victims(team, layer, scratch, step.num_evictions);
   int64_t unused = 0, total = 0;
   for (int m = team.rank(); m < num_loads; m += team.size()) {
-    unused += place(layer, scratch, lists, m);
+    unused += place(layer, scratch, lists, m, kDisplaced);
     layer.flags()[lists.loads[2 * m]] = kInFlight | kUntouched;
   }
   team.sum(unused, &total);

@@ -23,21 +23,21 @@
 #ifdef __CUDACC__
 #include <cuda/atomic>
 #define VEP_PRAGMA(text) _Pragma(#text)
-#else  // tests/native/cpp/gather_on_host.cc runs these kernels as threads
+#define VEP_BLOCK_THREADS 512
+#else  // tests/native/cpp/gather_on_host.cc runs each block as one thread
 #define VEP_PRAGMA(text)
+#define VEP_BLOCK_THREADS 1
 #endif
 
 namespace vep {
 namespace {
 
-constexpr int kMaxThreads = 512;
+constexpr int kThreads = VEP_BLOCK_THREADS;
 constexpr int kLoadsInFlight = 4;  // per thread, 32 KB per block; each costs a predicate, of which there are 7
 constexpr int kAlignVectors = 8;   // blocks start at multiples of 128 bytes, the size of a link read
 constexpr unsigned kPollNanoseconds = 200;
 
 using DeviceInt = cuda::atomic_ref<int32_t, cuda::thread_scope_device>;
-
-__device__ int32_t num_threads() { return static_cast<int32_t>(blockDim.x); }
 
 __device__ void report_error(const Lane& lane) {
 #ifdef VEP_DEBUG
@@ -46,40 +46,44 @@ __device__ void report_error(const Lane& lane) {
   DeviceInt(*lane.errors).fetch_add(1, cuda::memory_order_relaxed);
 }
 
-// A source does not change while it is read, and is read once: read-only path, no room in L1.
+// A record is read once: no room in L1. Not .nc, which the compiler would move behind __syncwarp.
 __device__ uint4 load_once(const uint4* source) {
 #ifdef __CUDA_ARCH__
   uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(source));
+               : "l"(source)
+               : "memory");
   return v;
 #else
   return *source;
 #endif
 }
 
-// By the whole block. All loads of a round leave before the first store waits for one.
+// By the whole block. All loads of a round leave before the first store waits for one: __syncwarp keeps the compiler
+// from mixing them.
 __device__ void copy_vectors(const uint4* source, uint4* target, int32_t count) {
   VEP_PRAGMA(unroll 1)
-  for (int32_t base = threadIdx.x; base < count; base += num_threads() * kLoadsInFlight) {
+  for (int32_t start = 0; start < count; start += kThreads * kLoadsInFlight) {
+    const int32_t base = start + static_cast<int32_t>(threadIdx.x);
     uint4 vectors[kLoadsInFlight];
     VEP_PRAGMA(unroll)
     for (int i = 0; i < kLoadsInFlight; ++i) {
-      if (base + i * num_threads() < count) vectors[i] = load_once(source + base + i * num_threads());
+      if (base + i * kThreads < count) vectors[i] = load_once(source + base + i * kThreads);
     }
+    __syncwarp();
     VEP_PRAGMA(unroll)
     for (int i = 0; i < kLoadsInFlight; ++i) {
-      if (base + i * num_threads() < count) target[base + i * num_threads()] = vectors[i];
+      if (base + i * kThreads < count) target[base + i * kThreads] = vectors[i];
     }
   }
 }
 
 // Vectors [first, last) of a record, counted through its segments in order. By the whole block.
-__device__ void copy_part(const RecordLayout& layout, const RecordLoad& load, int32_t first, int32_t last) {
+__device__ void copy_part(const RecordLayout& layout, const Load& load, int32_t first, int32_t last) {
   int32_t start = 0;
   for (int i = 0; i < layout.num_segments && start < last; ++i) {
-    const RecordSegment& segment = layout.segments[i];
+    const Segment& segment = layout.segments[i];
     const int32_t length = static_cast<int32_t>(segment.row_bytes / kVectorBytes);
     const int32_t from = max(first - start, 0);
     const int32_t to = min(last - start, length);
@@ -104,7 +108,7 @@ __device__ void note_copied(int32_t count, int32_t record_vectors, int32_t* prog
   }
 }
 
-__device__ bool in_range(const RecordLayout& layout, const RecordLoad& load) {
+__device__ bool in_range(const RecordLayout& layout, const Load& load) {
   return load.expert >= 0 && load.expert < layout.num_experts && load.slot >= 0 && load.slot < layout.num_slots;
 }
 
@@ -122,7 +126,7 @@ __device__ bool is_coming(int32_t word) {
 
 // By one block, before it copies: late records pass although a demand is active.
 __device__ void hurry_late(const DeviceList<int32_t>& late, int32_t num_late, int32_t num_slots, const Board& board) {
-  for (int32_t i = threadIdx.x; i < num_late; i += num_threads()) {
+  for (int32_t i = threadIdx.x; i < num_late; i += kThreads) {
     const int32_t slot = late.items[i];
     if (slot >= 0 && slot < num_slots) request(&board.states[slot]);
   }
@@ -131,7 +135,7 @@ __device__ void hurry_late(const DeviceList<int32_t>& late, int32_t num_late, in
 // By one block. A record that is neither here nor coming is an error: nobody can be trusted to bring it.
 __device__ void wait_for_late(const DeviceList<int32_t>& late, int32_t num_late, int32_t num_slots, const Board& board,
                               const Lane& lane) {
-  for (int32_t i = threadIdx.x; i < num_late; i += num_threads()) {
+  for (int32_t i = threadIdx.x; i < num_late; i += kThreads) {
     const int32_t slot = late.items[i];
     if (slot < 0 || slot >= num_slots) {
       report_error(lane);
@@ -147,7 +151,7 @@ __device__ void wait_for_late(const DeviceList<int32_t>& late, int32_t num_late,
 }
 
 // This block's even share of all vectors of all loads, whatever their number and size.
-__device__ void copy_share(const RecordLayout& layout, const RecordLoad* loads, int32_t num_loads, const Board& board,
+__device__ void copy_share(const RecordLayout& layout, const Load* loads, int32_t num_loads, const Board& board,
                            const Lane& lane) {
   const int64_t per_record = layout.record_vectors;
   const int64_t total = num_loads * per_record;
@@ -158,7 +162,7 @@ __device__ void copy_share(const RecordLayout& layout, const RecordLoad* loads, 
     const int32_t index = static_cast<int32_t>(at / per_record);
     const int32_t first = static_cast<int32_t>(at - index * per_record);
     const int32_t last = static_cast<int32_t>(min(per_record, first + end - at));
-    const RecordLoad load = loads[index];
+    const Load load = loads[index];
     if (in_range(layout, load)) {
       copy_part(layout, load, first, last);
       note_copied(last - first, layout.record_vectors, &board.demand_progress[index], &board.states[load.slot]);
@@ -169,7 +173,7 @@ __device__ void copy_share(const RecordLayout& layout, const RecordLoad* loads, 
   }
 }
 
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kThreads)
     gather_kernel(const __grid_constant__ RecordLayout layout, const DemandLists lists, const Board board,
                   const Lane lane) {
   const int32_t num_loads = count_of(lists.loads, lane);
@@ -184,7 +188,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   wait_for_late(lists.late, num_late, layout.num_slots, board, lane);
 }
 
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kThreads)
     await_kernel(const DeviceList<int32_t> late, const int32_t num_slots, const Board board, const Lane lane) {
   const int32_t num_late = count_of(late, lane);
   hurry_late(late, num_late, num_slots, board);
@@ -192,7 +196,7 @@ __global__ void __launch_bounds__(kMaxThreads)
 }
 
 struct Chunk {
-  RecordLoad load;
+  Load load;
   int32_t index;  // of the load; negative: no chunk is left
   int32_t first;
   int32_t last;
@@ -224,7 +228,7 @@ __device__ Chunk take_chunk(const RecordLayout& layout, const PrefetchLists& lis
     const int32_t number = next.fetch_add(1, cuda::memory_order_relaxed);
     const int32_t index = number / per_record;
     if (index >= num_loads) return {{0, 0}, -1, 0, 0};
-    const RecordLoad load = lists.loads.items[index];
+    const Load load = lists.loads.items[index];
     if (in_range(layout, load)) {
       int32_t* state = &board.states[load.slot];
       yield_to_demand(lane, state);
@@ -240,7 +244,7 @@ __device__ Chunk take_chunk(const RecordLayout& layout, const PrefetchLists& lis
   }
 }
 
-__global__ void __launch_bounds__(kMaxThreads)
+__global__ void __launch_bounds__(kThreads)
     prefetch_kernel(const __grid_constant__ RecordLayout layout, const PrefetchLists lists, const Board board,
                     const Lane lane, const int32_t chunk_vectors) {
   __shared__ Chunk shared_chunk;

@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kPlanThreads, 1)
   find_first(team, layer, ids, num_entries, scratch);
   wait_for_lane(team, layer, words);
   settle(team, layer, lane, scratch, true);
-  constexpr int64_t kKept = 1ll << 16, kUse = 1ll << 32, kField = kKept - 1;
+  constexpr int64_t kKept = 1ll << 15, kUse = 1ll << 30, kLost = 1ll << 45, kField = kKept - 1;
   int begin, end;
   share_of(team, layer.num_experts(), &begin, &end);
   int64_t mine = 0;
@@ -216,7 +216,8 @@ __global__ void __launch_bounds__(kPlanThreads, 1)
     const int64_t flags = layer.flags()[expert];
     mine += flags & kRanked ? kKept : 1;
     mine += flags & kUntouched ? kUse : 0;
-    layer.flags()[expert] &= ~static_cast<int64_t>(kUntouched);
+    mine += flags & kDisplaced ? kLost : 0;
+    layer.flags()[expert] &= ~static_cast<int64_t>(kUntouched | kDisplaced);
   }
   int64_t total = 0;
   int64_t before = team.sum(mine, &total);
@@ -233,7 +234,8 @@ __global__ void __launch_bounds__(kPlanThreads, 1)
     step.num_misses = static_cast<int>(total & kField);
     step.num_hits = static_cast<int>(total / kKept & kField);
     step.num_needed = step.num_misses + step.num_hits;
-    step.num_used = static_cast<int>(total / kUse);
+    step.num_used = static_cast<int>(total / kUse & kField);
+    step.num_displaced = static_cast<int>(total / kLost & kField);
     *num_loads = step.num_misses;
     *num_kept = step.num_hits;
     count_step(layer, step);

@@ -94,13 +94,13 @@ Board board_of(const TensorView& board, int64_t num_slots) {
 
 Lane lane_of(const TensorView& lane) { return lane_at(device_ints(lane, kLaneInts, "lane")); }
 
-DeviceList<RecordLoad> loads_of(const TensorView& loads, const TensorView& count, int64_t num_slots) {
+DeviceList<Load> loads_of(const TensorView& loads, const TensorView& count, int64_t num_slots) {
   check_pairs(loads);
   check_between(loads.size(0), 0, num_slots, "room in the list of loads");
   auto* items = cuda_data<int32_t>(loads, "loads");
-  const bool is_aligned = reinterpret_cast<uintptr_t>(items) % alignof(RecordLoad) == 0;
+  const bool is_aligned = reinterpret_cast<uintptr_t>(items) % alignof(Load) == 0;
   TVM_FFI_CHECK(is_aligned, ValueError) << "loads must be 8-byte aligned";
-  return {reinterpret_cast<const RecordLoad*>(items), device_ints(count, 1, "number of loads"),
+  return {reinterpret_cast<const Load*>(items), device_ints(count, 1, "number of loads"),
           static_cast<int32_t>(loads.size(0))};
 }
 
@@ -120,13 +120,13 @@ struct CopyBatch {
 
 CopyBatch copies_of(const RecordLayout& layout, const TensorView& loads) {
   check_pairs(loads);
-  const auto* items = reinterpret_cast<const RecordLoad*>(cpu_data<int32_t>(loads, "loads"));
+  const auto* items = reinterpret_cast<const Load*>(cpu_data<int32_t>(loads, "loads"));
   CopyBatch batch;
   for (int64_t i = 0; i < loads.size(0); ++i) {
     check_between(items[i].expert, 0, layout.num_experts - 1, "expert of a load");
     check_between(items[i].slot, 0, layout.num_slots - 1, "slot of a load");
     for (int s = 0; s < layout.num_segments; ++s) {
-      const RecordSegment& segment = layout.segments[s];
+      const Segment& segment = layout.segments[s];
       batch.sources.push_back(segment.store + items[i].expert * segment.store_stride);
       batch.targets.push_back(segment.pool + items[i].slot * segment.pool_stride);
       batch.sizes.push_back(static_cast<size_t>(segment.row_bytes));

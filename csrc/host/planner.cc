@@ -72,6 +72,7 @@ void write_narrow(const Layer& layer, const StepCounts& step, Workspace& work) {
   out[kPlanEvictions] = step.num_evictions;
   out[kPlanUsed] = step.num_used;
   out[kPlanUnused] = step.num_unused;
+  out[kPlanDisplaced] = step.num_displaced;
   if (!any) return;
   out += kPlanHeadWords;
   *out++ = step.num_needed;

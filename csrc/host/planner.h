@@ -19,6 +19,7 @@ enum PlanWord : int {
   kPlanEvictions,
   kPlanUsed,
   kPlanUnused,
+  kPlanDisplaced,
   kPlanHeadWords,
 };
 

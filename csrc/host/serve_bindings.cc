@@ -17,7 +17,7 @@ namespace {
 using tvm::ffi::TensorView;
 
 // What a call reports, int64 words: the head of the plan, then these.
-enum ReportWord : int { kReportBytes = kPlanHeadWords, kReportNanos, kReportLateNanos, kReportWords };
+enum ReportWord : int { kReportCancelled = kPlanHeadWords, kReportBytes, kReportNanos, kReportLateNanos, kReportWords };
 
 class EngineLane final : public CopyLane {
  public:
@@ -61,6 +61,7 @@ int64_t step_as(const Target& target, const TensorView& ids, int64_t num_ids, co
   EngineLane lane(target.engine, target.layer_index);
   const Id* routed = cpu_data<Id>(ids, num_ids, "ids");
   Id* slots = cpu_data<Id>(slot_ids, num_ids, "slot_ids");
+  const int64_t cancelled = target.layer.header[kCancelled];
   DemandResult waited, demand;
   Split split = kMustSettle;
   while (true) {
@@ -80,6 +81,7 @@ int64_t step_as(const Target& target, const TensorView& ids, int64_t num_ids, co
   demand.seconds += waited.seconds;
   demand.late_wait_seconds += waited.late_wait_seconds;
   report(out, demand);
+  out[kReportCancelled] = target.layer.header[kCancelled] - cancelled;
   return split;
 }
 

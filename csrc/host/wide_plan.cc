@@ -169,8 +169,6 @@ class Writer {
     return kept;
   }
 
-  void used(int num_used) { work_.plan[kPlanUsed] = num_used; }
-
  private:
   void head(size_t num_experts, int num_loads, int num_late, int num_rows) {
     work_.plan[kPlanNumWaves] += 1;
@@ -218,13 +216,14 @@ Split plan_wide(const Layer& layer, const Id* ids, int num_ids, Workspace& work)
   const bool has_stream = layer.header[kHasStream] != 0;
   if (!has_stream && layer.header[kNumInFlight] > 0) return kMustSettle;
   Experts needed;
-  int num_used = 0;
+  int num_used = 0, num_displaced = 0;
   for (int i = 0; i < num_ids; ++i) {
     if (!is_first(layer, ids, i, work.scratch)) continue;
     const int32_t expert = static_cast<int32_t>(ids[i]);
     needed.push_back(expert);
     num_used += (layer.flags()[expert] & kUntouched) != 0;
-    layer.flags()[expert] &= ~static_cast<int64_t>(kUntouched);
+    num_displaced += (layer.flags()[expert] & kDisplaced) != 0;
+    layer.flags()[expert] &= ~static_cast<int64_t>(kUntouched | kDisplaced);
   }
   Split split = kSplitStream;
   std::optional<std::vector<Group>> groups;
@@ -233,7 +232,8 @@ Split plan_wide(const Layer& layer, const Id* ids, int num_ids, Workspace& work)
     split = groups ? kSplitTokens : kSplitExperts;
   }
   Writer writer(layer, work, split);
-  writer.used(num_used);
+  work.plan[kPlanUsed] = num_used;
+  work.plan[kPlanDisplaced] = num_displaced;
   if (split == kSplitStream) plan_stream(layer, needed, writer);
   if (split == kSplitExperts) plan_by_experts(layer, needed, writer);
   if (groups) {
@@ -247,6 +247,7 @@ Split plan_wide(const Layer& layer, const Id* ids, int num_ids, Workspace& work)
   step.num_evictions = work.plan[kPlanEvictions];
   step.num_used = num_used;
   step.num_unused = work.plan[kPlanUnused];
+  step.num_displaced = num_displaced;
   count_step(layer, step);
   if (split == kSplitStream) {
     layer.header[kStreamSteps] += 1;

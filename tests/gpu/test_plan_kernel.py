@@ -10,7 +10,7 @@ from vllm_expert_prefetch.native.library import cuda_library, host_library
 from vllm_expert_prefetch.residency import ExpertCache, Planner, create_policy
 
 SLOT_OF = slice(24, None)  # kHeaderWords of residency.h
-TOTALS = slice(11, 17)  # kHits to kUnused
+TOTALS = slice(11, 18)  # kHits to kDisplacedHits
 POLICIES = {"lru": 0, "lfu": 1, "lfru": 2}
 
 
@@ -29,7 +29,7 @@ class Walk:
         self.words = zeros(num_slots)
         self.loads, self.num_loads = zeros(num_slots, 2), zeros(1)
         self.extra, self.num_extra = zeros(num_slots), zeros(1)
-        self.totals = [0] * 6
+        self.totals = [0] * 7
 
     def states(self):
         return [word & 7 for word in self.words.tolist()]
@@ -98,7 +98,15 @@ class Walk:
         assert self.slot_ids.tolist() == [
             self.cache.slot_of[expert] if expert >= 0 else i % self.num_slots for i, expert in enumerate(ids)
         ]
-        counts = (plan.num_hits, plan.num_late, plan.num_misses, plan.num_evictions, plan.num_used, plan.num_unused)
+        counts = (
+            plan.num_hits,
+            plan.num_late,
+            plan.num_misses,
+            plan.num_evictions,
+            plan.num_used,
+            plan.num_unused,
+            plan.num_displaced,
+        )
         self.totals = [total + count for total, count in zip(self.totals, counts, strict=True)]
         self.planner.complete(plan)
         after = self.states()

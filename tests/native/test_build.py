@@ -4,6 +4,7 @@ import hashlib
 import os
 import re
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -145,13 +146,18 @@ def cuda_build() -> tuple[Path, str]:
 
         digest = hashlib.sha256(repr(command(Path("library"))).encode()).hexdigest()[:16]
         folder = ROOT / "build" / f"cuda-test-{digest}"
-        library, log = folder / "libvep_cuda.so", folder / "ptxas.txt"
-        if not log.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            done = subprocess.run(command(library), cwd=ROOT, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, done.stdout + done.stderr
-            log.write_text(done.stdout + done.stderr)
-    return library, log.read_text()
+        if not folder.exists():
+            folder.parent.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+                making = Path(scratch, "made")
+                making.mkdir()
+                done = subprocess.run(
+                    command(making / "libvep_cuda.so"), cwd=ROOT, capture_output=True, text=True, check=False
+                )
+                assert done.returncode == 0, done.stdout + done.stderr
+                (making / "ptxas.txt").write_text(done.stdout + done.stderr)
+                making.rename(folder)
+    return folder / "libvep_cuda.so", (folder / "ptxas.txt").read_text()
 
 
 @needs_nvcc

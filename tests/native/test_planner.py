@@ -163,7 +163,7 @@ def test_a_routed_id_beyond_the_experts_is_ignored_and_counted():
     native = planner()
     made = plan(native, [3, 8, 1_000_000])
     assert made.waves[0].loads == (Load(3, 0, -1),)
-    assert native.state[19] == 2
+    assert native.state[20] == 2
     native.check_integrity()
 
 

@@ -125,7 +125,7 @@ def test_what_the_gpu_has_counted_reaches_the_counters_once():
     cache = SimpleNamespace(totals=lambda: list(totals), staging=SimpleNamespace(record_bytes=10))
     published = DeviceTotals([cache], SimpleNamespace(add=lambda index, n: counted.update({index: counted[index] + n})))
     totals[10:15] = 9, 5, 1, 8, 7  # steps, hits, late, misses, evictions
-    totals[20:22] = 2, 6  # of these streamed: steps, misses
+    totals[21:23] = 2, 6  # of these streamed: steps, misses
     for _ in range(2):
         published._publish()
     found = {series: counted[index] for series, index in INDEX.items() if counted[index]}

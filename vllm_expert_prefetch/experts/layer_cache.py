@@ -10,7 +10,7 @@ from vllm_expert_prefetch.experts.staging import TorchStaging
 from vllm_expert_prefetch.residency import ExpertCache, Planner, Split, Wave
 
 _NARROW = int(Split.NONE)
-_REPORT_WORDS = HEAD_WORDS + 3
+_REPORT_WORDS = HEAD_WORDS + 4
 _NANO = 1e-9
 
 
@@ -30,6 +30,9 @@ class Step(NamedTuple):
     num_evictions: int
     num_used: int
     num_unused: int
+    num_displaced: int
+    num_cancelled: int
+    """Prefetches that this step did not need and that had not started."""
     num_bytes: int
     """Copied because the step needed it."""
     stall_seconds: float
@@ -82,7 +85,7 @@ class PythonLayerCache:
             slot_ids = slot_ids_of(plan.waves[0], topk_ids, self._cache.num_experts, absent=0)
         self._planner.complete(plan)
         waves = () if plan.split is Split.NONE else plan.waves
-        return Step(plan.split, len(plan.waves), *plan[2:], num_bytes, seconds, 0.0, slot_ids, waves)
+        return Step(plan.split, len(plan.waves), *plan[2:], 0, num_bytes, seconds, 0.0, slot_ids, waves)
 
 
 class NativeLayerCache:

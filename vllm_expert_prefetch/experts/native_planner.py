@@ -14,9 +14,10 @@ POLICY_NUMBERS = {"lru": 0, "lfu": 1, "lfru": 2}
 MUST_SETTLE = -1
 """What `plan` returns while prefetches leave the step too few slots (`residency.Planner.must_settle`)."""
 
-HEAD_WORDS = 8
+HEAD_WORDS = 9
 HEADER_WORDS = 24
 _RANKED, _IN_FLIGHT = 1, 4
+_PLACED = _RANKED | _IN_FLIGHT
 
 
 class NativePlanner:
@@ -68,7 +69,7 @@ class NativePlanner:
         inverse = {expert: slot for slot, expert in enumerate(expert_in) if expert >= 0}
         assert placed == inverse, f"slot_of and expert_in are not inverse: {placed} and {inverse}"
         flags = self.state[HEADER_WORDS + self.num_experts :][: self.num_experts].tolist()
-        states = {expert: flag & (_RANKED | _IN_FLIGHT) for expert, flag in enumerate(flags) if flag}
+        states = {expert: flag & _PLACED for expert, flag in enumerate(flags) if flag & _PLACED}
         assert states.keys() == placed.keys(), f"ranked or in flight are {states.keys()}, placed are {placed.keys()}"
         assert set(states.values()) <= {_RANKED, _IN_FLIGHT}, f"both or neither ranked and in flight: {states}"
         num_free, num_in_flight = self.state[8:10].tolist()

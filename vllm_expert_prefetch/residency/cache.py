@@ -13,6 +13,7 @@ class ExpertCache:
     An expert is ABSENT, then IN_FLIGHT between `begin_loads` and `complete`, then RESIDENT until it is a victim.
     IN_FLIGHT experts are never victims: the policy only ranks RESIDENT ones. `untouched` are the experts brought by a
     prefetch that no step has needed yet; in the end each is counted in `num_used` or `num_unused`, or was dropped.
+    `displaced` are the ABSENT experts that a prefetch evicted; needed again, they are counted in `num_displaced`.
     """
 
     def __init__(self, num_experts: int, num_slots: int, policy: EvictionPolicy) -> None:
@@ -25,8 +26,10 @@ class ExpertCache:
         self.expert_in = [NO_EXPERT] * num_slots
         self.in_flight: set[int] = set()
         self.untouched: set[int] = set()
+        self.displaced: set[int] = set()
         self.num_used = 0
         self.num_unused = 0
+        self.num_displaced = 0
         self._free = list(range(num_slots - 1, -1, -1))
 
     @property
@@ -66,11 +69,15 @@ class ExpertCache:
         return tuple(loads)
 
     def need(self, experts: Iterable[int]) -> None:
-        """A step needs `experts`: prefetched ones among them have been of use."""
+        """A step needs `experts`: prefetched ones among them have been of use, displaced ones would have been."""
         if self.untouched:
             used = self.untouched.intersection(experts)
             self.untouched -= used
             self.num_used += len(used)
+        if self.displaced:
+            missed = self.displaced.intersection(experts)
+            self.displaced -= missed
+            self.num_displaced += len(missed)
 
     def complete(self, experts: Iterable[int], cold: bool = False) -> None:
         """The copies of `experts` have landed: IN_FLIGHT -> RESIDENT. `cold`: see `EvictionPolicy.insert`."""
@@ -90,6 +97,7 @@ class ExpertCache:
     def _place(self, expert: int, slot: int, victim: int) -> Load:
         self.slot_of[expert] = slot
         self.expert_in[slot] = expert
+        self.displaced.discard(expert)
         self.in_flight.add(expert)
         return Load(expert, slot, victim)
 
@@ -110,6 +118,7 @@ class ExpertCache:
         assert placed == inverse, f"slot_of and expert_in are not inverse: {placed} and {inverse}"
         assert self.in_flight <= placed.keys(), f"in flight without a slot: {self.in_flight - placed.keys()}"
         assert self.untouched <= placed.keys(), f"prefetched without a slot: {self.untouched - placed.keys()}"
+        assert not self.displaced & placed.keys(), f"displaced and placed: {self.displaced & placed.keys()}"
         resident = placed.keys() - self.in_flight
         assert self.policy.ranked() == resident, f"policy ranks {self.policy.ranked()}, resident are {resident}"
         empty = {slot for slot, expert in enumerate(self.expert_in) if expert == NO_EXPERT}

@@ -37,12 +37,16 @@ class Planner:
         cache = self.cache
         if self._must_settle(needed):
             raise RuntimeError(f"{len(cache.in_flight)} prefetches must be settled before a step this wide")
-        before = cache.num_used, cache.num_unused
+        used, unused, displaced = before = cache.num_used, cache.num_unused, cache.num_displaced
         cache.need(needed)
         plan = self._plan(ids, needed)
-        if before == (cache.num_used, cache.num_unused):
+        if before == (cache.num_used, cache.num_unused, cache.num_displaced):
             return plan
-        return plan._replace(num_used=cache.num_used - before[0], num_unused=cache.num_unused - before[1])
+        return plan._replace(
+            num_used=cache.num_used - used,
+            num_unused=cache.num_unused - unused,
+            num_displaced=cache.num_displaced - displaced,
+        )
 
     def must_settle(self, ids: Sequence[int]) -> bool:
         """Whether prefetches in flight leave the step too few slots: every one of them must be settled first."""
@@ -72,6 +76,7 @@ class Planner:
         before = cache.num_unused
         loads = cache.begin_loads(absent, wanted)
         cache.untouched.update(absent)
+        cache.displaced.update(load.victim for load in loads if load.victim >= 0)
         return PrefetchPlan(loads, _num_evictions(loads), cache.num_unused - before)
 
     def settle(self, landed: Iterable[int], dropped: Iterable[int]) -> None:

@@ -60,7 +60,8 @@ class Plan(NamedTuple):
 
     A lookup is one distinct expert needed by one wave; it counts as a hit (resident), late (in flight) or a miss (one
     load). Hence num_hits + num_late + num_misses equals the distinct experts summed over waves. `num_used` counts
-    prefetched experts needed for the first time, `num_unused` those evicted without having been needed.
+    prefetched experts needed for the first time, `num_unused` those evicted without having been needed, `num_displaced`
+    needed experts that a prefetch had evicted since they were needed last.
     """
 
     split: Split
@@ -71,6 +72,7 @@ class Plan(NamedTuple):
     num_evictions: int
     num_used: int = 0
     num_unused: int = 0
+    num_displaced: int = 0
 
 
 class PrefetchPlan(NamedTuple):

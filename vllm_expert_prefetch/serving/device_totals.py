@@ -10,7 +10,7 @@ from vllm_expert_prefetch.metrics.definitions import INDEX
 
 _PERIOD_SECONDS = 0.5
 _STEPS, _HITS, _LATE, _MISSES, _EVICTIONS = 10, 11, 12, 13, 14
-_STREAM_STEPS, _STREAM_MISSES = 20, 21
+_STREAM_STEPS, _STREAM_MISSES = 21, 22
 
 
 class DeviceTotals:

@@ -29,7 +29,7 @@ struct Index {
   unsigned x;
 };
 inline thread_local Index blockIdx, gridDim;
-constexpr Index threadIdx{0}, blockDim{1};
+constexpr Index threadIdx{0};
 using std::max;
 using std::min;
 template <class A, class B>
@@ -37,6 +37,7 @@ int64_t min(A a, B b) {
   return std::min<int64_t>(a, b);
 }
 inline void __syncthreads() {}
+inline void __syncwarp() {}
 inline void __nanosleep(unsigned nanoseconds) { std::this_thread::sleep_for(std::chrono::nanoseconds(nanoseconds)); }
 
 namespace cuda {

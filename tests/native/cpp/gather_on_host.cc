@@ -76,13 +76,15 @@ struct TestLayer {
   }
 
   void poison() {
-    for (size_t i = 1; i < memory.size(); i += 2) std::memset(static_cast<void*>(memory[i].data()), kPoison, 16 * memory[i].size());
+    for (size_t i = 1; i < memory.size(); i += 2) {
+      std::memset(static_cast<void*>(memory[i].data()), kPoison, 16 * memory[i].size());
+    }
   }
 
-  bool holds(const RecordLoad& load) const {
+  bool holds(const Load& load) const {
     bool same = is_ready(&board.states[load.slot]);
     for (int s = 0; s < layout.num_segments; ++s) {
-      const RecordSegment& segment = layout.segments[s];
+      const Segment& segment = layout.segments[s];
       same = same && std::memcmp(segment.pool + load.slot * segment.pool_stride,
                                  segment.store + load.expert * segment.store_stride,
                                  static_cast<size_t>(segment.row_bytes)) == 0;
@@ -119,7 +121,7 @@ struct Totals {
 enum class Fate { kIgnored, kNeeded, kDropped };
 
 // What the planner does with a queued record.
-Fate decide(int32_t* word, const RecordLoad& load, List<RecordLoad>& loads, List<int32_t>& late, Totals& totals) {
+Fate decide(int32_t* word, const Load& load, List<Load>& loads, List<int32_t>& late, Totals& totals) {
   const int wish = pick(0, 2);
   if (wish == 1) {
     if (is_ready(word)) return Fate::kNeeded;
@@ -149,11 +151,11 @@ void run_step(TestLayer& layer, Totals& totals) {
   std::iota(slots.begin(), slots.end(), 0);
   std::shuffle(experts.begin(), experts.end(), random_source);
   std::shuffle(slots.begin(), slots.end(), random_source);
-  std::vector<RecordLoad> pairs;  // the first ones are prefetched, the next ones demanded, the others left alone
+  std::vector<Load> pairs;  // the first ones are prefetched, the next ones demanded, the others left alone
   for (size_t i = 0; i < slots.size(); ++i) pairs.push_back({experts[i], slots[i]});
   const int num_ahead = pick(0, num_slots), num_demanded = pick(0, num_slots - num_ahead);
 
-  List<RecordLoad> ahead(num_slots), loads(num_slots);
+  List<Load> ahead(num_slots), loads(num_slots);
   List<int32_t> tickets(num_slots), late(num_slots);
   int num_errors = 0;
   for (int i = 0; i < num_ahead; ++i) {

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,9 @@ class Card:
     data: dict[str, Any]
     """Hash and size of the text, and how it was split."""
     over_fetch: int
-    recall: dict[str, list[list[float]]]
-    """Predictor -> per target layer [recall@k, recall@(k + over_fetch), missing gate mass of the first k]; no entry
-    for target layers below `distance`."""
+    recall: dict[str, list[list[float] | None]]
+    """Predictor -> per target layer [recall@k, recall@(k + over_fetch), missing gate mass of the first k], or
+    None where it has no guess."""
     hybrid: list[str] = field(default_factory=list)
     """Per source layer, the predictor that the hybrid uses."""
     allow_list: list[int] = field(default_factory=list)
@@ -59,6 +59,10 @@ class Artifact:
     frequency: torch.Tensor
     transition: torch.Tensor
     estimator: Estimator | None = None
+
+    def with_card(self, **changes: Any) -> "Artifact":
+        """The same with other entries in its card."""
+        return replace(self, card=replace(self.card, **changes))
 
 
 def save_artifact(artifact: Artifact, directory: Path) -> None:

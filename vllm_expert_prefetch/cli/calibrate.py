@@ -2,7 +2,7 @@
 
 import argparse
 import json
-import logging
+import os
 import sys
 from importlib.resources import files
 from pathlib import Path
@@ -78,7 +78,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _calibrate(args: argparse.Namespace, text: Any) -> int:
-    logging.getLogger("vllm").setLevel(logging.WARNING)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # before vLLM is imported: the bars are what counts here
     import torch
 
     from vllm_expert_prefetch.calibration.calibrate import Calibration, Options

@@ -27,7 +27,7 @@ class TrainingOptions:
     epochs: int = 20
     patience: int = 3
     """Epochs without a better validation loss after which training ends."""
-    batch_size: int = 1024
+    batch_size: int = 2048
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
     warm_up: int = 100
@@ -108,6 +108,11 @@ def _loss(estimator: Estimator, q: torch.Tensor, sources: torch.Tensor, logits: 
     return F.kl_div(guess, true, reduction="batchmean", log_target=True)
 
 
+def _has_fast_bfloat16() -> bool:
+    """Four times the speed where the CPU has the instructions, slower where it has not."""
+    return bool(getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+
+
 class _Run:
     """One training run and everything that a checkpoint holds."""
 
@@ -134,7 +139,9 @@ class _Run:
         self.estimator.train()
         for q, sources, logits in batches:
             self._optimizer.zero_grad(set_to_none=True)
-            _loss(self.estimator, q, sources, logits).backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=_has_fast_bfloat16()):
+                loss = _loss(self.estimator, q, sources, logits)
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(self.estimator.parameters(), 1.0)
             self._optimizer.step()
             self._schedule.step()

@@ -30,13 +30,17 @@ class ToyModel:
     gates: list[Gate]
     experts: torch.Tensor
 
-    def run(self, residual):
-        """Signals of every layer for the residual (T, H) in front of layer 0."""
+    def run(self, residual, sums=None):
+        """Signals of every layer for the residual (T, H) in front of layer 0; what experts give is added to `sums`."""
         signals = []
         for gate, experts in zip(self.gates, self.experts, strict=True):
             hidden = gate.norm.apply(residual)
             ids, weights = gate.routing.choose(gate.logits(hidden), gate.routing.top_k)
-            signals.append(Signals(hidden, ids, weights, residual.square().mean(-1).sqrt()))
+            signals.append(Signals(hidden, ids, weights))
+            if sums is not None:
+                layer = len(signals) - 1
+                sums.add_scales(layer, gate.norm.scale_of(residual))
+                sums.add(layer, ids.flatten(), experts[ids.flatten()])
             residual = residual + gate.output_scale * (weights.unsqueeze(-1) * experts[ids]).sum(1)
         return signals
 

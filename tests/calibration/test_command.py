@@ -78,7 +78,7 @@ def test_the_command_makes_a_usable_artifact(tmp_path, capsys):
     assert "recall@2 / @4" in printed
     artifact = load_artifact(output)
     assert artifact.card.layers == [f"model.layers.{layer}.mlp.experts" for layer in range(8)]
-    assert artifact.defaults.shape == (8, 16, 128)
+    assert artifact.defaults.vectors.shape == (8, 16, 128)
     assert artifact.estimator is not None
     means = {name: sum(row[0] for row in rows[1:]) / 7 for name, rows in artifact.card.recall.items()}
     assert means["hybrid"] >= means["router"] - 0.01

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 import torch
-from toy_moe import EXPERTS, HIDDEN, TOP_K, make_gates, make_model, tokens
+from toy_moe import EXPERTS, HIDDEN, LAYERS, TOP_K, make_gates, make_model, tokens
 
-from vllm_expert_prefetch.prediction import Norm, Routing, Signals, fingerprint, fold
-from vllm_expert_prefetch.prediction.defaults import DefaultSums
-from vllm_expert_prefetch.prediction.router import DefaultVectorPredictor, QuasiHidden, RouterPredictor
+from vllm_expert_prefetch.prediction import Norm, Routing, fingerprint, fold
+from vllm_expert_prefetch.prediction.defaults import DefaultSums, DefaultVectors
+from vllm_expert_prefetch.prediction.router import DefaultVectorPredictor, RouterPredictor
 
 NORMS = {
     "rms": lambda gain, shift: Norm(gain, 1e-6),
@@ -64,32 +64,31 @@ def test_the_router_is_always_right_when_experts_change_nothing(kind, distance):
 )
 @pytest.mark.parametrize("kind", NORMS)
 def test_default_vectors_are_exact_when_experts_are_constant(kind, routing):
+    """... and the residual has the scale they were collected at: one token at a time."""
     model = make_model(routing=routing)
     model.gates = [dataclasses.replace(gate, output_scale=1.5) for gate in with_norm(model.gates, kind)]
-    signals = model.run(tokens(30))
-    predictor = DefaultVectorPredictor(model.gates, model.experts)
-    plain = RouterPredictor(model.gates)
-    wrong = 0
-    for source in range(len(signals) - 1):
-        true = signals[source + 1].topk_ids.sort(-1)[0]
-        assert torch.equal(predictor.predict(source, signals[source], TOP_K).ids.sort(-1)[0], true)
-        wrong += (plain.predict(source, signals[source], TOP_K).ids.sort(-1)[0] != true).sum()
+    plain, wrong = RouterPredictor(model.gates), 0
+    for residual in tokens(30).split(1):
+        sums = DefaultSums(LAYERS, EXPERTS, HIDDEN)
+        signals = model.run(residual, sums)
+        predictor = DefaultVectorPredictor(model.gates, DefaultVectors(model.experts, sums.means().scales))
+        for source in range(LAYERS - 1):
+            true = signals[source + 1].topk_ids.sort(-1)[0]
+            assert torch.equal(predictor.predict(source, signals[source], TOP_K).ids.sort(-1)[0], true)
+            wrong += int((plain.predict(source, signals[source], TOP_K).ids.sort(-1)[0] != true).sum())
     assert wrong > 0, "the experts must matter for this test to mean anything"
-
-
-def test_default_vectors_say_when_the_scale_is_missing():
-    model = make_model()
-    first = model.run(tokens(2))[0]
-    with pytest.raises(ValueError, match="scale"):
-        QuasiHidden(model.gates, model.experts).at(0, Signals(*first[:3]))
 
 
 def test_default_means_are_means_and_unseen_experts_get_their_layers():
     sums = DefaultSums(2, 3, 2)
     sums.add(0, torch.tensor([0, 1]), torch.tensor([[1.0, 2.0], [5.0, 6.0]]))
     sums.add(0, torch.tensor([0]), torch.tensor([[3.0, 4.0]]))
-    assert sums.means()[0].tolist() == [[2.0, 3.0], [5.0, 6.0], [3.0, 4.0]]
-    assert sums.means()[1].tolist() == [[0.0, 0.0]] * 3
+    sums.add_scales(0, torch.tensor([1.0, 2.0]))
+    sums.add_scales(0, torch.tensor([6.0]))
+    vectors, scales = sums.means()
+    assert vectors[0].tolist() == [[2.0, 3.0], [5.0, 6.0], [3.0, 4.0]]
+    assert vectors[1].tolist() == [[0.0, 0.0]] * 3
+    assert scales.tolist() == [3.0, 0.0]
 
 
 def test_fingerprints_tell_models_apart_and_ignore_the_precision_of_serving():

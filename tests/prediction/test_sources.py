@@ -161,7 +161,9 @@ def test_the_routing_of_every_family_is_understood(name, tmp_path):
         gates, tokens = engine.gates, family.prompts[-1]["prompt_token_ids"]
         sums = DefaultSums(len(gates), family.num_experts, gates[0].weight.shape[1])
         signals = engine.record(tokens, sums)
-        assert all(torch.equal(own.hidden, again.hidden) for own, again in zip(signals, engine.record(tokens)))
+        assert all(
+            torch.equal(own.hidden, again.hidden) for own, again in zip(signals, engine.record(tokens), strict=True)
+        )
     assert [gate.name for gate in gates] == family.moe_layers
     assert sums.counts.sum(-1).tolist() == [len(tokens) * family.top_k] * len(gates)
     for gate, own in zip(gates, signals, strict=True):

@@ -21,7 +21,7 @@ from vllm_expert_prefetch.prediction import (
     fingerprint,
     save_artifact,
 )
-from vllm_expert_prefetch.prediction.defaults import DefaultSums
+from vllm_expert_prefetch.prediction.defaults import DefaultSums, DefaultVectors
 from vllm_expert_prefetch.prediction.truth import Quality
 
 MEASURED = ("router", "router_defaults", "estimator", "hybrid", "previous", "frequency", "transition")
@@ -93,7 +93,7 @@ class Calibration:
         }
 
     def _counted(
-        self, gates: Sequence[Gate], training: Split, defaults: torch.Tensor | None, tokens: dict[str, int]
+        self, gates: Sequence[Gate], training: Split, defaults: DefaultVectors | None, tokens: dict[str, int]
     ) -> Artifact:
         """Tables and default vectors; no estimator and no recall yet."""
         frequency, transition = count_tables(training, gates, self.options.distance)

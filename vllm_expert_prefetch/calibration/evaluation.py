@@ -46,4 +46,4 @@ def _tokens(signals: list[Signals]) -> list[list[Signals]]:
 
 
 def _rows(signals: Signals, rows: slice) -> Signals:
-    return Signals(*(None if value is None else value[rows] for value in signals))  # type: ignore[arg-type]
+    return Signals(*(value[rows] for value in signals))

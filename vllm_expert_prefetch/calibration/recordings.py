@@ -82,9 +82,7 @@ class Recordings:
         _save(self._path(number), {name: torch.stack(values) for name, values in fields})
 
     def _save_progress(self, done: int, sums: DefaultSums | None) -> None:
-        tensors = {"done": torch.tensor(done)}
-        if sums is not None:
-            tensors |= {"sums": sums.sums, "counts": sums.counts}
+        tensors = {"done": torch.tensor(done)} | ({} if sums is None else sums.state())
         _save(self.directory / "progress.safetensors", tensors)
 
     def _restore(self, sums: DefaultSums | None) -> int:
@@ -93,7 +91,7 @@ class Recordings:
             return 0
         tensors = load_file(path)
         if sums is not None:
-            sums.sums, sums.counts = tensors["sums"], tensors["counts"]
+            sums.restore(tensors)
         return int(tensors["done"])
 
 

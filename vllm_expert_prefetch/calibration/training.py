@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from vllm_expert_prefetch.calibration.recordings import Progress, Split
 from vllm_expert_prefetch.prediction import Estimator, EstimatorShape, Gate, Signals
+from vllm_expert_prefetch.prediction.defaults import DefaultVectors
 from vllm_expert_prefetch.prediction.router import QuasiHidden
 
 _POOL = 16
@@ -45,7 +46,7 @@ class Trained:
 class Samples:
     """Pairs of a quasi-hidden state and the true logits of the target layer, from recorded windows."""
 
-    def __init__(self, gates: Sequence[Gate], defaults: torch.Tensor | None, distance: int) -> None:
+    def __init__(self, gates: Sequence[Gate], defaults: DefaultVectors | None, distance: int) -> None:
         self._gates, self._distance = gates, distance
         self._quasi_hidden = QuasiHidden(gates, defaults, distance)
         self.num_sources = len(gates) - distance

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from vllm_expert_prefetch.prediction.defaults import DefaultVectors
 from vllm_expert_prefetch.prediction.estimator import Estimator, EstimatorShape
 
 FORMAT = 1
@@ -52,10 +53,10 @@ class Card:
 
 @dataclass(frozen=True)
 class Artifact:
-    """`defaults` (num_layers, E, H), `frequency` (num_layers, E), `transition` (num_layers, E, E), all float32."""
+    """`frequency` (num_layers, E), `transition` (num_layers, E, E), both float32; see `baselines`."""
 
     card: Card
-    defaults: torch.Tensor | None
+    defaults: DefaultVectors | None
     frequency: torch.Tensor
     transition: torch.Tensor
     estimator: Estimator | None = None
@@ -71,7 +72,7 @@ def save_artifact(artifact: Artifact, directory: Path) -> None:
     (directory / CARD).unlink(missing_ok=True)
     tensors = {"frequency": artifact.frequency, "transition": artifact.transition}
     if artifact.defaults is not None:
-        tensors["defaults"] = artifact.defaults
+        tensors |= {"defaults": artifact.defaults.vectors, "scales": artifact.defaults.scales}
     if artifact.estimator is not None:
         tensors |= {_ESTIMATOR + name: value for name, value in artifact.estimator.state_dict().items()}
     path = directory / TENSORS
@@ -102,9 +103,8 @@ def load_artifact(directory: Path, model_fingerprint: str | None = None) -> Arti
         raise ArtifactError(f"artifact {directory} is damaged: {TENSORS} does not have the hash that {CARD} gives")
     try:
         tensors = load_file(path)
-        return Artifact(
-            card, tensors.get("defaults"), tensors["frequency"], tensors["transition"], _estimator(card, tensors)
-        )
+        defaults = DefaultVectors(tensors["defaults"], tensors["scales"]) if "defaults" in tensors else None
+        return Artifact(card, defaults, tensors["frequency"], tensors["transition"], _estimator(card, tensors))
     except (SafetensorError, KeyError, RuntimeError, TypeError) as error:
         raise ArtifactError(f"artifact {directory} is damaged: {error}") from error
 

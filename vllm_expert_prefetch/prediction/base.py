@@ -12,13 +12,11 @@ class Signals(NamedTuple):
     """One MoE layer in one step, T tokens.
 
     `hidden` (T, H): what the router reads. `topk_ids` (T, K) integers, `topk_weights` (T, K) float32: the true routing.
-    `scale` (T,) float32: root mean square of the residual before the norm; None where it is not observed.
     """
 
     hidden: torch.Tensor
     topk_ids: torch.Tensor
     topk_weights: torch.Tensor
-    scale: torch.Tensor | None = None
 
 
 class Predictor(ABC):
@@ -31,8 +29,6 @@ class Predictor(ABC):
 
     name: ClassVar[str]
     crosses_tokens: ClassVar[bool] = False
-    needs_scale: bool = False
-    """Whether `Signals.scale` must be there."""
     observes: ClassVar[bool] = False
     """Whether `observe` must be called with every layer's signals, each step, before that layer's `predict`."""
 

@@ -14,6 +14,7 @@ from vllm_expert_prefetch.prediction.baselines import (
     PreviousPredictor,
     TransitionPredictor,
 )
+from vllm_expert_prefetch.prediction.defaults import DefaultVectors
 from vllm_expert_prefetch.prediction.estimator import EstimatorPredictor
 from vllm_expert_prefetch.prediction.gates import Gate
 from vllm_expert_prefetch.prediction.router import DefaultVectorPredictor, RouterPredictor
@@ -29,7 +30,6 @@ class HybridPredictor(Predictor):
         """`choices`: one predictor per source layer that has a target within the same token."""
         super().__init__(choices[0].num_layers, choices[0].distance)
         self._choices = choices
-        self.needs_scale = any(choice.needs_scale for choice in choices)
 
     def predict(self, source: int, signals: Signals, count: int) -> Prediction | None:
         if source >= len(self._choices):
@@ -81,7 +81,7 @@ def create_predictor(name: str, ingredients: Ingredients) -> Predictor:
     return _MAKERS[name](ingredients)
 
 
-def _defaults(ingredients: Ingredients, name: str) -> torch.Tensor:
+def _defaults(ingredients: Ingredients, name: str) -> DefaultVectors:
     defaults = ingredients.calibrated(name).defaults
     if defaults is None:
         raise ArtifactError(f"predictor {name}: the artifact holds no default vectors; calibrate without --no-defaults")

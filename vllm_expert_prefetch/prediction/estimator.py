@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from vllm_expert_prefetch.prediction.base import Predictor, Signals
+from vllm_expert_prefetch.prediction.defaults import DefaultVectors
 from vllm_expert_prefetch.prediction.gates import Gate
 from vllm_expert_prefetch.prediction.router import QuasiHidden
 from vllm_expert_prefetch.prediction.routing import Prediction
@@ -54,12 +55,11 @@ class EstimatorPredictor(Predictor):
     name = "estimator"
 
     def __init__(
-        self, gates: Sequence[Gate], estimator: Estimator, defaults: torch.Tensor | None, distance: int = 1
+        self, gates: Sequence[Gate], estimator: Estimator, defaults: DefaultVectors | None, distance: int = 1
     ) -> None:
         super().__init__(len(gates), distance)
         self._routing = [gate.routing for gate in gates]
         self._quasi_hidden = QuasiHidden(gates, defaults, distance)
-        self.needs_scale = self._quasi_hidden.needs_scale
         self._estimator = estimator.requires_grad_(False)
         self._sources = torch.arange(len(gates), device=gates[0].weight.device).unsqueeze(1)
 

@@ -30,6 +30,13 @@ class Norm:
         readable = self.gain.abs() > _SMALLEST_GAIN * self.gain.abs().max()
         return torch.where(readable, 1.0 / self.gain, 0.0)
 
+    def scale_of(self, residual: torch.Tensor) -> torch.Tensor:
+        """What the norm divides each row of `residual` (T, H) by, (T,) float32."""
+        residual = residual.float()
+        if self.centered:
+            residual = residual - residual.mean(-1, keepdim=True)
+        return (residual.square().mean(-1) + self.eps).sqrt()
+
     def apply(self, residual: torch.Tensor) -> torch.Tensor:
         """The norm of `residual` (T, H) float32."""
         if self.centered:

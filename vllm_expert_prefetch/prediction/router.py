@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm_expert_prefetch.prediction.base import Predictor, Signals
+from vllm_expert_prefetch.prediction.defaults import DefaultVectors
 from vllm_expert_prefetch.prediction.gates import Gate, fold
 from vllm_expert_prefetch.prediction.routing import Prediction
 
@@ -31,43 +32,40 @@ class RouterPredictor(Predictor):
 class QuasiHidden:
     """`q = LN_target(r_source + d)`, d being the gate-weighted sum of the executed experts' default vectors.
 
-    `defaults` (num_layers, E, H) float32, or None for d = 0, where the residual's scale is not needed.
+    Without `defaults` d is 0, and the residual's scale does not matter.
     """
 
-    def __init__(self, gates: Sequence[Gate], defaults: torch.Tensor | None, distance: int = 1) -> None:
+    def __init__(self, gates: Sequence[Gate], defaults: DefaultVectors | None, distance: int = 1) -> None:
         self._gates = gates
         self._distance = distance
-        self._inverse_gains = [gate.norm.inverse_gain() for gate in gates]
-        self._defaults = (
-            None if defaults is None else [gate.output_scale * own for gate, own in zip(gates, defaults, strict=True)]
-        )
-
-    @property
-    def needs_scale(self) -> bool:
-        return self._defaults is not None
+        self._factors, self._vectors = [], None
+        if defaults is None:
+            pairs = zip(gates, gates[distance:], strict=False)
+            self._factors = [source.norm.inverse_gain() * target.norm.gain for source, target in pairs]
+        else:
+            scales = zip(gates, defaults.scales, strict=True)
+            self._factors = [gate.norm.inverse_gain() * scale for gate, scale in scales]
+            vectors = zip(gates, defaults.vectors, strict=True)
+            self._vectors = [gate.output_scale * own for gate, own in vectors]
 
     def at(self, source: int, signals: Signals) -> torch.Tensor:
         """q (T, H) float32 for layer `source + distance`, from layer `source`."""
         norm, target = self._gates[source].norm, self._gates[source + self._distance].norm
         hidden = signals.hidden if norm.shift is None else signals.hidden - norm.shift
-        if self._defaults is None:
-            q = hidden * (self._inverse_gains[source] * target.gain)
-            return q if target.shift is None else q + target.shift
-        if signals.scale is None:
-            raise ValueError("default vectors need the residual's scale, which was not observed")
-        residual = hidden * self._inverse_gains[source] * signals.scale.unsqueeze(-1)
-        executed = self._defaults[source][signals.topk_ids.long()]
-        change = torch.bmm(signals.topk_weights.float().unsqueeze(1), executed).squeeze(1)
-        return target.apply(residual + change)
+        unchanged = hidden * self._factors[source]
+        if self._vectors is None:
+            return unchanged if target.shift is None else unchanged + target.shift
+        executed = self._vectors[source][signals.topk_ids.long()]
+        weights = signals.topk_weights.float().unsqueeze(1)
+        return target.apply(torch.baddbmm(unchanged.unsqueeze(1), weights, executed).squeeze(1))
 
 
 class DefaultVectorPredictor(Predictor):
     """The target's gate on the quasi-hidden state with default vectors."""
 
     name = "router_defaults"
-    needs_scale = True
 
-    def __init__(self, gates: Sequence[Gate], defaults: torch.Tensor, distance: int = 1) -> None:
+    def __init__(self, gates: Sequence[Gate], defaults: DefaultVectors, distance: int = 1) -> None:
         super().__init__(len(gates), distance)
         self._gates = gates
         self._quasi_hidden = QuasiHidden(gates, defaults, distance)

@@ -36,8 +36,8 @@ class RecordingEngine:
     def record(self, tokens: Sequence[int], defaults: DefaultSums | None = None) -> list[Signals]:
         """Signals of every MoE layer, on the CPU, for `tokens` (at most `window`), computed in one step.
 
-        With `defaults`, each chosen expert's un-weighted output is added to it. That costs top-k more kernel calls per
-        layer.
+        With `defaults`, each chosen expert's un-weighted output and the residuals' scales are added to it. That costs
+        top-k more kernel calls per layer.
         """
         from vllm import SamplingParams
 
@@ -99,7 +99,7 @@ class _LayerRecorder:
     def after_norm(self, module: Any, inputs: tuple[torch.Tensor, ...], output: Any) -> None:
         """Forward hook of the norm. vLLM's norms add the residual and give the sum back, or take it as it is."""
         self._normed, residual = output if isinstance(output, tuple) else (output, inputs[0])
-        self._scale = residual.float().square().mean(-1).sqrt()
+        self._scale = self._source.gate.norm.scale_of(residual)
 
     def select_experts(self, hidden_states: torch.Tensor, router_logits: torch.Tensor, **options: Any) -> Any:
         weights, ids = self._select_experts(hidden_states=hidden_states, router_logits=router_logits, **options)
@@ -113,9 +113,10 @@ class _LayerRecorder:
                 f"{gate.name}: the router does not read the output of {type(self._source.norm).__name__}, the norm "
                 "that was found in front of it"
             )
-        found = (hidden, ids[:num_tokens], weights[:num_tokens], self._scale[:num_tokens])
+        found = (hidden, ids[:num_tokens], weights[:num_tokens])
         self.signals.append(Signals(*(tensor.detach().to("cpu", copy=True) for tensor in found)))
         if self._defaults is not None:
+            self._defaults.add_scales(self._number, self._scale[:num_tokens])
             self._add_outputs(self._defaults, hidden_states, ids, weights, num_tokens)
         return weights, ids
 

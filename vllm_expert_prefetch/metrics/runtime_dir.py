@@ -8,6 +8,8 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
+from vllm_expert_prefetch.metrics.processes import process_is_alive
+
 ENVIRONMENT_VARIABLE = "EXPERT_PREFETCH_RUNTIME_DIR"
 """Set for child processes only; its value changes with every run, so it must stay out of vLLM's configuration."""
 
@@ -25,7 +27,13 @@ def ensure_runtime_dir() -> Path:
         return known
     base = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
     _remove_leftovers(base)
-    directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=base))
+    try:
+        directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=base))
+    except OSError as error:
+        raise OSError(
+            f"expert_prefetch: no directory for the metrics can be made in {base} ({error.strerror}). Let "
+            "XDG_RUNTIME_DIR, or TMPDIR without it, name a directory that this user may write to"
+        ) from error
     os.environ[ENVIRONMENT_VARIABLE] = str(directory)
     atexit.register(remove_runtime_dir)
     return directory
@@ -40,17 +48,6 @@ def remove_runtime_dir() -> None:
 
 def _is_mine(directory: Path) -> bool:
     return directory.name.startswith(f"{_PREFIX}{os.getpid()}-")
-
-
-def process_is_alive(pid: int) -> bool:
-    """Whether a process of this id exists on this host."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _remove_leftovers(base: Path) -> None:

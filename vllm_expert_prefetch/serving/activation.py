@@ -25,6 +25,7 @@ def install() -> None:
     _replace_layers()
     _extend_platform(compat.platform_class())
     _extend_model_loader()
+    _extend_worker()
 
 
 def _replace_layers() -> None:
@@ -91,6 +92,12 @@ def _extend_model_loader() -> None:
         return model
 
     BaseModelLoader.load_model = load_and_verify  # type: ignore[method-assign]
+
+
+def _extend_worker() -> None:
+    from vllm_expert_prefetch.serving.steps import extend_worker
+
+    extend_worker()
 
 
 def _show_metrics() -> None:

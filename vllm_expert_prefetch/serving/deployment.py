@@ -1,5 +1,7 @@
 """One worker's MoE layers together: the slot count, the proof that they were taken over, the start-up line."""
 
+import re
+import time
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -7,9 +9,11 @@ import torch
 
 from vllm_expert_prefetch import __version__
 from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, ExpertPrefetchConfig
-from vllm_expert_prefetch.experts import EmulatedLink, HostMemoryOptions, HostStore, SlotPool
+from vllm_expert_prefetch.experts import EmulatedLink, HostMemoryOptions, HostStore, SlotPool, measure_bandwidth
 from vllm_expert_prefetch.metrics.counters import SUFFIX, Counters
 from vllm_expert_prefetch.metrics.runtime_dir import ensure_runtime_dir
+from vllm_expert_prefetch.metrics.scrape_port import serve_counters
+from vllm_expert_prefetch.metrics.steps import StepClock
 from vllm_expert_prefetch.planning.sizing import GB, CacheSize, MemoryBudget, ModelShape, size_cache
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.takeover import TakeoverError
@@ -17,6 +21,7 @@ from vllm_expert_prefetch.serving.takeover import TakeoverError
 if TYPE_CHECKING:
     from vllm_expert_prefetch.serving.layer import CachedRoutedExperts
 
+_REFRESH_SECONDS = 1.0
 _ACTIVATION_COPIES = 16
 """Activation reserve on a GPU, in copies of the widest step's hidden states (before vLLM has measured it)."""
 
@@ -26,6 +31,7 @@ class Deployment:
 
     counters: Counters
     """There once every layer is taken over: a start that fails shows no metrics."""
+    clock: StepClock
 
     def __init__(self, vllm_config: Any, config: ExpertPrefetchConfig) -> None:
         self.config = config
@@ -34,6 +40,7 @@ class Deployment:
         self.size: CacheSize | None = None
         self._sizing = ""
         self._num_taken_over = 0
+        self._refresh_at = 0.0
         self._buffers: dict[tuple[object, ...], SlotPool] = {}
         self.link = (
             EmulatedLink(config.emulated_link_gbps, config.emulated_link_latency_us)
@@ -141,19 +148,53 @@ class Deployment:
         return sum(buffer.num_bytes for buffer in self._buffers.values())
 
     def _publish(self) -> None:
-        self.counters = Counters(self._counter_path(), self._labels(), self._info())
         layers = self._live_layers()
+        names = [_short_name(layer.layer_name, index) for index, layer in enumerate(layers)]
+        self.counters = Counters(
+            self._counter_path(), self._labels(), self._info(), names if self.config.metrics_per_layer else ()
+        )
+        self.clock = StepClock(self.counters)
         gauges = {
             "moe_layers": len(layers),
             "experts": sum(layer.num_experts for layer in layers),
-            "slots": sum(layer.cache.num_slots for layer in layers),
+            "slots": self._num_slots(),
             "host_store_bytes": self._host_bytes(),
             "cache_bytes": self._cache_bytes(),
             "stream_buffer_bytes": self._buffer_bytes(),
             "expert_record_bytes": sum(layer.store.record_bytes for layer in layers) / len(layers),
+            "link_bytes_per_second": self._measure_link(),
+            "planned_hit_ratio": self._planned_hit_ratio(),
         }
         for name, value in gauges.items():
             self.counters.set(name, value)
+        self._refresh_gauges()
+        if self.config.metrics_port is not None:
+            serve_counters(self.counters, self.config.metrics_port + self._vllm_config.parallel_config.local_rank)
+
+    def step_ended(self) -> None:
+        """One engine step is over: time it, and bring the gauges up to date now and then."""
+        self.clock.end()
+        if time.monotonic() >= self._refresh_at:
+            self._refresh_gauges()
+
+    def _refresh_gauges(self) -> None:
+        self._refresh_at = time.monotonic() + _REFRESH_SECONDS
+        self.counters.set("resident_slots", sum(layer.cache.num_resident for layer in self._live_layers()))
+
+    def _num_slots(self) -> int:
+        return sum(layer.cache.num_slots for layer in self._live_layers())
+
+    def _planned_hit_ratio(self) -> float:
+        """As asked for, or what a router that prefers no expert would reach."""
+        if self.config.planned_hit_rate is not None:
+            return self.config.planned_hit_rate
+        return self._num_slots() / sum(layer.num_experts for layer in self._live_layers())
+
+    def _measure_link(self) -> float:
+        """Bytes per second of what one token may need of a layer, copied again to where it is."""
+        layer = self._live_layers()[0]
+        placed = [(expert, slot) for slot, expert in enumerate(layer.cache.expert_in) if expert >= 0]
+        return measure_bandwidth(layer.staging, placed[: layer.top_k])
 
     def _labels(self) -> dict[str, str]:
         model, parallel = self._vllm_config.model_config, self._vllm_config.parallel_config
@@ -172,6 +213,7 @@ class Deployment:
             "staging": "torch",
             "link": f"emulated {self.link.gbps} GB/s {self.link.latency_us} us" if self.link else "real",
             "pinned": str(self.host_memory.pin).lower(),
+            "platform": "cuda" if self.host_memory.cuda else "cpu",
             "version": __version__,
             "vllm_version": compat.vllm_version(),
         }
@@ -182,6 +224,12 @@ class Deployment:
         stem = f"engine{parallel.data_parallel_rank}-rank{parallel.rank}"
         numbers = [int(path.stem.rsplit("-", 1)[1]) for path in directory.glob(f"{stem}-*{SUFFIX}")]
         return directory / f"{stem}-{max(numbers, default=0) + 1:06d}{SUFFIX}"
+
+
+def _short_name(layer_name: str, index: int) -> str:
+    """The number in a layer's name: model.layers.7.mlp.experts is 7."""
+    found = re.search(r"\.(\d+)\.", layer_name)
+    return found[1] if found else str(index)
 
 
 _latest: "weakref.ref[Deployment] | None" = None
@@ -196,3 +244,10 @@ def deployment_of(vllm_config: Any, config: ExpertPrefetchConfig) -> Deployment:
         deployment = Deployment(vllm_config, config)
         _latest = weakref.ref(deployment)
     return deployment
+
+
+def find_deployment(vllm_config: Any) -> Deployment | None:
+    """The deployment that serves this model, once its layers have been taken over."""
+    deployment = _latest() if _latest else None
+    served = deployment is not None and deployment.is_for(vllm_config) and hasattr(deployment, "clock")
+    return deployment if served else None

@@ -158,7 +158,7 @@ METRICS = (
         "link_bytes_per_second",
         Kind.GAUGE,
         "bytes/second",
-        "Bandwidth from the host store to the slots, measured when the server started, in copies of one token's size.",
+        "Bandwidth from the host store to the slots, measured when the server started, one expert at a time.",
     ),
     Metric(
         "planned_hit_ratio",

@@ -191,10 +191,14 @@ class Deployment:
         return self._num_slots() / sum(layer.num_experts for layer in self._live_layers())
 
     def _measure_link(self) -> float:
-        """Bytes per second of what one token may need of a layer, copied again to where it is."""
-        layer = self._live_layers()[0]
-        placed = [(expert, slot) for slot, expert in enumerate(layer.cache.expert_in) if expert >= 0]
-        return measure_bandwidth(layer.staging, placed[: layer.top_k])
+        """Bytes per second of one record of each layer, copied again to where it is."""
+        placed = [
+            (layer.staging, (expert, slot))
+            for layer in self._live_layers()
+            for slot, expert in enumerate(layer.cache.expert_in[:1])
+            if expert >= 0
+        ]
+        return measure_bandwidth(placed)
 
     def _labels(self) -> dict[str, str]:
         model, parallel = self._vllm_config.model_config, self._vllm_config.parallel_config

@@ -1,0 +1,243 @@
+"""A served model under load, seen through a real Prometheus: one server for all of it.
+
+The server runs with per-layer series and a slow emulated link, so that there is something to see.
+"""
+
+import os
+import random
+import signal
+import statistics
+import threading
+import time
+from dataclasses import dataclass, field
+
+import httpx
+import pytest
+from engines import prompts
+from observatory import (
+    Load,
+    Prometheus,
+    alert_rules,
+    dashboard_queries,
+    has_prometheus,
+    load,
+    remove_scheme,
+    run_prometheus,
+)
+from servers import Server, serve
+
+pytestmark = pytest.mark.engine
+
+NUM_CLIENTS = 16
+LOAD_SECONDS = 60
+RECORD_BYTES = 49152
+NUM_LAYERS = 8
+TOP_K = 2
+ASK = [
+    "--plugin",
+    "expert_prefetch",
+    "--additional-config",
+    '{"expert_prefetch": {"cache_fraction": 0.5, "metrics_per_layer": true, "emulated_link_gbps": 1.0}}',
+]
+
+
+@dataclass
+class Scrapes:
+    """What scraping ten times a second gave: seconds of each, errors, and totals that ran backwards."""
+
+    seconds: list[float] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Observed:
+    """The server after the load, with what it was asked and what was seen."""
+
+    server: Server
+    prometheus: Prometheus
+    before: dict[str, float]
+    after: dict[str, float]
+    load: Load
+    scrapes: Scrapes
+
+    def gained(self, name: str, **labels: str) -> float:
+        """How much the series called `name` with these labels grew, summed."""
+        return total(self.after, name, **labels) - total(self.before, name, **labels)
+
+
+def total(metrics: dict[str, float], name: str, **labels: str) -> float:
+    wanted = [f'{key}="{value}"' for key, value in labels.items()]
+    return sum(
+        value
+        for key, value in metrics.items()
+        if key.startswith(f"vllm_expert_prefetch_{name}{{") and all(label in key for label in wanted)
+    )
+
+
+@pytest.fixture(scope="module")
+def observed():
+    if not has_prometheus():
+        pytest.skip("no prometheus in PATH: apt-get install prometheus")
+    with serve(*ASK) as server:
+        server.wait_ready()
+        server.complete("In the beginning", 4)  # the first request compiles the sampler
+        with run_prometheus([remove_scheme(server.url)]) as prometheus:
+            before = server.metrics()
+            scrapes, stop = Scrapes(), threading.Event()
+            scraper = threading.Thread(target=scrape_often, args=(server.url, scrapes, stop))
+            with load(server.url, prompts(32), NUM_CLIENTS) as asked:
+                scraper.start()
+                time.sleep(LOAD_SECONDS)
+            stop.set()
+            scraper.join(30)
+            yield Observed(server, prometheus, before, server.metrics(), asked, scrapes)
+
+
+def scrape_often(url: str, scrapes: Scrapes, stop: threading.Event) -> None:
+    """Ten times a second."""
+    last: dict[str, float] = {}
+    with httpx.Client(timeout=30) as client:
+        while not stop.wait(0.1):
+            started = time.perf_counter()
+            try:
+                answer = client.get(f"{url}/metrics")
+                answer.raise_for_status()
+            except httpx.HTTPError as error:
+                scrapes.problems.append(repr(error))
+                continue
+            scrapes.seconds.append(time.perf_counter() - started)
+            now = counters_of(answer.text)
+            scrapes.problems += [
+                f"{key}: {last[key]} then {now.get(key)}" for key in last if now.get(key, 0) < last[key]
+            ]
+            last = now
+
+
+def counters_of(text: str) -> dict[str, float]:
+    lines = [line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("vllm_expert_prefetch_")]
+    return {key: float(value) for key, value in lines if "_total{" in key or "_bucket{" in key or "_sum{" in key}
+
+
+def test_the_load_was_served(observed):
+    assert observed.load.errors == []
+    assert observed.load.requests >= NUM_CLIENTS
+
+
+def test_scraping_ten_times_a_second_gives_no_error_and_no_total_that_runs_backwards(observed):
+    assert observed.scrapes.problems == []
+    assert len(observed.scrapes.seconds) > 2 * LOAD_SECONDS
+
+
+def test_scrapes_are_quick_under_load(observed):
+    """The web server shares two cores with the engine and with 16 clients here."""
+    assert statistics.quantiles(observed.scrapes.seconds, n=100)[98] < 0.05
+
+
+def test_no_token_is_missing_from_the_totals(observed):
+    """Every token but a request's first one is an observation of the time per output token."""
+    assert observed.gained("tpot_seconds_count") == observed.load.tokens - observed.load.requests
+    steps = observed.gained("steps_total")
+    assert steps == observed.gained("step_seconds_count") > 0
+    assert observed.gained("waves_total") >= steps * NUM_LAYERS
+    assert observed.gained("waves_total", split="none") + observed.gained("waves_total", split="stream") == (
+        steps * NUM_LAYERS
+    )
+
+
+def test_bytes_are_misses_times_the_record(observed):
+    misses = observed.gained("lookups_total", outcome="miss")
+    assert observed.gained("transfer_bytes_total") == misses * RECORD_BYTES > 0
+    assert total(observed.after, "expert_record_bytes") == RECORD_BYTES
+
+
+def test_layers_sum_to_the_whole(observed):
+    for outcome in ("hit", "late", "miss"):
+        layers = observed.gained("layer_lookups_total", outcome=outcome)
+        assert layers == observed.gained("lookups_total", outcome=outcome)
+    assert observed.gained("layer_stall_seconds_total") == pytest.approx(observed.gained("stall_seconds_total"))
+    names = {key.split('layer="')[1].split('"')[0] for key in observed.after if "layer_lookups_total{" in key}
+    assert names == {str(number) for number in range(NUM_LAYERS)}
+
+
+def test_stalls_are_a_part_of_the_steps(observed):
+    assert 0 < observed.gained("stall_seconds_total") < observed.gained("step_seconds_sum")
+
+
+def test_the_time_per_output_token_is_that_of_vllm(observed):
+    """Same tokens, same mean, within what the two clocks see of a step."""
+    window = f"[{LOAD_SECONDS}s]"
+    (ours,) = observed.prometheus.query(
+        f"sum(rate(vllm_expert_prefetch_tpot_seconds_sum{window})) / sum(rate(vllm_expert_prefetch_tpot_seconds_count{window}))"
+    )
+    (vllms,) = observed.prometheus.query(
+        f"sum(rate(vllm:inter_token_latency_seconds_sum{window})) / sum(rate(vllm:inter_token_latency_seconds_count{window}))"
+    )
+    assert float(ours["value"][1]) == pytest.approx(float(vllms["value"][1]), rel=0.1)
+
+
+@pytest.mark.parametrize("query", dashboard_queries("INSTANCE"), ids=lambda query: f"{query.dashboard}-{query.panel}")
+def test_every_panel_has_data(observed, query):
+    expression = query.expression.replace("INSTANCE", remove_scheme(observed.server.url))
+    expression = expression.replace("[20s]", f"[{LOAD_SECONDS}s]")
+    samples = observed.prometheus.query(expression)
+    assert samples, expression
+    assert all(float(sample["value"][1]) == float(sample["value"][1]) for sample in samples), "not a number"
+
+
+@pytest.mark.parametrize("alert", alert_rules(), ids=lambda rule: f"{rule['alert']}-{rule['labels'].get('cause', '')}")
+def test_every_alert_finds_the_series_that_it_reads(observed, alert):
+    deadline = time.monotonic() + 30  # recorded series come every 15 s
+    while (missing := observed.prometheus.series_without_data(alert)) and time.monotonic() < deadline:
+        time.sleep(1)
+    assert missing == []
+
+
+def test_prometheus_evaluates_every_rule_without_an_error(observed):
+    rules = observed.prometheus.rules()
+    assert {rule["name"]: rule.get("lastError") for rule in rules if rule["health"] != "ok"} == {}
+    assert len(rules) > len(alert_rules())
+
+
+def test_at_batch_one_lookups_are_steps_times_layers_times_distinct_experts(observed):
+    """Prompts of one token: every step of every layer then needs exactly top-k experts."""
+    before = observed.server.metrics()
+    generator = random.Random(3)
+    for _ in range(4):
+        prompt = [generator.randrange(10, 200)]
+        body = {"model": "demo", "prompt": prompt, "max_tokens": 9, "temperature": 0, "ignore_eos": True}
+        httpx.post(f"{observed.server.url}/v1/completions", json=body, timeout=60).raise_for_status()
+    after = observed.server.metrics()
+    steps = {
+        phase: total(after, "steps_total", phase=phase) - total(before, "steps_total", phase=phase)
+        for phase in (
+            "prefill",
+            "decode",
+            "mixed",
+        )
+    }
+    assert steps == {"prefill": 4, "decode": 32, "mixed": 0}
+    lookups = total(after, "lookups_total") - total(before, "lookups_total")
+    assert lookups == 36 * NUM_LAYERS * TOP_K
+
+
+def test_a_killed_worker_shows_nothing_any_more():
+    """A server of its own: it does not survive. What /metrics shows until it has ended holds no stale series."""
+    with serve(*ASK) as server:
+        server.wait_ready()
+        (directory,) = server.runtime.iterdir()
+        (path,) = directory.glob("*.counters")
+        from vllm_expert_prefetch.metrics.counters import read_counters
+
+        os.kill(read_counters(path).pid, signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            try:
+                if not server.metrics():
+                    break
+            except httpx.TransportError:
+                break
+            time.sleep(0.02)
+        else:
+            pytest.fail("series of a dead worker are still shown")
+        server.process.wait(60)
+        assert list(server.runtime.iterdir()) == []

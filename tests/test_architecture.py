@@ -24,6 +24,7 @@ RULES = {
     "demo": Rule(torch="yes"),
     "serving": Rule(["residency", "config", "metrics", "planning", "experts", "prediction"], torch="yes", vllm="yes"),
     "plugin": Rule(late_parts=["serving"]),
+    "ray_serve": Rule(),
     "cli": Rule(
         ["residency", "config", "metrics", "planning"],
         late_parts=["experts", "prediction", "calibration", "demo", "serving"],
@@ -41,7 +42,7 @@ WITHOUT_TORCH = (
     "cli.main",
 )
 
-SHIPPED = python_files(SOURCE, ROOT / "benchmarks", ROOT / ".ci")
+SHIPPED = python_files(SOURCE, ROOT / "benchmarks", ROOT / ".ci", ROOT / "deploy")
 
 
 def each(files):

@@ -49,7 +49,10 @@ SICK = {
         {STALL: "0+30x40", COPYING: "0+30x40"},
         {"ExpertPrefetchLinkSlow": ""},
     ),
-    "ExpertPrefetchStallsHigh/cache_too_small": ({STALL: "0+30x40", HIT: "0+200x40"}, {"ExpertPrefetchHitRatioLow": ""}),
+    "ExpertPrefetchStallsHigh/cache_too_small": (
+        {STALL: "0+30x40", HIT: "0+200x40"},
+        {"ExpertPrefetchHitRatioLow": ""},
+    ),
     "ExpertPrefetchStallsHigh/prefetch_off": ({STALL: "0+30x40"}, {}),
     "ExpertPrefetchHostMemoryNotPinned": (
         {INFO: None, f'{P}info{{platform="cuda", pinned="false", prefetch="off", {RANK}}}': "1x40"},

@@ -90,22 +90,26 @@ def render(summary: dict[str, Any]) -> Any:
     for name, value, more in _rows(summary):
         table.add_row(name, value, more)
     layers = [_layer_line(layer, counts) for layer, counts in summary["layers"].items() if sum(counts.values())]
-    heading = ["", f"[bold]layers[/bold]  {'  '.join(f'[{c}]{o}[/{c}]' for o, c in _COLOURS.items())}"] if layers else []
+    heading = (
+        ["", f"[bold]layers[/bold]  {'  '.join(f'[{c}]{o}[/{c}]' for o, c in _COLOURS.items())}"] if layers else []
+    )
     return Group(_title(summary), "", table, *heading, *layers)
 
 
 def _title(summary: dict[str, Any]) -> str:
     first = summary["servers"][0]
-    ranks = len(summary["servers"])
+    ranks, seconds = len(summary["servers"]), summary["elapsed_seconds"]
     return (
         f"[bold]{first['model_name']}[/bold]  policy {first['policy']}, execution {first['execution']}, prefetch "
-        f"{first['prefetch']}, link {first['link']}, {ranks} rank{'s' * (ranks > 1)}, last {summary['elapsed_seconds']:.1f} s"
+        f"{first['prefetch']}, link {first['link']}, {ranks} rank{'s' * (ranks > 1)}, last {seconds:.1f} s"
     )
 
 
 def _rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     copied, steps, waves = (summary[f"{name}_per_second"] for name in ("transfer_bytes", "steps", "waves"))
-    held = f"{summary['slots']:.0f} slots ({summary['resident_slots']:.0f} resident) for {summary['experts']:.0f} experts"
+    held = (
+        f"{summary['slots']:.0f} slots ({summary['resident_slots']:.0f} resident) for {summary['experts']:.0f} experts"
+    )
     return [
         ("TPOT", _milliseconds(summary["tpot_seconds"]), ""),
         ("hit rate", _percent(summary["hit_ratio"]), f"planned {_percent(summary['planned_hit_ratio'])}"),
@@ -137,7 +141,9 @@ def _bar(counts: dict[str, float]) -> str:
     cells = {outcome: int(length) for outcome, length in exact.items()}
     for outcome in sorted(exact, key=lambda name: cells[name] - exact[name])[: _BAR - sum(cells.values())]:
         cells[outcome] += 1
-    return "".join(f"[{colour}]{'█' * cells[outcome]}[/{colour}]" for outcome, colour in _COLOURS.items() if cells[outcome])
+    return "".join(
+        f"[{colour}]{'█' * cells[outcome]}[/{colour}]" for outcome, colour in _COLOURS.items() if cells[outcome]
+    )
 
 
 def _listed(values: dict[str, float], text: Any) -> str:

@@ -106,7 +106,10 @@ def summarise(before: Scrape, after: Scrape) -> dict[str, Any]:
         "evictions_per_second": gained("evictions_total") / both.seconds,
         "waves_per_second": both.rates("waves_total", "split"),
         "steps_per_second": both.rates("steps_total", "phase"),
-        **{name: after.total(name) for name in ("slots", "resident_slots", "experts", "cache_bytes", "host_store_bytes")},
+        **{
+            name: after.total(name)
+            for name in ("slots", "resident_slots", "experts", "cache_bytes", "host_store_bytes")
+        },
         "layers": {
             layer: {outcome: gained("layer_lookups_total", layer=layer, outcome=outcome) for outcome in outcomes}
             for layer in layers

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -103,15 +103,20 @@ class Prometheus:
 
 
 @contextlib.contextmanager
-def run_prometheus(targets: list[str], scrape_seconds: float = 1) -> Iterator[Prometheus]:
-    """A Prometheus that scrapes `targets` (host:port) and evaluates the committed rules; gone afterwards."""
+def run_prometheus(
+    targets: Sequence[str] = (), scrape_seconds: float = 1, targets_url: str | None = None
+) -> Iterator[Prometheus]:
+    """A Prometheus that scrapes `targets` (host:port) and evaluates the committed rules; gone afterwards.
+
+    With `targets_url` the targets are those that the address names, with the configuration of deploy/ray-serve.
+    """
     program = shutil.which("prometheus")
     if program is None:
         raise MissingPrometheus(
             "no prometheus in PATH: apt-get install prometheus (Debian, Ubuntu), or its own release"
         )
     with tempfile.TemporaryDirectory() as directory:
-        config = _config(targets, scrape_seconds)
+        config = _config(targets, scrape_seconds, targets_url)
         path = Path(directory) / "prometheus.yml"
         path.write_text(yaml.safe_dump(config))
         with socket.socket() as probe:
@@ -128,13 +133,18 @@ def run_prometheus(targets: list[str], scrape_seconds: float = 1) -> Iterator[Pr
             process.wait(30)
 
 
-def _config(targets: list[str], scrape_seconds: float) -> dict[str, Any]:
+def _config(targets: Sequence[str], scrape_seconds: float, targets_url: str | None) -> dict[str, Any]:
     """The committed configuration with other targets and shorter intervals."""
-    config = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())
+    folder = DEPLOY / ("ray-serve" if targets_url else "prometheus")
+    config = yaml.safe_load((folder / "prometheus.yml").read_text())
     interval = f"{round(1000 * scrape_seconds)}ms"
     config["global"] = {"scrape_interval": interval, "scrape_timeout": interval, "evaluation_interval": "1s"}
-    config["rule_files"] = [str(DEPLOY / "prometheus" / name) for name in config["rule_files"]]
-    config["scrape_configs"][0]["static_configs"] = [{"targets": targets}]
+    config["rule_files"] = [str((folder / name).resolve()) for name in config["rule_files"]]
+    (job,) = config["scrape_configs"]
+    if targets_url:
+        job["http_sd_configs"] = [{"url": targets_url, "refresh_interval": "1s"}]
+    else:
+        job["static_configs"] = [{"targets": list(targets)}]
     return config
 
 

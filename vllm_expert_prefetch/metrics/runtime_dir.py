@@ -4,6 +4,7 @@ import atexit
 import multiprocessing
 import os
 import shutil
+import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ ENVIRONMENT_VARIABLE = "EXPERT_PREFETCH_RUNTIME_DIR"
 """Set for child processes only; its value changes with every run, so it must stay out of vLLM's configuration."""
 
 _PREFIX = "expert-prefetch-"
+_RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 
 
 def ensure_runtime_dir() -> Path:
@@ -22,8 +24,9 @@ def ensure_runtime_dir() -> Path:
     Raises OSError naming the place when it cannot be created.
     """
     known = Path(os.environ.get(ENVIRONMENT_VARIABLE, ""))
-    # vLLM starts its processes through multiprocessing. Any other child is a server, or a program, of its own.
-    if (_is_mine(known) or multiprocessing.parent_process() is not None) and known.name and known.is_dir():
+    # vLLM starts its processes through multiprocessing, or as actors. Any other child is a program of its own.
+    started_by_vllm = multiprocessing.parent_process() is not None or _is_ray_actor()
+    if (_is_mine(known) or started_by_vllm) and known.name and known.is_dir():
         return known
     base = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
     _remove_leftovers(base)
@@ -44,6 +47,18 @@ def remove_runtime_dir() -> None:
     directory = Path(os.environ.get(ENVIRONMENT_VARIABLE, ""))
     if _is_mine(directory):
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def carry_to_ray_workers() -> None:
+    """Let vLLM's Ray executor copy the directory's name to its workers: those on this host find it then."""
+    names = [name for name in os.environ.get(_RAY_COPIES, "").split(",") if name]
+    if ENVIRONMENT_VARIABLE not in names:
+        os.environ[_RAY_COPIES] = ",".join([*names, ENVIRONMENT_VARIABLE])
+
+
+def _is_ray_actor() -> bool:
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
 
 
 def _is_mine(directory: Path) -> bool:

@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from vllm_expert_prefetch.config import CONFIG_KEY, config_from_additional
-from vllm_expert_prefetch.metrics.runtime_dir import ensure_runtime_dir
+from vllm_expert_prefetch.metrics.runtime_dir import carry_to_ray_workers, ensure_runtime_dir
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.refusals import check_refusals
 from vllm_expert_prefetch.serving.signals import make_server_interruptible
@@ -107,6 +107,7 @@ def _show_metrics() -> None:
     from vllm_expert_prefetch.metrics.collector import extend_multiprocess_collector, register_collector
 
     directory = ensure_runtime_dir()
+    carry_to_ray_workers()
     register_collector(REGISTRY, directory)
     extend_multiprocess_collector(directory)
 

@@ -70,9 +70,10 @@ class Prometheus:
 
     url: str
 
-    def query(self, expression: str) -> list[dict[str, Any]]:
-        """The samples of an instant query; RuntimeError with Prometheus' words when it refuses the expression."""
-        return self._get("query", query=expression)["result"]
+    def query(self, expression: str, seconds: float | None = None) -> list[dict[str, Any]]:
+        """The samples now, or `seconds` after 1970. RuntimeError in Prometheus' words when it refuses."""
+        when = {} if seconds is None else {"time": seconds}
+        return self._get("query", query=expression, **when)["result"]
 
     def query_range(self, expression: str, start: float, end: float, step: float) -> list[dict[str, Any]]:
         """The series of a range query; times in seconds since 1970."""
@@ -87,13 +88,13 @@ class Prometheus:
         targets = self._get("targets")["activeTargets"]
         return bool(targets) and all(target["health"] == "up" for target in targets)
 
-    def series_without_data(self, alert: dict[str, Any]) -> list[str]:
+    def series_without_data(self, alert: dict[str, Any], seconds: float | None = None) -> list[str]:
         """The series that the alert reads and that are not there; empty when it could fire.
 
         RuntimeError when Prometheus refuses its expression.
         """
-        self.query(alert["expr"])
-        return [name for name in sorted(series_in(alert["expr"])) if not self.query(name)]
+        self.query(alert["expr"], seconds)
+        return [name for name in sorted(series_in(alert["expr"])) if not self.query(name, seconds)]
 
     def _get(self, path: str, **parameters: Any) -> Any:
         answer = httpx.get(f"{self.url}/api/v1/{path}", params=parameters, timeout=30).json()

@@ -188,7 +188,6 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "rowsFrame": {"layout": "auto"},
         "yAxis": {"axisPlacement": "left"},
         "legend": {"show": True},
-        "tooltip": {"mode": "single", "yHistogram": False},
         "cellGap": 1,
     },
     "table": {"showHeader": True},

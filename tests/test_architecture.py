@@ -27,6 +27,7 @@ RULES = {
         ["native", "residency", "config", "metrics", "planning", "experts", "prediction"], torch="yes", vllm="yes"
     ),
     "plugin": Rule(late_parts=["serving"]),
+    "ray_serve": Rule(),
     "cli": Rule(
         ["native", "residency", "config", "metrics", "planning"],
         late_parts=["experts", "prediction", "calibration", "demo", "serving"],
@@ -45,7 +46,7 @@ WITHOUT_TORCH = (
     "cli.main",
 )
 
-SHIPPED = python_files(SOURCE, ROOT / "benchmarks", ROOT / ".ci")
+SHIPPED = python_files(SOURCE, ROOT / "benchmarks", ROOT / ".ci", ROOT / "deploy")
 
 
 def each(files):

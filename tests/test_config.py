@@ -27,6 +27,9 @@ GOOD = {
     "huge_pages": [True, False],
     "emulated_link_gbps": [None, 1, 0.5],
     "emulated_link_latency_us": [0, 0.0],
+    "planned_hit_rate": [None, 0.9, 1],
+    "metrics_per_layer": [True, False],
+    "metrics_port": [None, 9400, 65535],
 }
 BAD = {
     "cache_gb": [0, -1, math.nan, math.inf, "12", True],
@@ -43,6 +46,9 @@ BAD = {
     "huge_pages": [1, 0, "true", None],
     "emulated_link_gbps": [0, -1, math.inf, "10", True],
     "emulated_link_latency_us": [-1, math.nan, math.inf, "5", None, True],
+    "planned_hit_rate": [0, 1.5, math.nan, "0.9", True],
+    "metrics_per_layer": [1, "true", None],
+    "metrics_port": [0, 65536, 9400.0, "9400", True],
 }
 
 
@@ -71,7 +77,7 @@ def test_bad_values_are_refused_with_the_name_of_their_key(key, value):
         ExpertPrefetchConfig.from_mapping({key: value})
 
 
-@pytest.mark.parametrize("key", [key for key in KEYS if key != "huge_pages"])
+@pytest.mark.parametrize("key", [key for key in KEYS if key not in ("huge_pages", "metrics_per_layer")])
 def test_true_is_not_a_number_and_not_a_name(key):
     with pytest.raises(ConfigError, match=rf"{key} must be (an integer|a number|a string), got True"):
         ExpertPrefetchConfig.from_mapping({key: True})

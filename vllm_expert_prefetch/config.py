@@ -81,6 +81,18 @@ class ExpertPrefetchConfig:
         0.0, "CPU only: latency of each copy batch over the emulated link, in microseconds."
     )
 
+    planned_hit_rate: float | None = _key(
+        None,
+        "Hit rate that the cache was sized for, 0 to 1: shown as a metric, and an alert fires below it. Unset: the "
+        "share of experts that have a slot.",
+    )
+    metrics_per_layer: bool = _key(False, "Also show lookups and stalls of each MoE layer on /metrics.")
+    metrics_port: int | None = _key(
+        None,
+        "Each worker also shows its own numbers on this port plus its rank on the host, on every interface: for "
+        "workers on other hosts than the API server. Unset: on vLLM's /metrics only.",
+    )
+
     def __post_init__(self) -> None:
         self._check_types()
         self._check_cache_size()
@@ -93,6 +105,12 @@ class ExpertPrefetchConfig:
         _at_least("max_token_waves", self.max_token_waves, 0)
         if self.numa_node is not None:
             _at_least("numa_node", self.numa_node, 0)
+        if self.planned_hit_rate is not None:
+            _positive("planned_hit_rate", self.planned_hit_rate)
+            _at_most("planned_hit_rate", self.planned_hit_rate, 1)
+        if self.metrics_port is not None:
+            _at_least("metrics_port", self.metrics_port, 1)
+            _at_most("metrics_port", self.metrics_port, 65535)
         if self.emulated_link_gbps is not None:
             _positive("emulated_link_gbps", self.emulated_link_gbps)
         _at_least("emulated_link_latency_us", self.emulated_link_latency_us, 0)
@@ -139,8 +157,8 @@ class ExpertPrefetchConfig:
             raise ConfigError(_message(f"{' and '.join(given)} exclude each other; keep one"))
         for name in given:
             _positive(name, getattr(self, name))
-        if self.cache_fraction is not None and self.cache_fraction > 1:
-            raise ConfigError(_message(f"cache_fraction must be at most 1, got {self.cache_fraction}"))
+        if self.cache_fraction is not None:
+            _at_most("cache_fraction", self.cache_fraction, 1)
 
 
 _KINDS: dict[Any, str] = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
@@ -181,3 +199,8 @@ def _positive(key: str, value: float) -> None:
 def _at_least(key: str, value: float, low: float) -> None:
     if not low <= value < float("inf"):
         raise ConfigError(_message(f"{key} must be a finite number, at least {low}, got {value}"))
+
+
+def _at_most(key: str, value: float, high: float) -> None:
+    if value > high:
+        raise ConfigError(_message(f"{key} must be at most {high}, got {value}"))

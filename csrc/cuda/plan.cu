@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kPlanThreads, 1)
 }
 
 // A step too wide for the slots: what is absent goes from the host to its place in the stream buffer (`loads`, pairs
-// (expert, expert)), what is resident from its slot (`kept`, pairs (expert, slot)). Residency does not change.
+// (expert, expert)), what is resident from its slot (`kept`, pairs (slot, expert)). Residency does not change.
 template <class Id>
 __global__ void __launch_bounds__(kPlanThreads, 1)
     plan_stream_kernel(int64_t* state, int32_t* words, const Id* routed, const int64_t* real, int num_entries,
@@ -225,8 +225,8 @@ __global__ void __launch_bounds__(kPlanThreads, 1)
     if (scratch.first[expert] == kNever) continue;
     const bool resident = layer.flags()[expert] & kRanked;
     int32_t* pair = resident ? kept + 2 * (before / kKept & kField) : loads + 2 * (before & kField);
-    pair[0] = expert;
-    pair[1] = resident ? static_cast<int32_t>(layer.slot_of()[expert]) : expert;
+    pair[0] = resident ? static_cast<int32_t>(layer.slot_of()[expert]) : expert;
+    pair[1] = expert;
     before += resident ? kKept : 1;
   }
   if (team.rank() == 0) {

@@ -1,7 +1,11 @@
 """The API server's side: what a scrape shows."""
 
+import bisect
 import gc
 import os
+import signal
+import time
+from pathlib import Path
 
 import pytest
 from counter_files import INFO, Worker, labels, make_counters
@@ -10,8 +14,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_expert_prefetch.metrics.collector import ExpertPrefetchCollector, register_collector
-from vllm_expert_prefetch.metrics.counters import SUFFIX
-from vllm_expert_prefetch.metrics.definitions import INDEX, METRICS, PREFIX, Kind
+from vllm_expert_prefetch.metrics.counters import SUFFIX, layer_index
+from vllm_expert_prefetch.metrics.definitions import INDEX, METRICS, PREFIX, STEP_BUCKETS, Kind, histogram_series
 
 HITS = f"{PREFIX}lookups_total"
 
@@ -40,17 +44,71 @@ def value(registry, name, **own):
 
 
 def test_a_scrape_shows_every_metric_with_its_type_help_and_series(tmp_path, registry):
-    counters = make_counters(tmp_path)
+    counters = make_counters(tmp_path, layers=("0", "5"))
     families = scrape(registry)
     for metric in METRICS:
         counter = metric.kind is Kind.COUNTER
         family = families[metric.full_name.removesuffix("_total") if counter else metric.full_name]
         assert family.type == ("gauge" if metric.kind is Kind.INFO else metric.kind.value)
         assert family.documentation == metric.help
-        assert {sample.name for sample in family.samples} == {metric.full_name}
-        assert [sample.labels.get(metric.label) for sample in family.samples] == list(metric.values or [None])
+        histogram = metric.kind is Kind.HISTOGRAM
+        names = {f"{metric.full_name}{part}" for part in (("_bucket", "_count", "_sum") if histogram else ("",))}
+        assert {sample.name for sample in family.samples} == names
+        own = [sample.labels.get(metric.label) for sample in family.samples]
+        repeats = (len(metric.buckets) + 3 if histogram else 1) * (2 if metric.per_layer else 1)
+        assert sorted(own, key=str) == sorted(list(metric.values or [None]) * repeats, key=str)
     assert len(families) == len(METRICS)
     assert counters.path.exists()
+
+
+def test_per_layer_series_appear_under_the_layers_name_and_only_when_asked_for(tmp_path, registry):
+    plain = make_counters(tmp_path)
+    assert not [name for name in scrape(registry) if "layer_" in name]
+    counters = make_counters(tmp_path, "engine0-rank1-000000", "1", layers=("1", "5"))
+    counters.add(layer_index(1, "layer_lookups_total/miss"), 4)
+    by_layer = samples(registry, f"{PREFIX}layer_lookups_total")
+    found = {(dict(key)["layer"], dict(key)["outcome"]): number for key, number in by_layer.items() if number}
+    assert found == {("5", "miss"): 4}
+    assert {dict(key)["rank"] for key in by_layer} == {"1"}
+    assert plain.path.exists()
+
+
+def test_a_histogram_is_cumulative_and_its_count_is_that_of_its_last_bucket(tmp_path, registry):
+    counters = make_counters(tmp_path)
+    clock_like = [0.0004, 0.0011, 0.0011, 7.0, 99.0]
+    keys = histogram_series("tpot_seconds", STEP_BUCKETS)
+    for seconds in clock_like:
+        counters.add(INDEX[keys[bisect.bisect_left(STEP_BUCKETS, seconds)]], 1)
+        counters.add(INDEX[keys[-1]], seconds)
+    name = f"{PREFIX}tpot_seconds"
+    buckets = {float(dict(key)["le"]): count for key, count in samples(registry, f"{name}_bucket").items()}
+    for bound, count in buckets.items():
+        assert count == sum(seconds <= bound for seconds in clock_like)
+    assert set(buckets) == {*STEP_BUCKETS, float("inf")}
+    assert value(registry, f"{name}_count") == 5
+    assert value(registry, f"{name}_sum") == pytest.approx(sum(clock_like))
+
+
+def test_a_killed_workers_series_vanish_before_its_parent_has_noticed(tmp_path, registry):
+    with Worker(tmp_path) as worker:
+        worker.add("lookups_total/hit", 5)
+        os.kill(worker.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 30
+        while samples(registry, HITS) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert process_state(worker.pid) == "Z", "nobody has waited for it yet"
+        assert generate_latest(registry) == b""
+
+
+def test_another_process_with_a_dead_workers_number_is_not_taken_for_it(tmp_path, registry, monkeypatch):
+    monkeypatch.setattr("vllm_expert_prefetch.metrics.counters.process_start", lambda pid: 1)
+    counters = make_counters(tmp_path)
+    assert generate_latest(registry) == b""
+    assert counters.path.exists()
+
+
+def process_state(pid):
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def test_values_arrive_under_their_labels(tmp_path, registry):

@@ -8,14 +8,15 @@ import pytest
 from counter_files import INFO, Worker, labels, make_counters
 from processes import run_python
 
-from vllm_expert_prefetch.metrics.counters import HEADER_BYTES, SUFFIX, Counters, read_counters
-from vllm_expert_prefetch.metrics.definitions import INDEX, SERIES
+from vllm_expert_prefetch.metrics.counters import HEADER_BYTES, SUFFIX, Counters, layer_index, read_counters
+from vllm_expert_prefetch.metrics.definitions import INDEX, LAYER_INDEX, LAYER_SERIES, SERIES
 
 HIT = "lookups_total/hit"
 
 
 def values_of(path):
-    return read_counters(path)[2]
+    snapshot = read_counters(path)
+    return {series: snapshot.value(series) for series in SERIES}
 
 
 def test_the_file_is_private_whatever_the_umask(tmp_path):
@@ -30,10 +31,24 @@ def test_the_file_is_private_whatever_the_umask(tmp_path):
 def test_a_reader_gets_labels_info_values_and_the_pid(tmp_path):
     counters = make_counters(tmp_path, rank="3")
     counters.set("slots", 48)
-    read_labels, info, values, pid = read_counters(counters.path)
-    assert (read_labels, info, pid) == (labels("3"), INFO, os.getpid())
-    assert list(values) == list(SERIES)
-    assert values == {**dict.fromkeys(SERIES, 0.0), "slots": 48.0}
+    snapshot = read_counters(counters.path)
+    assert (snapshot.labels, snapshot.info, snapshot.pid) == (labels("3"), INFO, os.getpid())
+    assert values_of(counters.path) == {**dict.fromkeys(SERIES, 0.0), "slots": 48.0}
+
+
+def test_layers_are_counted_apart_and_only_when_named(tmp_path):
+    counters = make_counters(tmp_path, layers=("0", "3"))
+    for layer in range(2):
+        for series in LAYER_SERIES:
+            counters.add(layer_index(layer, series), 1 + 100 * layer + LAYER_INDEX[series])
+    snapshot = read_counters(counters.path)
+    assert snapshot.layers == ["0", "3"]
+    for layer in range(2):
+        for series in LAYER_SERIES:
+            assert snapshot.value(series, layer) == 1 + 100 * layer + LAYER_INDEX[series]
+    assert set(values_of(counters.path).values()) == {0.0}
+    without = make_counters(tmp_path, "engine0-rank1-000000")
+    assert len(read_counters(without.path).values) == len(SERIES)
 
 
 def test_every_series_has_a_place_of_its_own(tmp_path):
@@ -56,7 +71,7 @@ def test_add_adds_and_set_sets(tmp_path):
 def test_another_process_sees_every_addition_at_once(tmp_path):
     with Worker(tmp_path) as worker:
         (path,) = tmp_path.glob(f"*{SUFFIX}")
-        assert read_counters(path)[3] == worker.pid != os.getpid()
+        assert read_counters(path).pid == worker.pid != os.getpid()
         for expected in (1.0, 2.0, 3.0):
             worker.add(HIT, 1)
             assert values_of(path)[HIT] == expected
@@ -85,8 +100,8 @@ def test_a_header_that_just_fits_is_read_back_whole(tmp_path):
     counters = Counters(tmp_path / f"longest{SUFFIX}", labels(model_name="m" * longest), INFO)
     counters.add(0, 1)
     assert int.from_bytes(counters.path.read_bytes()[:4], "little") == HEADER_BYTES - 4, "room is wasted"
-    read_labels, info, values, _ = read_counters(counters.path)
-    assert (read_labels["model_name"], info, values[SERIES[0]]) == ("m" * longest, INFO, 1.0)
+    snapshot = read_counters(counters.path)
+    assert (snapshot.labels["model_name"], snapshot.info, snapshot.values[0]) == ("m" * longest, INFO, 1.0)
 
 
 def test_the_file_and_its_descriptors_go_with_the_counters(tmp_path):

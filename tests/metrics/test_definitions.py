@@ -5,7 +5,18 @@ import re
 import pytest
 from doc_tables import DOCS, documented, metrics_table
 
-from vllm_expert_prefetch.metrics.definitions import COMMON_LABELS, INDEX, INFO_LABELS, METRICS, PREFIX, SERIES, Kind
+from vllm_expert_prefetch.metrics.definitions import (
+    COMMON_LABELS,
+    INDEX,
+    INFO_LABELS,
+    LAYER_INDEX,
+    LAYER_LABEL,
+    LAYER_SERIES,
+    METRICS,
+    PREFIX,
+    SERIES,
+    Kind,
+)
 
 each_metric = pytest.mark.parametrize("metric", METRICS, ids=lambda metric: metric.name)
 
@@ -18,6 +29,8 @@ def test_names_follow_the_conventions(metric):
     assert (metric.name == "info") == (metric.kind is Kind.INFO)
     if metric.unit in ("bytes", "seconds"):
         assert metric.name.removesuffix("_total").endswith(f"_{metric.unit}")
+    assert bool(metric.buckets) == (metric.kind is Kind.HISTOGRAM)
+    assert list(metric.buckets) == sorted(set(metric.buckets))
 
 
 @each_metric
@@ -31,12 +44,14 @@ def test_every_metric_says_what_it_counts(metric):
 def test_a_label_comes_with_its_values_and_is_none_of_the_common_ones(metric):
     assert bool(metric.label) == bool(metric.values)
     assert metric.label not in COMMON_LABELS
-    assert len(metric.series) == max(1, len(metric.values))
+    assert len(metric.stems) == max(1, len(metric.values))
+    assert metric.kind is Kind.HISTOGRAM or metric.series == metric.stems
 
 
 def test_no_name_and_no_series_twice():
     assert len({metric.name for metric in METRICS}) == len(METRICS)
-    assert len(set(SERIES)) == len(SERIES)
+    assert len({*SERIES, *LAYER_SERIES}) == len(SERIES) + len(LAYER_SERIES)
+    assert [LAYER_SERIES[index] for index in LAYER_INDEX.values()] == list(LAYER_INDEX) == list(LAYER_SERIES)
     assert [SERIES[index] for index in INDEX.values()] == list(INDEX) == list(SERIES)
 
 
@@ -46,4 +61,4 @@ def test_the_documented_table_is_the_code():
 
 def test_the_documentation_names_every_label():
     text = (DOCS / "metrics.md").read_text()
-    assert [label for label in (*COMMON_LABELS, *INFO_LABELS) if f"`{label}`" not in text] == []
+    assert [label for label in (*COMMON_LABELS, *INFO_LABELS, LAYER_LABEL) if f"`{label}`" not in text] == []

@@ -14,7 +14,7 @@ import pytest
 from processes import run_python, start_python
 
 from vllm_expert_prefetch.metrics import runtime_dir
-from vllm_expert_prefetch.metrics.runtime_dir import ENVIRONMENT_VARIABLE, ensure_runtime_dir, process_is_alive
+from vllm_expert_prefetch.metrics.runtime_dir import ENVIRONMENT_VARIABLE, ensure_runtime_dir
 
 MAKE = "from vllm_expert_prefetch.metrics.runtime_dir import ensure_runtime_dir; directory = ensure_runtime_dir()\n"
 
@@ -162,14 +162,8 @@ def test_a_dangling_link_that_looks_like_a_leftover_is_no_error(base, dead_pid):
     assert ensure_runtime_dir().is_dir()
 
 
-def test_a_process_is_alive_until_it_has_ended(dead_pid):
-    assert process_is_alive(os.getpid())
-    assert not process_is_alive(dead_pid)
-
-
-def test_another_users_process_is_alive(monkeypatch):
-    def refused(pid, signal_number):
-        raise PermissionError
-
-    monkeypatch.setattr(os, "kill", refused)
-    assert process_is_alive(12345)
+def test_a_place_that_cannot_be_written_to_is_named_with_the_remedy(base, monkeypatch):
+    (base / "file").write_text("not a directory")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(base / "file"))
+    with pytest.raises(OSError, match=rf"{base}/file .*XDG_RUNTIME_DIR"):
+        ensure_runtime_dir()

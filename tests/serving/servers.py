@@ -116,6 +116,22 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
+def descendants_of(pid: int) -> list[int]:
+    """Ids of the processes that `pid` started, and of those that these started."""
+    parents = {child: _parent(child) for child in _pids()}
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return sorted(found - {pid})
+
+
+def _parent(pid: int) -> int | None:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return None
+
+
 def _pids() -> list[int]:
     return [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
 

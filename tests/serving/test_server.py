@@ -152,5 +152,7 @@ def test_several_api_servers_show_the_same_workers():
     with serve(*ASK, "--api-server-count", "2") as running:
         running.wait_ready()
         running.complete("In the beginning", 8)
-        seen = [total(running.metrics(), "lookups_total") for _ in range(6)]
-    assert min(seen) == max(seen) > 0
+        pages = [running.metrics() for _ in range(6)]
+    for name in ("lookups_total", "steps_total", "tpot_seconds_count"):
+        seen = [total(page, name) for page in pages]
+        assert min(seen) == max(seen) > 0, name

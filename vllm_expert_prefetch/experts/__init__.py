@@ -1,5 +1,6 @@
 """The bytes: host store, slot pool and the staging between them. Imports torch, never vLLM."""
 
+from vllm_expert_prefetch.experts.bandwidth import measure_bandwidth
 from vllm_expert_prefetch.experts.device_cache import DeviceLayerCache
 from vllm_expert_prefetch.experts.device_staging import DeviceLane
 from vllm_expert_prefetch.experts.host_memory import HostMemory, HostMemoryOptions, numa_node_of_gpu
@@ -28,6 +29,7 @@ __all__ = [
     "StagingLane",
     "Step",
     "TorchStaging",
+    "measure_bandwidth",
     "numa_node_of_gpu",
     "slot_ids_of",
 ]

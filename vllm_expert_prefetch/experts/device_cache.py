@@ -5,6 +5,7 @@ a replay plans with the ids of *its* step.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,21 @@ from vllm_expert_prefetch.experts.host_store import HostStore
 from vllm_expert_prefetch.experts.native_planner import HEADER_WORDS, NativePlanner
 from vllm_expert_prefetch.experts.slot_pool import SlotPool
 from vllm_expert_prefetch.native.library import cuda_library, host_library
+
+
+class CopyEngine:
+    """Copies that the host decides, by the copy engines: to measure the link with."""
+
+    def __init__(self, staging: DeviceStaging) -> None:
+        self.record_bytes = staging.record_bytes
+        self._staging = staging
+
+    def stage(self, loads: Sequence[tuple[int, int]]) -> None:
+        """Copy `(expert, slot)` pairs on the current stream."""
+        self._staging.copy(loads)
+
+    def reset_totals(self) -> None:
+        """Nothing is counted."""
 
 
 class DeviceLayerCache:
@@ -47,6 +63,17 @@ class DeviceLayerCache:
         self._absent = DemandLists(store.num_experts, lane.device)
         self._kept = DemandLists(store.num_experts, lane.device)
         self.staging.copy((slot, slot) for slot in range(pool.num_slots))
+
+    @property
+    def num_resident(self) -> int:
+        """Slots whose record has landed, as the GPU has last written it."""
+        num_free, num_in_flight = self._totals[8:10].tolist()
+        return self.num_slots - num_free - num_in_flight
+
+    @property
+    def copier(self) -> "CopyEngine":
+        """What `measure_bandwidth` asks for copies."""
+        return CopyEngine(self.staging)
 
     @property
     def can_stream(self) -> bool:

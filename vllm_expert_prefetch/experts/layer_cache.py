@@ -52,6 +52,14 @@ class LayerCache(Protocol):
     def staging(self) -> TorchStaging | NativeStaging:
         """Who copies."""
 
+    @property
+    def num_resident(self) -> int:
+        """Slots whose record has landed."""
+
+    @property
+    def copier(self) -> TorchStaging | NativeStaging:
+        """What `measure_bandwidth` asks for copies."""
+
     def fill(self) -> None:
         """Put expert s into slot s, for every slot: any expert is better than an empty slot."""
 
@@ -67,6 +75,14 @@ class PythonLayerCache:
         self.staging: TorchStaging | NativeStaging = staging
         self._cache = cache
         self._planner = planner
+
+    @property
+    def num_resident(self) -> int:
+        return self._cache.num_resident
+
+    @property
+    def copier(self) -> TorchStaging | NativeStaging:
+        return self.staging
 
     def fill(self) -> None:
         loads = self._cache.begin_loads(list(range(self.num_slots)), ())
@@ -98,6 +114,14 @@ class NativeLayerCache:
         self._step = planner.library.serve_step
         self._prefetch = planner.library.serve_prefetch
         self._report = torch.zeros(_REPORT_WORDS, dtype=torch.int64)
+
+    @property
+    def num_resident(self) -> int:
+        return self.planner.num_resident
+
+    @property
+    def copier(self) -> NativeStaging:
+        return self.staging
 
     def fill(self) -> None:
         self.staging.fill([(slot, slot) for slot in range(self.num_slots)])

@@ -62,6 +62,12 @@ class NativePlanner:
         start = HEADER_WORDS + 4 * self.num_experts
         return self.state[start : start + self.num_slots].tolist()
 
+    @property
+    def num_resident(self) -> int:
+        """Slots whose record has landed."""
+        num_free, num_in_flight = self.state[8:10].tolist()
+        return int(self.num_slots - num_free - num_in_flight)
+
     def check_integrity(self) -> None:
         """Raise AssertionError, saying which, when an invariant of `residency.ExpertCache` is broken."""
         slot_of, expert_in = self.slot_of, self.expert_in

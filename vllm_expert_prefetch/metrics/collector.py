@@ -1,47 +1,68 @@
-"""The API server's side: the workers' numbers as Prometheus metrics, on vLLM's own /metrics."""
+"""The reader's side: the workers' numbers as Prometheus metrics, on vLLM's own /metrics."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import accumulate
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
-from vllm_expert_prefetch.metrics.counters import SUFFIX, read_counters
-from vllm_expert_prefetch.metrics.definitions import COMMON_LABELS, INFO_LABELS, METRICS, Kind
+from vllm_expert_prefetch.metrics.counters import SUFFIX, Snapshot, read_counters
+from vllm_expert_prefetch.metrics.definitions import (
+    COMMON_LABELS,
+    INFO_LABELS,
+    LAYER_LABEL,
+    METRICS,
+    Kind,
+    histogram_series,
+)
 from vllm_expert_prefetch.metrics.definitions import Metric as Definition
-from vllm_expert_prefetch.metrics.runtime_dir import process_is_alive
+from vllm_expert_prefetch.metrics.processes import process_is_alive
 
-_FAMILIES = {Kind.COUNTER: CounterMetricFamily, Kind.GAUGE: GaugeMetricFamily}
-
-_Rank = tuple[dict[str, str], dict[str, str], dict[str, float]]
+_FAMILIES = {
+    Kind.COUNTER: CounterMetricFamily,
+    Kind.GAUGE: GaugeMetricFamily,
+    Kind.HISTOGRAM: HistogramMetricFamily,
+    Kind.INFO: InfoMetricFamily,
+}
 
 
 class ExpertPrefetchCollector(Collector):
-    """Reads the counter files of every worker in `directory` at each scrape. Dead workers show nothing."""
+    """Reads the counter files of `directory` whose names match `pattern` at each scrape. Dead workers show nothing."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, pattern: str = f"*{SUFFIX}") -> None:
         self.directory = directory
+        self.pattern = pattern
 
     def describe(self) -> Iterable[Metric]:
         """The families without samples: registering must not read files."""
         return [_family(definition, []) for definition in METRICS]
 
     def collect(self) -> Iterable[Metric]:
-        """One family per metric, one sample per series and rank."""
+        """One family per metric, one sample per series and rank. Per-layer ones that nobody asked for are left out."""
         ranks = self._ranks()
-        return [_family(definition, ranks) for definition in METRICS] if ranks else []
+        has_layers = any(rank.layers for rank in ranks)
+        shown = [definition for definition in METRICS if has_layers or not definition.per_layer] if ranks else []
+        return [_family(definition, ranks) for definition in shown]
 
-    def _ranks(self) -> list[_Rank]:
-        newest: dict[tuple[str, ...], _Rank] = {}
-        for path in sorted(self.directory.glob(f"*{SUFFIX}"), key=lambda path: path.name):
+    def _ranks(self) -> list[Snapshot]:
+        newest: dict[tuple[str, ...], Snapshot] = {}
+        for path in sorted(self.directory.glob(self.pattern), key=lambda path: path.name):
             try:
-                labels, info, values, pid = read_counters(path)
+                snapshot = read_counters(path)
             except FileNotFoundError:  # the worker ended between the listing and the read
                 continue
-            if process_is_alive(pid):
-                newest[tuple(labels[name] for name in COMMON_LABELS)] = (labels, info, values)
+            if process_is_alive(snapshot.pid, snapshot.start):
+                newest[tuple(snapshot.labels[name] for name in COMMON_LABELS)] = snapshot
         return list(newest.values())
 
 
@@ -68,19 +89,35 @@ def extend_multiprocess_collector(directory: Path) -> None:
     MultiProcessCollector._expert_prefetch_extended = True  # type: ignore[attr-defined]
 
 
-def _family(definition: Definition, ranks: list[_Rank]) -> Metric:
-    if definition.kind is Kind.INFO:
-        info_family = InfoMetricFamily(
-            definition.full_name.removesuffix("_info"), definition.help, labels=COMMON_LABELS
-        )
-        for labels, info, _ in ranks:
-            info_family.add_metric([labels[name] for name in COMMON_LABELS], {key: info[key] for key in INFO_LABELS})
-        return info_family
-    names = [*COMMON_LABELS, definition.label] if definition.label else list(COMMON_LABELS)
-    family = _FAMILIES[definition.kind](definition.full_name, definition.help, labels=names)
-    for labels, _, values in ranks:
-        common = [labels[name] for name in COMMON_LABELS]
-        for key in definition.series:
-            own = [key.split("/")[1]] if definition.label else []
-            family.add_metric([*common, *own], values[key])
+def _family(definition: Definition, ranks: list[Snapshot]) -> Metric:
+    name = definition.full_name.removesuffix("_info") if definition.kind is Kind.INFO else definition.full_name
+    own = [LAYER_LABEL] * definition.per_layer + [definition.label] * bool(definition.label)
+    family = _FAMILIES[definition.kind](name, definition.help, labels=[*COMMON_LABELS, *own])
+    for snapshot in ranks:
+        common = [snapshot.labels[label] for label in COMMON_LABELS]
+        if definition.kind is Kind.INFO:
+            family.add_metric(common, {key: snapshot.info[key] for key in INFO_LABELS})
+            continue
+        for labels, stem, layer in _sets(definition, snapshot):
+            _add_sample(family, definition, [*common, *labels], stem, layer, snapshot)
     return family
+
+
+def _sets(definition: Definition, snapshot: Snapshot) -> Iterator[tuple[list[str], str, int | None]]:
+    """Own label values, key and layer of everything that one rank shows under one name."""
+    layers = list(enumerate(snapshot.layers)) if definition.per_layer else [(None, "")]
+    for number, layer in layers:
+        for stem in definition.stems:
+            own = [stem.split("/")[1]] if definition.label else []
+            yield [layer] * definition.per_layer + own, stem, number
+
+
+def _add_sample(
+    family: Metric, definition: Definition, labels: list[str], stem: str, layer: int | None, snapshot: Snapshot
+) -> None:
+    if definition.kind is not Kind.HISTOGRAM:
+        family.add_metric(labels, snapshot.value(stem, layer))  # type: ignore[attr-defined]
+        return
+    *counts, total = [snapshot.value(key) for key in histogram_series(stem, definition.buckets)]
+    bounds = [*map(floatToGoString, definition.buckets), "+Inf"]
+    family.add_metric(labels, list(zip(bounds, accumulate(counts), strict=True)), total)  # type: ignore[attr-defined]

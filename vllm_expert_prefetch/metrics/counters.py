@@ -5,10 +5,12 @@ import mmap
 import os
 import struct
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from vllm_expert_prefetch.metrics.definitions import INDEX, SERIES
+from vllm_expert_prefetch.metrics.definitions import INDEX, LAYER_INDEX, LAYER_SERIES, SERIES
+from vllm_expert_prefetch.metrics.processes import process_start
 
 SUFFIX = ".counters"
 HEADER_BYTES = 4096
@@ -17,15 +19,25 @@ _DOUBLE = 8
 
 
 class Counters:
-    """One float64 per series of `definitions.SERIES`. `add` is one memory write, seen at once by the reader."""
+    """One float64 per series of `definitions.SERIES`, then one per layer and series of `definitions.LAYER_SERIES`.
 
-    def __init__(self, path: Path, labels: Mapping[str, str], info: Mapping[str, str]) -> None:
-        """Create `path` (mode 0600). `labels` are those of `COMMON_LABELS`, `info` those of `INFO_LABELS`."""
+    `add` is one memory write, seen at once by the reader.
+    """
+
+    def __init__(
+        self, path: Path, labels: Mapping[str, str], info: Mapping[str, str], layers: Sequence[str] = ()
+    ) -> None:
+        """Create `path` (mode 0600). `labels` are those of `COMMON_LABELS`, `info` those of `INFO_LABELS`, `layers` the
+        names of the layers that are counted one by one.
+        """
         self.path = path
-        header = json.dumps({"labels": dict(labels), "info": dict(info), "series": SERIES, "pid": os.getpid()}).encode()
+        self.layers = tuple(layers)
+        pid = os.getpid()
+        description = {"labels": labels, "info": info, "layers": layers, "pid": pid, "start": process_start(pid)}
+        header = json.dumps(description, default=dict).encode()
         if len(header) > HEADER_BYTES - _LENGTH.size:
             raise ValueError(f"metrics header of {len(header)} bytes exceeds {HEADER_BYTES - _LENGTH.size}")
-        size = HEADER_BYTES + _DOUBLE * len(SERIES)
+        size = HEADER_BYTES + _DOUBLE * num_series(len(self.layers))
         # Written under another name first: a reader must never see half a file.
         temporary = path.with_suffix(".tmp")
         descriptor = os.open(temporary, os.O_CREAT | os.O_RDWR | os.O_EXCL, 0o600)
@@ -37,10 +49,10 @@ class Counters:
         self._map[: _LENGTH.size + len(header)] = _LENGTH.pack(len(header)) + header
         self._values = memoryview(self._map)[HEADER_BYTES:].cast("d")
         temporary.rename(path)
-        weakref.finalize(self, _unlink, path, os.getpid())
+        weakref.finalize(self, _unlink, path, pid)
 
     def add(self, index: int, amount: float) -> None:
-        """Increase a counter; `index` is `definitions.INDEX[series]`."""
+        """Increase a counter; `index` is `definitions.INDEX[series]` or `layer_index(...)`."""
         self._values[index] += amount
 
     def set(self, series: str, value: float) -> None:
@@ -52,13 +64,44 @@ class Counters:
         return self._values[INDEX[series]]
 
 
-def read_counters(path: Path) -> tuple[dict[str, str], dict[str, str], dict[str, float], int]:
-    """Read a file of `Counters`: labels, info, value per series, pid of the writer."""
+@dataclass(frozen=True)
+class Snapshot:
+    """What one file of `Counters` held when it was read. `values` are in the order of the file."""
+
+    labels: dict[str, str]
+    info: dict[str, str]
+    layers: list[str]
+    pid: int
+    start: int | None
+    values: tuple[float, ...]
+
+    def value(self, series: str, layer: int | None = None) -> float:
+        """One number; `layer` counts from 0 in `layers`."""
+        return self.values[INDEX[series] if layer is None else layer_index(layer, series)]
+
+
+def layer_start(layer: int) -> int:
+    """The place of a layer's first series; `layer` counts from 0."""
+    return len(SERIES) + layer * len(LAYER_SERIES)
+
+
+def layer_index(layer: int, series: str) -> int:
+    """The place of a per-layer series; `layer` counts from 0."""
+    return layer_start(layer) + LAYER_INDEX[series]
+
+
+def num_series(num_layers: int) -> int:
+    """Numbers in a file that counts `num_layers` layers one by one."""
+    return len(SERIES) + num_layers * len(LAYER_SERIES)
+
+
+def read_counters(path: Path) -> Snapshot:
+    """Read a file of `Counters`."""
     content = path.read_bytes()
     (length,) = _LENGTH.unpack_from(content)
     header = json.loads(content[_LENGTH.size : _LENGTH.size + length])
-    values = struct.unpack_from(f"{len(header['series'])}d", content, HEADER_BYTES)
-    return header["labels"], header["info"], dict(zip(header["series"], values, strict=True)), header["pid"]
+    values = struct.unpack_from(f"{num_series(len(header['layers']))}d", content, HEADER_BYTES)
+    return Snapshot(**header, values=values)
 
 
 def _unlink(path: Path, owner_pid: int) -> None:

@@ -1,5 +1,6 @@
 """The metrics. `docs/metrics.md` shows the same table."""
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
@@ -12,12 +13,17 @@ class Kind(Enum):
 
     COUNTER = "counter"
     GAUGE = "gauge"
+    HISTOGRAM = "histogram"
     INFO = "info"
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One metric. `label` is its own label, beside COMMON_LABELS, with every value it takes."""
+    """One metric. `label` is its own label, beside COMMON_LABELS, with every value it takes.
+
+    `buckets`: the upper bounds of a histogram, without +Inf. `per_layer`: one set of series for every MoE layer, with
+    the label LAYER_LABEL, and only when the configuration asks for it.
+    """
 
     name: str
     kind: Kind
@@ -25,6 +31,8 @@ class Metric:
     help: str
     label: str | None = None
     values: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+    per_layer: bool = False
 
     @property
     def full_name(self) -> str:
@@ -32,10 +40,33 @@ class Metric:
         return f"{PREFIX}{self.name}"
 
     @property
-    def series(self) -> list[str]:
-        """One key per time series of a rank."""
+    def stems(self) -> list[str]:
+        """One key per set of own labels."""
         return [f"{self.name}/{value}" for value in self.values] if self.label else [self.name]
 
+    @property
+    def series(self) -> list[str]:
+        """One key per number that a rank keeps (per layer for a `per_layer` metric).
+
+        A histogram keeps the observations of each bucket, those beyond the last bound, and their sum.
+        """
+        if self.kind is not Kind.HISTOGRAM:
+            return self.stems
+        return [key for stem in self.stems for key in histogram_series(stem, self.buckets)]
+
+
+def histogram_series(stem: str, buckets: tuple[float, ...]) -> list[str]:
+    """The keys of one histogram: its buckets from the lowest to +Inf, then the sum."""
+    return [*(f"{stem}/le={bound:g}" for bound in (*buckets, math.inf)), f"{stem}/sum"]
+
+
+OUTCOMES = ("hit", "late", "miss", "speculated")
+PHASES = ("prefill", "decode", "mixed")
+STEP_BUCKETS = (
+    *(0.0005, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.005, 0.0075),
+    *(0.01, 0.015, 0.02, 0.025, 0.035, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0, 30.0),
+)
+"""Seconds. Contains the lower bounds that vLLM uses for its inter-token latency, so that quantiles compare."""
 
 METRICS = (
     Metric(
@@ -44,7 +75,7 @@ METRICS = (
         "lookups",
         "Distinct experts needed, per wave of a layer, by where they were found.",
         "outcome",
-        ("hit", "late", "miss", "speculated"),
+        OUTCOMES,
     ),
     Metric(
         "transfer_bytes_total",
@@ -60,6 +91,12 @@ METRICS = (
         "seconds",
         "Time spent issuing copies; on the CPU platform, the time until they have landed.",
     ),
+    Metric(
+        "stall_seconds_total",
+        Kind.COUNTER,
+        "seconds",
+        "Time that steps waited for experts to arrive, all MoE layers together.",
+    ),
     Metric("evictions_total", Kind.COUNTER, "evictions", "Experts that gave their slot to another."),
     Metric(
         "waves_total",
@@ -69,18 +106,74 @@ METRICS = (
         "split",
         ("none", "tokens", "experts", "stream"),
     ),
+    Metric(
+        "steps_total",
+        Kind.COUNTER,
+        "steps",
+        "Engine steps, by what they computed: prompts, next tokens, or both.",
+        "phase",
+        PHASES,
+    ),
+    Metric(
+        "step_seconds",
+        Kind.HISTOGRAM,
+        "seconds",
+        "Time from the end of the step before to the end of this one; from its start when the engine was idle before.",
+        "phase",
+        PHASES,
+        STEP_BUCKETS,
+    ),
+    Metric(
+        "tpot_seconds",
+        Kind.HISTOGRAM,
+        "seconds",
+        "Time per output token: each step's time, once for every sequence that it gave a token after its first.",
+        buckets=STEP_BUCKETS,
+    ),
+    Metric(
+        "layer_lookups_total",
+        Kind.COUNTER,
+        "lookups",
+        "The lookups of each MoE layer; only with `metrics_per_layer`.",
+        "outcome",
+        OUTCOMES,
+        per_layer=True,
+    ),
+    Metric(
+        "layer_stall_seconds_total",
+        Kind.COUNTER,
+        "seconds",
+        "Time that steps waited for the experts of each MoE layer; only with `metrics_per_layer`.",
+        per_layer=True,
+    ),
     Metric("moe_layers", Kind.GAUGE, "layers", "MoE layers served from a slot cache."),
     Metric("experts", Kind.GAUGE, "experts", "Routed experts of all MoE layers."),
     Metric("slots", Kind.GAUGE, "slots", "Expert slots of all MoE layers."),
+    Metric("resident_slots", Kind.GAUGE, "slots", "Slots that hold an expert whose record has landed."),
     Metric("host_store_bytes", Kind.GAUGE, "bytes", "Host memory that holds the routed experts."),
     Metric("cache_bytes", Kind.GAUGE, "bytes", "Accelerator memory of all slots."),
     Metric("stream_buffer_bytes", Kind.GAUGE, "bytes", "Accelerator memory of the stream buffer, 0 without one."),
     Metric("expert_record_bytes", Kind.GAUGE, "bytes", "Bytes copied for one expert, mean over layers."),
-    Metric("info", Kind.INFO, "", "Mode, policy, prefetch, staging engine, link and versions, as labels."),
+    Metric(
+        "link_bytes_per_second",
+        Kind.GAUGE,
+        "bytes/second",
+        "Bandwidth from the host store to the slots, measured when the server started, one expert at a time.",
+    ),
+    Metric(
+        "planned_hit_ratio",
+        Kind.GAUGE,
+        "ratio",
+        "Hit rate that the cache was sized for: `planned_hit_rate`, or the share of experts that have a slot.",
+    ),
+    Metric("info", Kind.INFO, "", "Mode, policy, prefetch, staging engine, link, platform and versions, as labels."),
 )
 
-INFO_LABELS = ("execution", "policy", "prefetch", "staging", "link", "pinned", "version", "vllm_version")
+INFO_LABELS = ("execution", "policy", "prefetch", "staging", "link", "pinned", "platform", "version", "vllm_version")
+LAYER_LABEL = "layer"
 
-NUMERIC_METRICS = tuple(metric for metric in METRICS if metric.kind is not Kind.INFO)
-SERIES = tuple(key for metric in NUMERIC_METRICS for key in metric.series)
+_NUMERIC = tuple(metric for metric in METRICS if metric.kind is not Kind.INFO)
+SERIES = tuple(key for metric in _NUMERIC if not metric.per_layer for key in metric.series)
 INDEX = {key: index for index, key in enumerate(SERIES)}
+LAYER_SERIES = tuple(key for metric in _NUMERIC if metric.per_layer for key in metric.series)
+LAYER_INDEX = {key: index for index, key in enumerate(LAYER_SERIES)}

@@ -4,14 +4,18 @@ import atexit
 import multiprocessing
 import os
 import shutil
+import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+
+from vllm_expert_prefetch.metrics.processes import process_is_alive
 
 ENVIRONMENT_VARIABLE = "EXPERT_PREFETCH_RUNTIME_DIR"
 """Set for child processes only; its value changes with every run, so it must stay out of vLLM's configuration."""
 
 _PREFIX = "expert-prefetch-"
+_RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 
 
 def ensure_runtime_dir() -> Path:
@@ -20,12 +24,19 @@ def ensure_runtime_dir() -> Path:
     Raises OSError naming the place when it cannot be created.
     """
     known = Path(os.environ.get(ENVIRONMENT_VARIABLE, ""))
-    # vLLM starts its processes through multiprocessing. Any other child is a server, or a program, of its own.
-    if (_is_mine(known) or multiprocessing.parent_process() is not None) and known.name and known.is_dir():
+    # vLLM starts its processes through multiprocessing, or as actors. Any other child is a program of its own.
+    started_by_vllm = multiprocessing.parent_process() is not None or _is_ray_actor()
+    if (_is_mine(known) or started_by_vllm) and known.name and known.is_dir():
         return known
     base = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
     _remove_leftovers(base)
-    directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=base))
+    try:
+        directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=base))
+    except OSError as error:
+        raise OSError(
+            f"expert_prefetch: no directory for the metrics can be made in {base} ({error.strerror}). Let "
+            "XDG_RUNTIME_DIR, or TMPDIR without it, name a directory that this user may write to"
+        ) from error
     os.environ[ENVIRONMENT_VARIABLE] = str(directory)
     atexit.register(remove_runtime_dir)
     return directory
@@ -38,19 +49,20 @@ def remove_runtime_dir() -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
+def carry_to_ray_workers() -> None:
+    """Let vLLM's Ray executor copy the directory's name to its workers: those on this host find it then."""
+    names = [name for name in os.environ.get(_RAY_COPIES, "").split(",") if name]
+    if ENVIRONMENT_VARIABLE not in names:
+        os.environ[_RAY_COPIES] = ",".join([*names, ENVIRONMENT_VARIABLE])
+
+
+def _is_ray_actor() -> bool:
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
+
+
 def _is_mine(directory: Path) -> bool:
     return directory.name.startswith(f"{_PREFIX}{os.getpid()}-")
-
-
-def process_is_alive(pid: int) -> bool:
-    """Whether a process of this id exists on this host."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _remove_leftovers(base: Path) -> None:

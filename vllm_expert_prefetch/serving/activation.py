@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from vllm_expert_prefetch.config import CONFIG_KEY, config_from_additional
-from vllm_expert_prefetch.metrics.runtime_dir import ensure_runtime_dir
+from vllm_expert_prefetch.metrics.runtime_dir import carry_to_ray_workers, ensure_runtime_dir
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.refusals import check_refusals
 from vllm_expert_prefetch.serving.signals import make_server_interruptible
@@ -25,6 +25,7 @@ def install() -> None:
     _replace_layers()
     _extend_platform(compat.platform_class())
     _extend_model_loader()
+    _extend_worker()
 
 
 def _replace_layers() -> None:
@@ -93,6 +94,12 @@ def _extend_model_loader() -> None:
     BaseModelLoader.load_model = load_and_verify  # type: ignore[method-assign]
 
 
+def _extend_worker() -> None:
+    from vllm_expert_prefetch.serving.steps import extend_worker
+
+    extend_worker()
+
+
 def _show_metrics() -> None:
     """On /metrics with one API server, and with several, where prometheus-client works in its multiprocess mode."""
     from prometheus_client import REGISTRY
@@ -100,6 +107,7 @@ def _show_metrics() -> None:
     from vllm_expert_prefetch.metrics.collector import extend_multiprocess_collector, register_collector
 
     directory = ensure_runtime_dir()
+    carry_to_ray_workers()
     register_collector(REGISTRY, directory)
     extend_multiprocess_collector(directory)
 

@@ -176,9 +176,17 @@ def _context_seam() -> bool:
     return "attn_metadata" in ForwardContext.__dataclass_fields__
 
 
+def _step_seam() -> bool:
+    from vllm.v1.core.sched.output import CachedRequestData
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    return "num_output_tokens" in CachedRequestData.__dataclass_fields__ and hasattr(WorkerWrapperBase, "init_device")
+
+
 _SEAMS: dict[str, Callable[[], bool]] = {
     "RoutedExperts (layer replacement)": _layer_seam,
     "platform hooks (flag and configuration check)": _platform_seam,
     "BaseModelLoader.load_model (proof of takeover)": _loader_seam,
     "ForwardContext.attn_metadata (padding and dummy runs)": _context_seam,
+    "WorkerWrapperBase.init_device (times of steps)": _step_seam,
 }

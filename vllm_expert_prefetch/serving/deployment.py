@@ -1,5 +1,6 @@
 """One worker's MoE layers together: the slot count, the proof that they were taken over, the start-up line."""
 
+import re
 import time
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -8,9 +9,11 @@ import torch
 
 from vllm_expert_prefetch import __version__
 from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, ExpertPrefetchConfig
-from vllm_expert_prefetch.experts import HostMemoryOptions, HostStore, SlotPool, numa_node_of_gpu
+from vllm_expert_prefetch.experts import HostMemoryOptions, HostStore, SlotPool, measure_bandwidth, numa_node_of_gpu
 from vllm_expert_prefetch.metrics.counters import SUFFIX, Counters
 from vllm_expert_prefetch.metrics.runtime_dir import ensure_runtime_dir
+from vllm_expert_prefetch.metrics.scrape_port import serve_counters
+from vllm_expert_prefetch.metrics.steps import StepClock
 from vllm_expert_prefetch.planning.sizing import GB, CacheSize, MemoryBudget, ModelShape, size_cache
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.cache_factory import CacheFactory
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from vllm_expert_prefetch.serving.layer import CachedRoutedExperts
 
 _PROGRESS_SECONDS = 10
+_REFRESH_SECONDS = 1.0
 _ACTIVATION_COPIES = 16
 """Activation reserve on a GPU, in copies of the widest step's hidden states (before vLLM has measured it)."""
 
@@ -30,6 +34,7 @@ class Deployment:
 
     counters: Counters
     """There once every layer is taken over: a start that fails shows no metrics."""
+    clock: StepClock
 
     def __init__(self, vllm_config: Any, config: ExpertPrefetchConfig) -> None:
         self.config = config
@@ -38,6 +43,7 @@ class Deployment:
         self.size: CacheSize | None = None
         self._sizing = ""
         self._num_taken_over = 0
+        self._refresh_at = 0.0
         self._buffers: dict[tuple[object, ...], SlotPool] = {}
         self._device_totals: DeviceTotals | None = None
         self.caches = CacheFactory(config)
@@ -164,22 +170,54 @@ class Deployment:
         return sum(buffer.num_bytes for buffer in self._buffers.values())
 
     def _publish(self) -> None:
-        self.counters = Counters(self._counter_path(), self._labels(), self._info())
         layers = self._live_layers()
+        names = [_short_name(layer.layer_name, index) for index, layer in enumerate(layers)]
+        self.counters = Counters(
+            self._counter_path(), self._labels(), self._info(), names if self.config.metrics_per_layer else ()
+        )
+        self.clock = StepClock(self.counters)
         gauges = {
             "moe_layers": len(layers),
             "experts": sum(layer.num_experts for layer in layers),
-            "slots": sum(layer.pool.num_slots for layer in layers),
+            "slots": self._num_slots(),
             "host_store_bytes": self._host_bytes(),
             "cache_bytes": self._cache_bytes(),
             "stream_buffer_bytes": self._buffer_bytes(),
             "expert_record_bytes": sum(layer.store.record_bytes for layer in layers) / len(layers),
+            "link_bytes_per_second": self._measure_link(),
+            "planned_hit_ratio": self._planned_hit_ratio(),
         }
         for name, value in gauges.items():
             self.counters.set(name, value)
         device_caches = [layer.device_cache for layer in layers if layer.device_cache is not None]
         if device_caches:
             self._device_totals = DeviceTotals(device_caches, self.counters)
+        self._refresh_gauges()
+        if self.config.metrics_port is not None:
+            serve_counters(self.counters, self.config.metrics_port + self._vllm_config.parallel_config.local_rank)
+
+    def step_ended(self) -> None:
+        """One engine step is over: time it, and bring the gauges up to date now and then."""
+        self.clock.end()
+        if time.monotonic() >= self._refresh_at:
+            self._refresh_gauges()
+
+    def _refresh_gauges(self) -> None:
+        self._refresh_at = time.monotonic() + _REFRESH_SECONDS
+        self.counters.set("resident_slots", sum(layer.residence.num_resident for layer in self._live_layers()))
+
+    def _num_slots(self) -> int:
+        return sum(layer.pool.num_slots for layer in self._live_layers())
+
+    def _planned_hit_ratio(self) -> float:
+        """As asked for, or what a router that prefers no expert would reach."""
+        if self.config.planned_hit_rate is not None:
+            return self.config.planned_hit_rate
+        return self._num_slots() / sum(layer.num_experts for layer in self._live_layers())
+
+    def _measure_link(self) -> float:
+        """Bytes per second of one record of each layer, copied again to where it is."""
+        return measure_bandwidth([(layer.residence.copier, (0, 0)) for layer in self._live_layers()])
 
     def _labels(self) -> dict[str, str]:
         model, parallel = self._vllm_config.model_config, self._vllm_config.parallel_config
@@ -199,6 +237,7 @@ class Deployment:
             "staging": self.caches.staging_name,
             "link": f"emulated {link.gbps} GB/s {link.latency_us} us" if link else "real",
             "pinned": str(self._is_pinned()).lower(),
+            "platform": "cuda" if self.host_memory.cuda else "cpu",
             "version": __version__,
             "vllm_version": compat.vllm_version(),
         }
@@ -209,6 +248,12 @@ class Deployment:
         stem = f"engine{parallel.data_parallel_rank}-rank{parallel.rank}"
         numbers = [int(path.stem.rsplit("-", 1)[1]) for path in directory.glob(f"{stem}-*{SUFFIX}")]
         return directory / f"{stem}-{max(numbers, default=0) + 1:06d}{SUFFIX}"
+
+
+def _short_name(layer_name: str, index: int) -> str:
+    """The number in a layer's name: model.layers.7.mlp.experts is 7."""
+    found = re.search(r"\.(\d+)\.", layer_name)
+    return found[1] if found else str(index)
 
 
 _latest: "weakref.ref[Deployment] | None" = None
@@ -223,3 +268,10 @@ def deployment_of(vllm_config: Any, config: ExpertPrefetchConfig) -> Deployment:
         deployment = Deployment(vllm_config, config)
         _latest = weakref.ref(deployment)
     return deployment
+
+
+def find_deployment(vllm_config: Any) -> Deployment | None:
+    """The deployment that serves this model, once its layers have been taken over."""
+    deployment = _latest() if _latest else None
+    served = deployment is not None and deployment.is_for(vllm_config) and hasattr(deployment, "clock")
+    return deployment if served else None

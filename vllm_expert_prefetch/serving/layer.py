@@ -9,8 +9,9 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from vllm_expert_prefetch.config import config_from_additional
-from vllm_expert_prefetch.experts import DeviceLayerCache, HostStore, SlotPool, Step
-from vllm_expert_prefetch.metrics.definitions import INDEX
+from vllm_expert_prefetch.experts import DeviceLayerCache, HostStore, LayerCache, SlotPool, Step
+from vllm_expert_prefetch.metrics.counters import layer_start
+from vllm_expert_prefetch.metrics.definitions import INDEX, LAYER_INDEX
 from vllm_expert_prefetch.residency import Split
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.deployment import deployment_of
@@ -25,7 +26,12 @@ _MISS = INDEX["lookups_total/miss"]
 _DEMAND_BYTES = INDEX["transfer_bytes_total/demand"]
 _STREAM_BYTES = INDEX["transfer_bytes_total/stream"]
 _TRANSFER_SECONDS = INDEX["transfer_seconds_total"]
+_STALL_SECONDS = INDEX["stall_seconds_total"]
 _EVICTIONS = INDEX["evictions_total"]
+_LAYER_HIT = LAYER_INDEX["layer_lookups_total/hit"]
+_LAYER_LATE = LAYER_INDEX["layer_lookups_total/late"]
+_LAYER_MISS = LAYER_INDEX["layer_lookups_total/miss"]
+_LAYER_STALL = LAYER_INDEX["layer_stall_seconds_total"]
 _WAVES = {int(split): INDEX[f"waves_total/{split.name.lower()}"] for split in Split}
 
 
@@ -126,6 +132,11 @@ class CachedRoutedExperts(RoutedExperts):
         return load(param, loaded_weight, weight_name, shard_id, expert_id, return_success)
 
     weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]
+
+    @property
+    def residence(self) -> LayerCache | DeviceLayerCache:
+        """What knows who is in the slots."""
+        return self.cache if self.device_cache is None else self.device_cache
 
     def _check_loaded(self) -> None:
         """vLLM does not notice single experts that are missing or too small: it serves uninitialised memory there."""
@@ -233,7 +244,15 @@ class CachedRoutedExperts(RoutedExperts):
             add(_EVICTIONS, step.num_evictions)
         if step.num_bytes:
             add(_STREAM_BYTES if step.split == Split.STREAM else _DEMAND_BYTES, step.num_bytes)
-            add(_TRANSFER_SECONDS, step.stall_seconds)
+            add(_TRANSFER_SECONDS, step.stall_seconds - step.late_seconds)
+        if step.stall_seconds:
+            add(_STALL_SECONDS, step.stall_seconds)
+        if self._deployment.counters.layers:
+            start = layer_start(self._number)
+            add(start + _LAYER_HIT, step.num_hits)
+            add(start + _LAYER_LATE, step.num_late)
+            add(start + _LAYER_MISS, step.num_misses)
+            add(start + _LAYER_STALL, step.stall_seconds)
 
 
 def _name_of(layer: torch.nn.Module, parameter: torch.nn.Parameter) -> str:

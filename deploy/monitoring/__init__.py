@@ -1,0 +1,1 @@
+"""Rules, alerts and dashboards as code. `python deploy/generate.py` writes the files that are deployed."""

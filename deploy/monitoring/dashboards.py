@@ -1,0 +1,383 @@
+"""The dashboards: overview, layers, capacity, A/B."""
+
+from monitoring.expressions import (
+    RANKS,
+    RATE,
+    P,
+    gauge,
+    hit_ratio,
+    rate,
+    share,
+    stall_ratio,
+    tpot,
+    vllm_itl,
+)
+from monitoring.grafana import (
+    BAD_TO_OK,
+    OK_TO_BAD,
+    Dashboard,
+    Panel,
+    datasource_variable,
+    label_variable,
+    row,
+)
+
+HIT_RATE = "Share of lookups that found their expert in a slot. A lookup is one distinct expert that one wave needs."
+TPOT = (
+    "Time per output token as the worker's step clock sees it, beside vLLM's own inter-token latency. vLLM's histogram "
+    "has wider buckets, so that its quantiles are coarser; the means agree."
+)
+STALLS = "Part of the steps' time that was spent waiting for experts. Above 20 % an alert names the cause."
+VARIABLES = (
+    datasource_variable(),
+    label_variable("model", "Model", f"label_values({P}info, model_name)"),
+    label_variable("instance", "Instance", f'label_values({P}info{{model_name=~"$model"}}, instance)'),
+    label_variable("rank", "Rank", f'label_values({P}info{{model_name=~"$model", instance=~"$instance"}}, rank)'),
+)
+
+AT_A_GLANCE = (
+    Panel("Hit rate", "stat", "percentunit", HIT_RATE, [(hit_ratio(), "{{instance}}")], 6, (0.5, 0.8), BAD_TO_OK, 1),
+    Panel("TPOT p50", "stat", "s", TPOT, [(tpot(0.5), "{{instance}}")], 6, (0.05, 0.1), OK_TO_BAD),
+    Panel("Stall share", "stat", "percentunit", STALLS, [(stall_ratio(), "{{instance}}")], 6, (0.1, 0.2), OK_TO_BAD),
+    Panel(
+        "Experts with a slot",
+        "stat",
+        "percentunit",
+        "Slots per routed expert: how much of the model the accelerator holds. All of it: nothing is saved.",
+        [(f"{gauge('slots')} / {gauge('experts')}", "{{instance}}")],
+        6,
+        (0.95, 1),
+        ("green", "green", "orange"),
+        1,
+    ),
+)
+
+CACHE = (
+    Panel(
+        "Hit rate against the plan",
+        "timeseries",
+        "percentunit",
+        f"{HIT_RATE} The plan is `planned_hit_rate`, or what a router that prefers no expert would reach.",
+        [
+            (hit_ratio(), "{{instance}}"),
+            (gauge("planned_hit_ratio", how="avg"), "plan {{instance}}"),
+        ],
+        limits=(0.5, 0.8),
+        colours=BAD_TO_OK,
+        maximum=1,
+    ),
+    Panel(
+        "TPOT against vLLM's own",
+        "timeseries",
+        "s",
+        TPOT,
+        [
+            (tpot(0.5), "p50 {{instance}}"),
+            (tpot(0.99), "p99 {{instance}}"),
+            (vllm_itl(0.5), "vLLM p50 {{instance}}"),
+            (vllm_itl(0.99), "vLLM p99 {{instance}}"),
+        ],
+        limits=(0.05, 0.1),
+        colours=OK_TO_BAD,
+    ),
+    Panel(
+        "Stall share over time",
+        "timeseries",
+        "percentunit",
+        STALLS,
+        [(stall_ratio(), "{{instance}}")],
+        limits=(0.1, 0.2),
+        colours=OK_TO_BAD,
+    ),
+    Panel(
+        "Lookups by outcome",
+        "timeseries",
+        "ops",
+        "hit: in a slot; late: on its way; miss: copied while the step waits; speculated: another expert was used.",
+        [(rate("lookups_total", by="outcome"), "{{outcome}}")],
+    ),
+)
+
+LINK = (
+    Panel(
+        "Bytes over the link",
+        "timeseries",
+        "Bps",
+        "Expert records copied from host memory: demanded by a step, prefetched, or streamed past the cache.",
+        [(rate("transfer_bytes_total", by="kind"), "{{kind}}")],
+    ),
+    Panel(
+        "Speed while copying",
+        "timeseries",
+        "Bps",
+        "Bytes per second of copying, and the speed measured when the server started. Small records never reach it.",
+        [
+            (share(rate("transfer_bytes_total"), rate("transfer_seconds_total")), "{{instance}}"),
+            (gauge("link_bytes_per_second", how="avg"), "at start {{instance}}"),
+        ],
+    ),
+    Panel(
+        "Link use",
+        "timeseries",
+        "percentunit",
+        "Share of the time in which something was being copied, mean of the ranks.",
+        [(f"avg by (instance) (rate({P}transfer_seconds_total{{{RANKS}}}[{RATE}]))", "{{instance}}")],
+        limits=(0.7, 0.9),
+        colours=OK_TO_BAD,
+        maximum=1,
+    ),
+    Panel(
+        "Evictions",
+        "timeseries",
+        "ops",
+        "Experts that gave their slot to another.",
+        [(rate("evictions_total"), "{{instance}}")],
+    ),
+)
+
+PREFETCH = (
+    Panel(
+        "Prefetch precision",
+        "timeseries",
+        "percentunit",
+        "Share of the prefetched experts that a step then used.",
+        [(share(rate("predictions_total", own='outcome="used"'), rate("predictions_total")), "{{instance}}")],
+        limits=(0.3, 0.6),
+        colours=BAD_TO_OK,
+        maximum=1,
+    ),
+    Panel(
+        "Predictions by outcome",
+        "timeseries",
+        "ops",
+        "used: needed while resident or on its way; unused: evicted without use; cancelled: dropped before its copy.",
+        [(rate("predictions_total", by="outcome"), "{{outcome}}")],
+    ),
+    Panel(
+        "Gated layers",
+        "timeseries",
+        "short",
+        "Layers that have turned their prefetch off because it did not pay.",
+        [(gauge("gated_layers"), "{{instance}}")],
+    ),
+)
+
+STEPS = (
+    Panel(
+        "Steps by phase",
+        "timeseries",
+        "ops",
+        "Engine steps per second: of prompts, of next tokens, or of both.",
+        [(rate("steps_total", by="phase"), "{{phase}}")],
+    ),
+    Panel(
+        "Step time by phase",
+        "timeseries",
+        "s",
+        "Mean time of a step, from the end of the one before.",
+        [(share(rate("step_seconds_sum", by="phase"), rate("step_seconds_count", by="phase")), "{{phase}}")],
+    ),
+    Panel(
+        "Waves",
+        "timeseries",
+        "ops",
+        "Kernel calls of MoE layers. Other than none: the step needed more distinct experts than there are slots.",
+        [(rate("waves_total", by="split"), "{{split}}")],
+    ),
+    Panel(
+        "Servers",
+        "table",
+        "short",
+        "Settings and versions of each rank.",
+        [(f"{P}info{{{RANKS}}}", "")],
+    ),
+)
+
+OVERVIEW = Dashboard(
+    "expert-prefetch-overview",
+    "Expert prefetch: overview",
+    "Does the expert cache work, and what does it cost? Hit rate and time per token on one screen.",
+    VARIABLES,
+    (*AT_A_GLANCE, *CACHE, row("Link"), *LINK, row("Prefetch"), *PREFETCH, row("Steps"), *STEPS),
+)
+
+LAYERS = Dashboard(
+    "expert-prefetch-layers",
+    "Expert prefetch: layers",
+    "Which layers miss. Empty unless the server runs with metrics_per_layer.",
+    VARIABLES,
+    (
+        Panel(
+            "Hit rate of each layer over time",
+            "heatmap",
+            "percentunit",
+            "One row per MoE layer. A row that stays red wants more slots than the others.",
+            [(hit_ratio(by="layer", metric="layer_lookups_total"), "{{layer}}")],
+            24,
+            (0.5, 0.8),
+            BAD_TO_OK,
+            1,
+        ),
+        Panel(
+            "Hit rate of each layer now",
+            "bargauge",
+            "percentunit",
+            "The last value of the map above.",
+            [(hit_ratio(by="layer", metric="layer_lookups_total"), "layer {{layer}}")],
+            limits=(0.5, 0.8),
+            colours=BAD_TO_OK,
+            maximum=1,
+        ),
+        Panel(
+            "Stall of each layer",
+            "timeseries",
+            "percentunit",
+            "Seconds per second that steps waited for experts of a layer, ranks summed.",
+            [(rate("layer_stall_seconds_total", by="layer"), "layer {{layer}}")],
+        ),
+        Panel(
+            "Misses of each layer",
+            "timeseries",
+            "ops",
+            "Lookups that had to be copied while the step waited.",
+            [(rate("layer_lookups_total", by="layer", own='outcome="miss"'), "layer {{layer}}")],
+            24,
+        ),
+    ),
+)
+
+CAPACITY = Dashboard(
+    "expert-prefetch-capacity",
+    "Expert prefetch: capacity",
+    "What the expert cache takes, and what it saves.",
+    VARIABLES,
+    (
+        Panel("Slots", "stat", "short", "Expert slots, ranks summed.", [(gauge("slots"), "{{instance}}")], 6),
+        Panel(
+            "Routed experts", "stat", "short", "All MoE layers, ranks summed.", [(gauge("experts"), "{{instance}}")], 6
+        ),
+        Panel(
+            "MoE layers",
+            "stat",
+            "short",
+            "Served from a slot cache.",
+            [(gauge("moe_layers", how="max"), "{{instance}}")],
+            6,
+        ),
+        Panel(
+            "Bytes of one expert",
+            "stat",
+            "bytes",
+            "What one miss copies, mean of the layers.",
+            [(gauge("expert_record_bytes", how="avg"), "{{instance}}")],
+            6,
+        ),
+        Panel(
+            "Slots in use",
+            "timeseries",
+            "short",
+            "Slots whose expert has landed. Fewer than all of them for long: copies are stuck.",
+            [(gauge("resident_slots"), "resident {{instance}}"), (gauge("slots"), "slots {{instance}}")],
+        ),
+        Panel(
+            "Accelerator memory",
+            "timeseries",
+            "bytes",
+            "Slots and stream buffer, ranks summed.",
+            [
+                (gauge("cache_bytes"), "slots {{instance}}"),
+                (gauge("stream_buffer_bytes"), "stream buffer {{instance}}"),
+            ],
+        ),
+        Panel(
+            "Host memory",
+            "timeseries",
+            "bytes",
+            "All routed experts, ranks summed; resident memory of the API server's process for scale.",
+            [
+                (gauge("host_store_bytes"), "experts {{instance}}"),
+                ('sum by (instance) (process_resident_memory_bytes{instance=~"$instance"})', "API server {{instance}}"),
+            ],
+        ),
+        Panel(
+            "Accelerator memory saved",
+            "timeseries",
+            "bytes",
+            "Experts without a slot, less the stream buffer: what is free for the KV cache.",
+            [
+                (
+                    f"{gauge('host_store_bytes')} - {gauge('cache_bytes')} - {gauge('stream_buffer_bytes')}",
+                    "{{instance}}",
+                )
+            ],
+        ),
+    ),
+)
+
+SIDES = (("a", "A"), ("b", "B"))
+
+
+def _side_by_side(
+    title: str, unit: str, description: str, targets: list[tuple[str, str]], **more: object
+) -> list[Panel]:
+    """The same panel for both instances. SIDE stands for the selector of one of them."""
+    return [
+        Panel(
+            f"{title}: {label}",
+            "timeseries",
+            unit,
+            description,
+            [(expression.replace("SIDE", f'instance=~"${side}"'), legend) for expression, legend in targets],
+            **more,  # type: ignore[arg-type]
+        )
+        for side, label in SIDES
+    ]
+
+
+A_B = Dashboard(
+    "expert-prefetch-ab",
+    "Expert prefetch: A/B",
+    "Two instances side by side: another cache size, another policy, with and without prefetching.",
+    (
+        datasource_variable(),
+        *(
+            label_variable(side, f"Instance {label}", f"label_values({P}info, instance)", multiple=False)
+            for side, label in SIDES
+        ),
+    ),
+    (
+        *_side_by_side(
+            "TPOT",
+            "s",
+            TPOT,
+            [(tpot(0.5, "SIDE"), "p50"), (tpot(0.99, "SIDE"), "p99"), (vllm_itl(0.5, "SIDE"), "vLLM p50")],
+            limits=(0.05, 0.1),
+            colours=OK_TO_BAD,
+        ),
+        *_side_by_side(
+            "Hit rate", "percentunit", HIT_RATE, [(hit_ratio("SIDE"), "hit rate")], limits=(0.5, 0.8), colours=BAD_TO_OK
+        ),
+        *_side_by_side(
+            "Stall share",
+            "percentunit",
+            STALLS,
+            [(stall_ratio("SIDE"), "stall share")],
+            limits=(0.1, 0.2),
+            colours=OK_TO_BAD,
+        ),
+        *_side_by_side(
+            "Bytes over the link",
+            "Bps",
+            "Expert records copied from host memory.",
+            [(rate("transfer_bytes_total", "SIDE", "kind"), "{{kind}}")],
+        ),
+        *_side_by_side(
+            "Tokens",
+            "ops",
+            "Generated tokens per second, by vLLM's own count.",
+            [(f"sum by (instance) (rate(vllm:generation_tokens_total{{SIDE}}[{RATE}]))", "tokens/s")],
+        ),
+    ),
+)
+
+DASHBOARDS = (OVERVIEW, LAYERS, CAPACITY, A_B)

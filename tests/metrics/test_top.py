@@ -1,0 +1,176 @@
+"""`vllm-expert-prefetch top`: rates between two scrapes of a page that a collector really makes."""
+
+import http.server
+import json
+import threading
+from contextlib import contextmanager
+
+import pytest
+from counter_files import make_counters
+from prometheus_client import CollectorRegistry, generate_latest
+from servers import free_port
+
+from vllm_expert_prefetch.cli import top
+from vllm_expert_prefetch.cli.main import main
+from vllm_expert_prefetch.metrics.collector import register_collector
+from vllm_expert_prefetch.metrics.counters import layer_index
+from vllm_expert_prefetch.metrics.definitions import INDEX, STEP_BUCKETS, histogram_series
+from vllm_expert_prefetch.metrics.rates import NoMetrics, parse_scrape, summarise
+
+
+@pytest.fixture
+def counters(tmp_path):
+    made = make_counters(tmp_path, layers=("0", "2", "10"))
+    for name, value in {"slots": 8, "experts": 16, "planned_hit_ratio": 0.5, "link_bytes_per_second": 2e9}.items():
+        made.set(name, value)
+    return made
+
+
+@pytest.fixture
+def page(tmp_path):
+    registry = CollectorRegistry()
+    register_collector(registry, tmp_path)
+    return lambda: generate_latest(registry).decode()
+
+
+def happen(counters):
+    """Something of everything."""
+    buckets = histogram_series("tpot_seconds", STEP_BUCKETS)
+    gains = {
+        "lookups_total/hit": 30,
+        "lookups_total/miss": 10,
+        "transfer_bytes_total/demand": 4000,
+        "transfer_seconds_total": 0.5,
+        "stall_seconds_total": 0.25,
+        f"{buckets[0]}": 4,
+        buckets[-1]: 0.02,
+        histogram_series("step_seconds/decode", STEP_BUCKETS)[-1]: 1.0,
+        "steps_total/decode": 4,
+    }
+    for series, amount in gains.items():
+        counters.add(INDEX[series], amount)
+    for layer, (hits, misses) in enumerate([(10, 0), (9, 3), (11, 7)]):
+        counters.add(layer_index(layer, "layer_lookups_total/hit"), hits)
+        counters.add(layer_index(layer, "layer_lookups_total/miss"), misses)
+
+
+def test_rates_are_what_happened_between_the_two(counters, page):
+    happen(counters)
+    before = parse_scrape(page(), 100.0)
+    happen(counters)
+    summary = summarise(before, parse_scrape(page(), 102.0))
+    assert summary["hit_ratio"] == 0.75
+    assert summary["lookups_per_second"] == {"hit": 15, "late": 0, "miss": 5, "speculated": 0}
+    assert summary["transfer_bytes_per_second"] == {"demand": 2000, "prefetch": 0, "stream": 0}
+    assert summary["link_bytes_per_second"] == 8000
+    assert summary["stall_ratio"] == 0.25
+    assert summary["tpot_seconds"] == pytest.approx(0.005)
+    assert summary["steps_per_second"]["decode"] == 2
+    assert (summary["slots"], summary["experts"], summary["planned_hit_ratio"]) == (8, 16, 0.5)
+
+
+def test_layers_come_in_the_order_of_their_numbers(counters, page):
+    before = parse_scrape(page(), 0.0)
+    happen(counters)
+    layers = summarise(before, parse_scrape(page(), 1.0))["layers"]
+    assert list(layers) == ["0", "2", "10"]
+    assert layers["10"] == {"hit": 11, "miss": 7, "late": 0, "speculated": 0}
+
+
+def test_an_idle_server_has_no_ratios(counters, page):
+    happen(counters)
+    idle = summarise(parse_scrape(page(), 0.0), parse_scrape(page(), 1.0))
+    assert [idle[name] for name in ("hit_ratio", "stall_ratio", "tpot_seconds", "link_bytes_per_second")] == [None] * 4
+    assert top.render(idle)
+
+
+def test_a_server_that_started_anew_counts_from_zero(counters, page):
+    for _ in range(3):
+        happen(counters)
+    before = parse_scrape(page(), 0.0)
+    for series in INDEX:
+        counters.set(series, 0)
+    happen(counters)
+    summary = summarise(before, parse_scrape(page(), 1.0))
+    assert summary["lookups_per_second"]["hit"] == 30
+    assert summary["hit_ratio"] == 0.75
+
+
+def test_ranks_are_summed_and_their_plans_are_not(tmp_path, counters, page):
+    other = make_counters(tmp_path, "engine0-rank1-000000", "1")
+    other.set("planned_hit_ratio", 0.5)
+    other.set("slots", 8)
+    before = parse_scrape(page(), 0.0)
+    other.add(INDEX["lookups_total/miss"], 10)
+    counters.add(INDEX["lookups_total/hit"], 10)
+    summary = summarise(before, parse_scrape(page(), 1.0))
+    assert (summary["hit_ratio"], summary["planned_hit_ratio"], summary["slots"]) == (0.5, 0.5, 16)
+
+
+def test_a_page_without_the_plugin_is_refused():
+    with pytest.raises(NoMetrics, match="--plugin expert_prefetch"):
+        parse_scrape("# HELP vllm:x y\n# TYPE vllm:x counter\nvllm:x_total 1\n", 0.0)
+
+
+@pytest.mark.parametrize("counts", [(1, 1, 1, 1), (39, 1, 0, 0), (1, 0, 0, 999), (3, 3, 3, 0), (1, 2, 4, 8)])
+def test_a_bar_is_divided_exactly(counts):
+    bar = top._bar(dict(zip(("hit", "late", "speculated", "miss"), counts, strict=True)))
+    assert bar.count("█") == 40
+
+
+@contextmanager
+def serve_page(page, path="/metrics"):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path == path else 404)
+            self.end_headers()
+            self.wfile.write(page().encode())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("suffix", ["", "/", "/metrics"])
+def test_once_as_json_is_one_object_for_scripts(counters, page, capsys, suffix):
+    happen(counters)
+    with serve_page(page) as url:
+        assert main(["top", f"{url}{suffix}", "--once", "--json", "--interval", "0.05"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["servers"][0]["model_name"] == "a/model"
+    assert printed["slots"] == 8
+
+
+def test_once_as_text_shows_every_line(counters, page, capsys):
+    pages = iter([page(), None])
+
+    def happening():
+        happen(counters)
+        return next(pages) or page()
+
+    with serve_page(happening) as url:
+        assert main(["top", url.removeprefix("http://"), "--once", "--interval", "0.05"]) == 0
+    shown = capsys.readouterr().out
+    for part in ("TPOT", "hit rate", "75.0 %", "stalls", "25.0 %", "8 slots", "layers", "10  ", "61.1 % hits"):
+        assert part in shown
+
+
+def test_nobody_there_is_said_in_one_line(capsys):
+    url = f"http://127.0.0.1:{free_port()}"
+    assert main(["top", url, "--once"]) == 1
+    assert capsys.readouterr().err.startswith(f"{url}/metrics: cannot be read")
+
+
+def test_a_server_without_the_plugin_is_said_in_one_line(capsys):
+    with serve_page(lambda: "") as url:
+        assert main(["top", url, "--once"]) == 1
+    assert "--plugin expert_prefetch" in capsys.readouterr().err
+
+
+def test_json_without_once_is_refused(capsys):
+    assert main(["top", "localhost:1", "--json"]) == 2
+    assert "--once" in capsys.readouterr().err

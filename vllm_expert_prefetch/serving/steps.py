@@ -1,0 +1,65 @@
+"""The step clock's place in a vLLM worker: around its model runner, which every executor calls."""
+
+from typing import Any
+
+from vllm_expert_prefetch.config import config_from_additional
+from vllm_expert_prefetch.serving.deployment import Deployment, find_deployment
+
+
+def extend_worker() -> None:
+    """Time the steps of every worker whose model is served by the plugin."""
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    init_device = WorkerWrapperBase.init_device
+
+    def init_device_and_watch(self: Any) -> None:
+        init_device(self)
+        runner = getattr(self.worker, "model_runner", None)
+        if runner is not None and config_from_additional(self.vllm_config.additional_config) is not None:
+            watch_steps(runner, self.vllm_config)
+
+    WorkerWrapperBase.init_device = init_device_and_watch  # type: ignore[method-assign]
+
+
+def watch_steps(runner: Any, vllm_config: Any) -> None:
+    """Let the deployment's clock see each step of `runner`.
+
+    A step is one `execute_model`, and the `sample_tokens` that follows when the former returns None.
+    """
+    execute, sample = runner.execute_model, runner.sample_tokens
+    deployment: Deployment | None = None
+
+    def timed_execute(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal deployment
+        if deployment is None:
+            deployment = find_deployment(vllm_config)
+        if deployment is None or not scheduler_output.total_num_scheduled_tokens:
+            return execute(scheduler_output, *args, **kwargs)
+        deployment.clock.begin(*count_sequences(scheduler_output))
+        output = execute(scheduler_output, *args, **kwargs)
+        if output is not None:
+            deployment.step_ended()
+        return output
+
+    def timed_sample(*args: Any, **kwargs: Any) -> Any:
+        output = sample(*args, **kwargs)
+        if deployment is not None:
+            deployment.step_ended()
+        return output
+
+    runner.execute_model, runner.sample_tokens = timed_execute, timed_sample
+
+
+def count_sequences(scheduler_output: Any) -> tuple[int, int, bool]:
+    """Sequences in their prompt, sequences beyond their first token, and whether any was in the step before.
+
+    One that was preempted computes its tokens anew, like a prompt.
+    """
+    cached = scheduler_output.scheduled_cached_reqs
+    outputs = cached.num_output_tokens
+    num_prefilling = outputs.count(0)
+    if cached.resumed_req_ids:
+        resumed = cached.resumed_req_ids
+        num_prefilling = sum(not n or name in resumed for name, n in zip(cached.req_ids, outputs, strict=True))
+    num_decoding = len(outputs) - num_prefilling
+    return num_prefilling + len(scheduler_output.scheduled_new_reqs), num_decoding, bool(outputs)

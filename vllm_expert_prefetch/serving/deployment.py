@@ -18,6 +18,7 @@ from vllm_expert_prefetch.planning.sizing import GB, CacheSize, MemoryBudget, Mo
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.cache_factory import CacheFactory
 from vllm_expert_prefetch.serving.device_totals import DeviceTotals
+from vllm_expert_prefetch.serving.lookahead import create_look_ahead
 from vllm_expert_prefetch.serving.takeover import TakeoverError
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Deployment:
     """What the MoE layers of one model on one worker share."""
 
     counters: Counters
-    """There once every layer is taken over: a start that fails shows no metrics."""
+    """There once the model is loaded: a start that fails shows no metrics."""
     clock: StepClock
 
     def __init__(self, vllm_config: Any, config: ExpertPrefetchConfig) -> None:
@@ -44,6 +45,7 @@ class Deployment:
         self._sizing = ""
         self._num_taken_over = 0
         self._refresh_at = 0.0
+        self._prefetch = ""
         self._buffers: dict[tuple[object, ...], SlotPool] = {}
         self._device_totals: DeviceTotals | None = None
         self.caches = CacheFactory(config)
@@ -84,13 +86,23 @@ class Deployment:
         return self._buffers[key]
 
     def layer_taken_over(self) -> None:
-        """Called by each layer; the last one makes the proof and prints the start-up line."""
+        """Called by each layer."""
         self._num_taken_over += 1
         self._report_progress()
-        if self._num_taken_over == len(self.layers):
-            self._verify_bytes()
-            self._publish()
-            compat.logger().info("%s", self.describe())
+
+    def start(self, model: torch.nn.Module) -> None:
+        """The model is loaded and every layer taken over: look ahead where that is asked for, count, and say so."""
+        self._verify_bytes()
+        layers = self._live_layers()
+        max_tokens = self._vllm_config.scheduler_config.max_num_batched_tokens
+        has_link = self.caches.link is not None
+        look_ahead, self._prefetch = create_look_ahead(model, layers, self.config, has_link, max_tokens)
+        self._publish()
+        if look_ahead is not None:
+            look_ahead.counters = self.counters
+        for layer in layers:
+            layer.look_ahead = look_ahead
+        compat.logger().info("%s", self.describe())
 
     def _report_progress(self) -> None:
         """Once, what of the host memory could not be as it should; and how far a long load is."""
@@ -119,7 +131,7 @@ class Deployment:
             f"{store / GB:.4g} GB on the host ({'page-locked' if self._is_pinned() else 'pageable'}), "
             f"{cache / GB:.4g} GB cache ({100 * first.pool.num_slots / first.num_experts:.0f} % of the experts), "
             f"{self._buffer_bytes() / GB:.4g} GB stream buffer; "
-            f"policy {config.policy}, execution {config.execution}, prefetch {config.prefetch}; "
+            f"policy {config.policy}, execution {config.execution}, prefetch {self._prefetch}; "
             f"staging {self.caches.staging_name}, link {link_text}"
             + (f"; sizing: {self._sizing}" if self._sizing else "")
         )
@@ -233,7 +245,7 @@ class Deployment:
         return {
             "execution": self.config.execution,
             "policy": self.config.policy,
-            "prefetch": self.config.prefetch,
+            "prefetch": self._prefetch,
             "staging": self.caches.staging_name,
             "link": f"emulated {link.gbps} GB/s {link.latency_us} us" if link else "real",
             "pinned": str(self._is_pinned()).lower(),

@@ -17,6 +17,7 @@ from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.deployment import deployment_of
 from vllm_expert_prefetch.serving.device_step import DeviceStep
 from vllm_expert_prefetch.serving.execution import Executor, Kernel
+from vllm_expert_prefetch.serving.lookahead import LookAhead
 from vllm_expert_prefetch.serving.refusals import check_layer_refusals
 from vllm_expert_prefetch.serving.takeover import TakeoverError, expert_parameters, swap_in_slots
 
@@ -68,13 +69,14 @@ class CachedRoutedExperts(RoutedExperts):
         self.is_taken_over = self.is_fully_resident = False
         self.device_cache: DeviceLayerCache | None = None
         self._device_step: DeviceStep | None = None
+        self.look_ahead: LookAhead | None = None
         self.num_experts = self.local_num_experts
         self.expert_bytes = sum(p.nbytes for p in expert_parameters(self, self.num_experts).values())
         self.accelerator = device
         self._tiles: dict[int, dict[str, int]] = {}
-        self._deployment = deployment_of(vllm_config, config)
-        self._number = len(self._deployment.layers)
-        self._deployment.layers.append(weakref.ref(self))
+        self.deployment = deployment_of(vllm_config, config)
+        self._number = len(self.deployment.layers)
+        self.deployment.layers.append(weakref.ref(self))
         self.register_buffer("_handle", _register(self), persistent=False)
         self._take_over_after_post_processing()
 
@@ -92,7 +94,7 @@ class CachedRoutedExperts(RoutedExperts):
         self.quant_method.process_weights_after_loading = post_process_and_take_over  # type: ignore[method-assign]
 
     def _take_over(self) -> None:
-        deployment = self._deployment
+        deployment = self.deployment
         tensors = {name: p.data for name, p in expert_parameters(self, self.num_experts).items()}
         resident_bytes = sum(t.nbytes for t in tensors.values() if t.device.type != "cpu")
         size = deployment.size_for(self, resident_bytes)
@@ -188,6 +190,9 @@ class CachedRoutedExperts(RoutedExperts):
         if num_tokens == 0:  # a dummy or profile run: the right shapes and load, no residency, no counters
             return self._kernel(x, topk_weights, topk_ids % self.pool.num_slots)
         step = self.cache.serve(topk_ids, num_tokens)
+        if self.look_ahead is not None:
+            rows = slice(0, num_tokens)
+            self.look_ahead.after_staging(self._number, step, x[rows], topk_weights[rows], topk_ids[rows])
         with self._tiles_as_if_resident(x.shape[0]):
             if step.slot_ids is not None:
                 output = self._kernel(x, topk_weights, step.slot_ids)
@@ -234,7 +239,7 @@ class CachedRoutedExperts(RoutedExperts):
         self.global_num_experts = self.local_num_experts = pool.num_slots  # what the kernel is told
 
     def _count(self, step: Step) -> None:
-        add = self._deployment.counters.add
+        add = self.deployment.counters.add
         add(_HIT, step.num_hits)
         add(_WAVES[step.split], step.num_waves)
         if step.num_late:
@@ -247,7 +252,7 @@ class CachedRoutedExperts(RoutedExperts):
             add(_TRANSFER_SECONDS, step.stall_seconds - step.late_seconds)
         if step.stall_seconds:
             add(_STALL_SECONDS, step.stall_seconds)
-        if self._deployment.counters.layers:
+        if self.deployment.counters.layers:
             start = layer_start(self._number)
             add(start + _LAYER_HIT, step.num_hits)
             add(start + _LAYER_LATE, step.num_late)

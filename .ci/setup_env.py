@@ -37,6 +37,7 @@ TORCH_CHECK = {
     "cuda": "import torch; assert torch.version.cuda, f'torch {torch.__version__} is not a CUDA build'",
 }
 PYTHONS = ((3, 10), (3, 14))
+BUILD_SETTINGS = ("VEP_BUILD_CUDA", "VEP_CUDA_ARCHS", "CXX", "CUDA_HOME")  # setup.py reads them
 STAMP = "setup-stamp.json"
 LOG = "setup.log"
 
@@ -127,10 +128,16 @@ def engine_key(plan: Plan, venv: Path) -> str:
 
 
 def project_key(root: Path, extras: str) -> str:
-    """Changes when this package must be installed anew: its metadata or its native sources differ."""
+    """Changes when this package must be installed anew.
+
+    Its metadata or native sources differ, other compilers or settings are there to build with, or a library is gone.
+    """
     native = sorted(path for path in (root / "csrc").rglob("*") if path.is_file())
     inputs = [path for path in (root / "pyproject.toml", root / "setup.py", *native) if path.is_file()]
-    parts = [extras.encode()]
+    settings = {name: os.environ.get(name) for name in BUILD_SETTINGS}
+    compilers = [shutil.which(name) for name in ("g++", "c++", "nvcc")]
+    libraries = sorted(path.name for path in root.glob("vllm_expert_prefetch/native/*.so"))
+    parts = [repr((extras, settings, compilers, libraries)).encode()]
     for path in inputs:
         parts += [str(path.relative_to(root)).encode(), path.read_bytes()]
     return _digest(parts)
@@ -165,12 +172,12 @@ class Environment:
     def todo(self) -> list[Step]:
         """The steps that are missing; each part's last step stamps it, so that a failed part starts again."""
         stamp = read_stamp(self.venv)
-        engine, project = engine_key(self.plan, self.venv), project_key(ROOT, self.extras)
+        engine = engine_key(self.plan, self.venv)
         steps: list[Step] = []
         if stamp.get("engine") != engine:
             steps += [*self._engine_steps(), self._check_step({"engine": engine})]
-        if steps or stamp.get("project") != project:
-            steps.append(self._project_step({"engine": engine, "project": project}))
+        if steps or stamp.get("project") != project_key(ROOT, self.extras):
+            steps.append(self._project_step(engine))
         return steps
 
     def _engine_steps(self) -> list[Step]:
@@ -219,13 +226,18 @@ class Environment:
 
         return Step("vllm --version", check, "vLLM was installed and does not work. Start over: make clean setup")
 
-    def _project_step(self, stamp: dict[str, str]) -> Step:
+    def _project_step(self, engine: str) -> Step:
         def install() -> None:
-            # The environment's own setuptools: an isolated build would download another torch for the extension.
+            # The environment's own setuptools and tvm-ffi: nothing to download, and the headers of what will load it.
             self._pip("install", "--no-build-isolation", "-e", f"{ROOT}[{self.extras}]")
-            write_stamp(self.venv, stamp)
+            # The key counts the libraries that are there, so it is taken after the build.
+            write_stamp(self.venv, {"engine": engine, "project": project_key(ROOT, self.extras)})
 
-        return Step(f"this package, editable, with {self.extras}", install, "Is the network there? Then: make setup")
+        return Step(
+            f"this package, editable, with {self.extras}",
+            install,
+            "Does csrc/ compile (the log tells)? Is the network there? Then: make setup",
+        )
 
     def _create(self) -> None:
         if self.venv.exists():
@@ -256,6 +268,8 @@ class Environment:
         elsewhere = ("PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX", "PIP_ROOT", "PIP_USER")
         environment = {name: value for name, value in os.environ.items() if name not in elsewhere}
         environment["PYTHONNOUSERSITE"] = "1"
+        if self.plan.platform == "cpu":
+            environment.setdefault("VEP_BUILD_CUDA", "0")  # every target takes minutes, and nothing here runs one
         with (self.venv / LOG).open("a") as log:
             print("$", *command, file=log, flush=True)
             subprocess.run(

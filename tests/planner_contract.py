@@ -33,21 +33,22 @@ class PlannedLayer:
         if self.filled:
             loads = self.cache.begin_loads(list(range(self.num_slots)), ())
             self._apply(loads)
-            self.cache.complete_loads(loads, cold=True)
+            self.cache.complete([load.expert for load in loads], cold=True)
 
     def step(self, ids: Sequence[int], also_in_flight: Sequence[int] = ()) -> Plan:
-        """Plan, check and complete one step. `also_in_flight`: absent experts that something else is bringing."""
-        needed = {expert for expert in ids if expert >= 0}
-        others = self.cache.begin_loads(list(also_in_flight), needed)
-        self._apply(others)
+        """Plan, check and complete one step. `also_in_flight`: absent experts that are being prefetched meanwhile."""
+        self._apply(self.planner.plan_prefetch(also_in_flight, len(also_in_flight)).loads)
+        self.cache.check_integrity()
+        if self.planner.must_settle(ids):
+            self.planner.settle(list(self.cache.in_flight), ())
+        in_flight = set(self.cache.in_flight)
         before = list(self.cache.slot_of)
         plan = self.planner.plan(ids)
         self.cache.check_integrity()
-        self._check(plan, ids, before, set(also_in_flight))
+        self._check(plan, ids, before, in_flight)
         self.planner.complete(plan)
-        self.cache.complete_loads(others)
+        self.planner.settle(list(self.cache.in_flight), ())
         self.cache.check_integrity()
-        assert not self.cache.in_flight
         for slot, expert in enumerate(self.contents):
             assert self.cache.expert_in[slot] == expert, f"slot {slot} holds {expert} in truth"
         return plan
@@ -64,8 +65,9 @@ class PlannedLayer:
         check_coverage(plan, rows)
         check_counts(plan, needed, before, in_flight)
         for wave in plan.waves:
+            assert set(wave.late) == in_flight.intersection(wave.experts), "whom to wait for"
             if plan.split is Split.STREAM:
-                self._check_streamed(wave, before, in_flight)
+                self._check_streamed(wave, before)
             else:
                 self._check_wave(wave, in_flight)
 
@@ -82,7 +84,7 @@ class PlannedLayer:
         for expert, slot in zip(wave.experts, wave.slots, strict=True):
             assert self.contents[slot] == expert, f"the kernel would read {self.contents[slot]} for {expert}"
 
-    def _check_streamed(self, wave: Wave, before: list[int], in_flight: set[int]) -> None:
+    def _check_streamed(self, wave: Wave, before: list[int]) -> None:
         """Every expert comes from the host or from the slot where it lies; the slots do not change."""
         assert self.cache.slot_of == before
         assert len(set(wave.experts)) == len(wave.experts)
@@ -93,7 +95,6 @@ class PlannedLayer:
         for expert, slot in zip(wave.experts, wave.slots, strict=True):
             assert (slot == NO_SLOT) == (expert in loaded)
             if slot != NO_SLOT:
-                assert expert not in in_flight
                 assert self.contents[slot] == expert
 
 
@@ -135,10 +136,7 @@ def check_counts(plan: Plan, needed: set[int], before: list[int], in_flight: set
     assert plan.num_hits + plan.num_late + plan.num_misses == sum(len(wave.experts) for wave in plan.waves)
     assert plan.num_misses == len(loads)
     assert plan.num_evictions == sum(load.victim != NO_EXPERT for load in loads)
-    if plan.split is Split.STREAM:
-        assert plan.num_late == 0
-    else:
-        assert plan.num_late == sum(len(in_flight.intersection(wave.experts)) for wave in plan.waves)
+    assert plan.num_late == sum(len(wave.late) for wave in plan.waves)
     if plan.split is not Split.TOKENS:
         resident = {expert for expert in needed if before[expert] != NO_SLOT} - in_flight
         assert plan.num_hits == len(resident)

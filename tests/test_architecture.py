@@ -15,18 +15,21 @@ MAX_FUNCTION_LINES = 60
 RULES = {
     "__init__": Rule(),
     "residency": Rule(only_standard_library=True),
+    "native": Rule(["residency"], torch="late"),
     "config": Rule(["residency"]),
     "metrics": Rule(["config"]),
     "planning": Rule(["residency", "config"]),
-    "experts": Rule(["residency", "config"], torch="yes"),
+    "experts": Rule(["native", "residency", "config"], torch="yes"),
     "prediction": Rule(["residency", "config", "experts"], torch="yes"),
     "calibration": Rule(["residency", "config", "experts", "prediction"], torch="yes"),
     "demo": Rule(torch="yes"),
-    "serving": Rule(["residency", "config", "metrics", "planning", "experts", "prediction"], torch="yes", vllm="yes"),
+    "serving": Rule(
+        ["native", "residency", "config", "metrics", "planning", "experts", "prediction"], torch="yes", vllm="yes"
+    ),
     "plugin": Rule(late_parts=["serving"]),
     "ray_serve": Rule(),
     "cli": Rule(
-        ["residency", "config", "metrics", "planning"],
+        ["native", "residency", "config", "metrics", "planning"],
         late_parts=["experts", "prediction", "calibration", "demo", "serving"],
         torch="late",
         vllm="late",
@@ -35,6 +38,7 @@ RULES = {
 WITHOUT_TORCH = (
     "plugin",
     "config",
+    "native.library",
     "residency",
     "planning.sizing",
     "metrics.collector",

@@ -138,6 +138,31 @@ def test_only_the_package_is_due_when_its_metadata_or_native_sources_change(proj
     assert titles(venv) == ["this package, editable, with dev"]
 
 
+def test_only_the_package_is_due_when_a_library_is_gone_or_a_build_setting_changes(project, venv, monkeypatch):
+    library = project / "vllm_expert_prefetch" / "native" / "libvep_host.so"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    stamp_everything(venv)
+    assert titles(venv) == []
+    library.unlink()
+    assert titles(venv) == ["this package, editable, with dev"]
+    library.touch()
+    monkeypatch.setenv("VEP_CUDA_ARCHS", "75")
+    assert titles(venv) == ["this package, editable, with dev"]
+
+
+@pytest.mark.parametrize(
+    ("platform", "asked", "given"), [("cpu", None, "0"), ("cpu", "1", "1"), ("cuda", None, "None")]
+)
+def test_the_cuda_library_is_not_built_for_the_cpu_unless_asked(project, venv, monkeypatch, platform, asked, given):
+    monkeypatch.delenv("VEP_BUILD_CUDA", raising=False)
+    if asked:
+        monkeypatch.setenv("VEP_BUILD_CUDA", asked)
+    show = "import os; print(os.environ.get('VEP_BUILD_CUDA'))"
+    setup_env.Environment(venv, setup_env.make_plan(platform, (3, 11)), "dev")._call([sys.executable, "-c", show])
+    assert (venv / setup_env.LOG).read_text().splitlines()[-1] == given
+
+
 def test_everything_is_due_for_another_plan_or_a_lost_interpreter(project, venv):
     everything = titles(venv)
     assert len(everything) == 6

@@ -17,6 +17,9 @@ OFF = "off"
 
 DEFAULT_CPU_FRACTION = 0.5
 
+PREDICTORS = ("router", "router_defaults", "estimator", "hybrid", "previous", "frequency", "transition")
+"""Those of `prediction` that can serve; studies have others."""
+
 
 class ConfigError(RuntimeError):
     """A setting that cannot be honoured. The message names the key and the remedy."""
@@ -46,7 +49,27 @@ class ExpertPrefetchConfig:
     )
     policy: str = _key("lru", "Eviction policy: " + ", ".join(f"`{name}`" for name in POLICIES) + ".")
     execution: str = _key("exact", "`exact`: the tokens are those of plain vLLM. No other mode exists yet.")
-    prefetch: str = _key(OFF, "`off`: experts are copied when a token needs them. No other mode exists yet.")
+    prefetch: str = _key(
+        AUTO,
+        "Copy experts before they are needed: `on`; `off`; `auto`: on, layer by layer where it pays. On the CPU platform "
+        "`auto` looks ahead over an emulated link only; on a GPU nothing looks ahead yet.",
+    )
+    predictor: str = _key(
+        AUTO,
+        "What guesses the next layer's experts: "
+        + ", ".join(f"`{name}`" for name in PREDICTORS)
+        + "; `auto`: what the artifact found best, without one `router`. All but `router` and `previous` need an "
+        "artifact.",
+    )
+    over_fetch: int = _key(1, "Experts to prefetch for each token beyond the model's top-k.")
+    lookahead_layers: int = _key(1, "How many MoE layers ahead to predict.")
+    artifact: str | None = _key(None, "Folder that `vllm-expert-prefetch calibrate` has written for this model.")
+    staging: str = _key(
+        AUTO,
+        "Who plans and copies: `native` (the CPU platform: C++; a GPU: CUDA kernels, also inside CUDA graphs, not yet "
+        "run on a GPU), `torch` (Python and torch; a GPU then needs `--enforce-eager`), `auto` (the CPU platform: "
+        "`native` where it was built; a GPU: `torch`).",
+    )
     stream_buffer: str = _key(
         AUTO,
         "Room for one layer's experts on the accelerator, shared by all layers, for steps that need more distinct "
@@ -60,10 +83,13 @@ class ExpertPrefetchConfig:
     )
     pin_memory: str = _key(
         AUTO,
-        "Page-lock the host store: `auto` (on a GPU yes, on CPU no), `on`, `off`. `on` fails at start-up when the "
-        "memlock limit is too small.",
+        "Page-lock the host store: `auto` (on a GPU yes, and without it where that fails; on CPU no), `on` (fail at "
+        "start-up when the memlock limit is too small), `off`.",
     )
-    numa_node: int | None = _key(None, "NUMA node that holds the host store. Unset: where the worker runs.")
+    numa_node: int | None = _key(
+        None,
+        "NUMA node that holds the host store. Unset: on a GPU the node that it hangs on, on CPU where the worker runs.",
+    )
     huge_pages: bool = _key(False, "Ask for transparent huge pages (2 MB) for the host store.")
     emulated_link_gbps: float | None = _key(
         None, "CPU only, for studies: bandwidth of an emulated host-to-accelerator link, in GB/s (10^9 bytes/s)."
@@ -89,7 +115,11 @@ class ExpertPrefetchConfig:
         self._check_cache_size()
         _one_of("policy", self.policy, list(POLICIES))
         _one_of("execution", self.execution, ["exact"])
-        _one_of("prefetch", self.prefetch, [OFF])
+        _one_of("prefetch", self.prefetch, [AUTO, "on", OFF])
+        _one_of("predictor", self.predictor, [AUTO, *PREDICTORS])
+        _at_least("over_fetch", self.over_fetch, 0)
+        _at_least("lookahead_layers", self.lookahead_layers, 1)
+        _one_of("staging", self.staging, [AUTO, "native", "torch"])
         _one_of("pin_memory", self.pin_memory, [AUTO, "on", OFF])
         _one_of("stream_buffer", self.stream_buffer, [AUTO, "on", OFF])
         _at_least("max_token_waves", self.max_token_waves, 0)

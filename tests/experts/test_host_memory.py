@@ -15,7 +15,7 @@ from processes import run_python
 
 from vllm_expert_prefetch.config import ConfigError
 from vllm_expert_prefetch.experts import HostMemory, HostMemoryOptions
-from vllm_expert_prefetch.experts.host_memory import _advise_huge_pages, memlock_limit_bytes
+from vllm_expert_prefetch.experts.host_memory import _advise_huge_pages, memlock_limit_bytes, numa_node_of_gpu
 
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 PINNED_BYTES = 4 * PAGE + 100
@@ -56,9 +56,9 @@ def test_the_tensor_has_exactly_the_bytes_asked_for_and_they_are_zero(num_bytes)
 
 def test_the_mapping_is_not_rounded_up():
     num_bytes = 513 * 2**20  # a power of two would be 1 GiB
-    before = status_bytes("VmSize")
     memory = HostMemory(num_bytes, HostMemoryOptions())
-    assert num_bytes <= status_bytes("VmSize") - before < num_bytes * 1.2
+    size = int(mapping_at(memory.bytes.data_ptr())["Size"].split()[0]) * 1024
+    assert num_bytes <= size < num_bytes * 1.2
     assert memory.bytes.numel() == num_bytes
 
 
@@ -99,18 +99,16 @@ def test_a_memlock_limit_that_is_too_small_is_an_error_that_names_it_and_the_rem
 
 
 def test_the_memory_lives_as_long_as_any_tensor_over_it_and_no_longer():
-    num_bytes = 256 * 2**20
-    before = status_bytes("VmSize")
-    memory = HostMemory(num_bytes, HostMemoryOptions())
+    memory = HostMemory(256 * 2**20, HostMemoryOptions())
     memory.bytes[-1] = 7
     last = memory.bytes[-4:]
+    address = last.data_ptr()
     del memory
     gc.collect()
     assert last.tolist() == [0, 0, 0, 7]
-    assert status_bytes("VmSize") - before >= num_bytes
     del last
     gc.collect()
-    assert status_bytes("VmSize") - before < num_bytes / 2
+    assert mapping_at(address) is None
 
 
 def test_pinning_for_a_gpu_registers_exactly_the_mapping_and_unregisters_it_before_it_goes(monkeypatch):
@@ -118,7 +116,7 @@ def test_pinning_for_a_gpu_registers_exactly_the_mapping_and_unregisters_it_befo
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     memory = HostMemory(PINNED_BYTES, HostMemoryOptions(pin=True, cuda=True))
     address = memory.bytes.data_ptr()
-    assert runtime.calls == [("register", address, PINNED_BYTES, 0)]
+    assert runtime.calls == [("register", address, PINNED_BYTES, 3)]  # portable, mapped
     row = memory.bytes.detach()[3:5]  # shares nothing with `bytes` but the memory
     del memory
     gc.collect()
@@ -134,6 +132,48 @@ def test_a_refused_registration_is_an_error_that_names_the_limit_and_the_remedy(
         ConfigError, match=r"cannot page-lock 5\.0 MB.*returned 2; memlock limit .*pin_memory to \"off\""
     ):
         HostMemory(5_000_000, HostMemoryOptions(pin=True, cuda=True))
+
+
+def test_memory_that_need_not_be_pinned_is_used_as_it_is_and_says_why(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: FakeCudaRuntime(status=2))
+    memory = HostMemory(5_000_000, HostMemoryOptions(pin=True, cuda=True, must_pin=False))
+    assert not memory.is_pinned
+    assert len(memory.notes) == 1
+    assert "memlock limit" in memory.notes[0]
+    memory.bytes.fill_(7)
+
+
+def test_memory_that_need_not_be_bound_is_used_as_it_is_and_says_why(monkeypatch):
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace(syscall=lambda *_: -1))
+    memory = HostMemory(PAGE, HostMemoryOptions(numa_node=0, must_bind=False))
+    assert len(memory.notes) == 1
+    assert "numa_node 0" in memory.notes[0]
+
+
+def test_large_memory_is_there_before_anybody_writes_to_it():
+    before = status_bytes("RssAnon")
+    memory = HostMemory(200 * 2**20 + 5, HostMemoryOptions())
+    if status_bytes("RssAnon") == before:
+        pytest.skip("this kernel does not populate pages on request")
+    assert status_bytes("RssAnon") - before >= 200 * 2**20
+    assert not memory.bytes.any()
+
+
+@pytest.mark.parametrize(("text", "node"), [("1\n", 1), ("-1\n", None), ("?\n", None), (None, None)])
+def test_the_numa_node_of_a_gpu_is_the_one_that_the_system_names(monkeypatch, text, node):
+    asked = []
+
+    def read_text(path):
+        asked.append(str(path))
+        if text is None:
+            raise FileNotFoundError(path)
+        return text
+
+    gpu = SimpleNamespace(pci_domain_id=0, pci_bus_id=0xC1, pci_device_id=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: gpu)
+    monkeypatch.setattr(Path, "read_text", read_text)
+    assert numa_node_of_gpu(0) == node
+    assert asked == ["/sys/bus/pci/devices/0000:c1:00.0/numa_node"]
 
 
 @needs_numa

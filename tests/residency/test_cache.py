@@ -19,7 +19,7 @@ def cache():
 def filled(policy="lru"):
     """Experts 0 to 3 in slots 0 to 3; 0 is the oldest."""
     cache = ExpertCache(NUM_EXPERTS, NUM_SLOTS, create_policy(policy))
-    cache.complete_loads(cache.begin_loads([0, 1, 2, 3], ()))
+    cache.complete([load.expert for load in cache.begin_loads([0, 1, 2, 3], ())])
     return cache
 
 
@@ -44,7 +44,7 @@ def test_an_expert_is_in_flight_until_its_load_is_complete(cache):
     assert loads == (Load(5, 0, -1), Load(6, 1, -1))
     assert [cache.lookup(expert) for expert in (4, 5, 6)] == [ABSENT, IN_FLIGHT, IN_FLIGHT]
     assert cache.num_resident == 0
-    cache.complete_loads(loads[:1])
+    cache.complete([5])
     assert [cache.lookup(expert) for expert in (5, 6)] == [RESIDENT, IN_FLIGHT]
     assert cache.num_resident == 1
     cache.check_integrity()
@@ -60,14 +60,14 @@ def test_a_victim_becomes_absent_and_its_slot_serves_the_new_expert():
 
 
 def test_free_slots_are_used_before_anyone_is_evicted(cache):
-    cache.complete_loads(cache.begin_loads([0, 1, 2], ()))
+    cache.complete([load.expert for load in cache.begin_loads([0, 1, 2], ())])
     assert cache.begin_loads([6, 7], ()) == (Load(6, 3, -1), Load(7, 0, 0))
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_loads_that_do_not_all_fit_change_nothing(policy):
     cache = filled(policy)
-    cache.complete_loads(cache.begin_loads([4], ()))
+    cache.complete([load.expert for load in cache.begin_loads([4], ())])
     before = everything(cache)
     protected = set(cache.policy.victims(2, ()))
     with pytest.raises(RuntimeError, match=r"3 loads need 3 victims and only 2 of 4 slots"):
@@ -77,7 +77,7 @@ def test_loads_that_do_not_all_fit_change_nothing(policy):
 
 
 def test_loads_that_do_not_all_fit_leave_the_free_slots_free(cache):
-    cache.complete_loads(cache.begin_loads([0, 1], ()))
+    cache.complete([load.expert for load in cache.begin_loads([0, 1], ())])
     before = everything(cache)
     with pytest.raises(RuntimeError, match="victims"):
         cache.begin_loads([4, 5, 6], {0, 1})
@@ -110,12 +110,13 @@ def test_slots_and_experts_stay_inverse_and_add_up_on_random_walks(policy):
     pending = []
     for _ in range(500):
         if pending and rng.random() < 0.5:
-            cache.complete_loads(pending.pop(rng.randrange(len(pending))), cold=rng.random() < 0.3)
+            cache.complete(pending.pop(rng.randrange(len(pending))), cold=rng.random() < 0.3)
         else:
             absent = [expert for expert in range(NUM_EXPERTS) if cache.lookup(expert) is ABSENT]
             room = NUM_SLOTS - len(cache.in_flight)
             experts = rng.sample(absent, min(len(absent), rng.randint(0, room)))
-            pending.append(cache.begin_loads(experts, ()))
+            cache.begin_loads(experts, ())
+            pending.append(experts)
         cache.check_integrity()
         placed = [slot for slot in cache.slot_of if slot >= 0]
         assert len(set(placed)) == len(placed)

@@ -3,6 +3,8 @@
 import pytest
 from engines import TINY_MODEL, Output, counters, greedy, layers, open_engine, prompts
 
+from vllm_expert_prefetch.residency import Split
+
 pytestmark = pytest.mark.engine
 
 PROMPTS = prompts(16)
@@ -32,6 +34,12 @@ def test_smoke_bit_equal_at_every_residency(stock, share):
 def test_bit_equal_with_every_policy(stock, policy):
     with open_engine(TINY_MODEL, {"cache_fraction": 0.25, "policy": policy}) as llm:
         assert generate(llm) == stock
+
+
+def test_bit_equal_when_planned_in_python_and_staged_by_torch(stock):
+    with open_engine(TINY_MODEL, {"cache_fraction": 0.25, "staging": "torch"}) as llm:
+        assert generate(llm) == stock
+        assert layers(llm)[0].cache.staging.name == "torch"
 
 
 def test_waves_by_tokens_are_bit_equal(stock):
@@ -68,20 +76,16 @@ def test_waves_by_experts_of_one_layer_stay_within_bf16_rounding(stock):
     x = torch.randn(64, 128, generator=generator).bfloat16()
     weights = torch.softmax(torch.randn(64, 2, generator=generator), dim=1)
     ids = torch.stack([torch.randperm(16, generator=generator)[:2] for _ in range(64)]).to(torch.int32)
-    with (
-        torch.inference_mode(),
-        open_engine(TINY_MODEL, {"slots_per_layer": 4, "stream_buffer": "on"}) as llm,
-    ):
-        layer = layers(llm)[3]
-        flat = ids.flatten().tolist()
-        exact = layer.executor.run(layer.planner.plan(flat), x, weights, ids)
-        layer.planner.stream, layer.planner.max_token_waves = False, 0
-        plan = layer.planner.plan(flat)
-        split = layer.executor.run(plan, x, weights, ids)
-        layer.planner.complete(plan)
-    assert len(plan.waves) > 1
-    scale = exact.float().abs().max()
-    assert (split.float() - exact.float()).abs().max() <= 3 * 2**-8 * scale
+    outputs, splits = [], []
+    for config in ({"stream_buffer": "on"}, {"stream_buffer": "off", "max_token_waves": 0}):
+        with torch.inference_mode(), open_engine(TINY_MODEL, {"slots_per_layer": 4} | config) as llm:
+            layer = layers(llm)[3]
+            output, step = layer.executor.run(layer.cache.serve(ids, 64), x, weights, ids)
+            outputs.append(output.float())
+            splits.append((step.split, step.num_waves > 1))
+    exact, split = outputs
+    assert splits == [(Split.STREAM, False), (Split.EXPERTS, True)]
+    assert (split - exact).abs().max() <= 3 * 2**-8 * exact.abs().max()
 
 
 def test_compiled_is_bit_equal_to_compiled_stock():
@@ -100,7 +104,7 @@ def test_counters_are_conserved():
         counted = counters(llm)
         record_bytes = layers(llm)[0].store.record_bytes
         for layer in layers(llm):
-            layer.cache.check_integrity()
+            layer.cache.planner.check_integrity()
     misses = counted["lookups_total/miss"]
     moved = counted["transfer_bytes_total/demand"] + counted["transfer_bytes_total/stream"]
     assert moved == misses * record_bytes > 0

@@ -11,6 +11,7 @@ from typing import Any
 
 from vllm_expert_prefetch import __version__
 from vllm_expert_prefetch.config import CONFIG_KEY, ConfigError
+from vllm_expert_prefetch.native import library
 
 
 def add_parser(subparsers: Any) -> None:
@@ -29,18 +30,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """The report: versions, platform, seams, extension, host memory, and the problems among them."""
+    """The report: versions, platform, seams, native libraries, host memory, and the problems among them."""
     problems: list[str] = []
-    versions = {name: _version(name) for name in ("torch", "prometheus-client", "safetensors")}
+    versions = {name: _version(name) for name in ("torch", "apache-tvm-ffi", "prometheus-client", "safetensors")}
     report: dict[str, Any] = {
         "versions": {"vllm-expert-prefetch": __version__, "python": platform.python_version(), **versions},
         "platform": None,
         "plugin": _plugin(problems),
         "seams": {},
-        "extension": {
-            "built": False,
-            "reason": "this release has no native extension; records are copied by the torch staging engine",
-        },
+        "native": _native(),
         "host_memory": _host_memory(),
         "problems": problems,
     }
@@ -86,6 +84,19 @@ def _plugin(problems: list[str]) -> dict[str, Any]:
     return {"installed": installed, "loaded_by_vllm": loaded}
 
 
+def _native() -> dict[str, Any]:
+    """Each native library: whether it can be used, why not, and the GPU targets inside. Neither is required."""
+    host, cuda = library.host_library(), library.cuda_library()
+    return {
+        "host": {"usable": host is not None, "reason": library.why_not_host()},
+        "cuda": {
+            "usable": cuda is not None,
+            "reason": library.why_not_cuda(),
+            "targets": [f"sm_{arch}" for arch in cuda.architectures().split()] if cuda else [],
+        },
+    }
+
+
 def _host_memory() -> dict[str, Any]:
     from vllm_expert_prefetch.experts.host_memory import memlock_limit_bytes
 
@@ -114,10 +125,16 @@ def _as_text(report: dict[str, Any]) -> str:
         f"{'vLLM platform':22} {report['platform'] or 'unknown'}",
         f"{'plugin':22} {'loaded by vLLM' if report['plugin']['loaded_by_vllm'] else 'NOT loaded by vLLM'}",
         *(f"{'seam':22} {'found  ' if found else 'MISSING'} {name}" for name, found in report["seams"].items()),
-        f"{'native extension':22} not built: {report['extension']['reason']}",
+        *(f"{f'native {name} library':22} {_as_words(found)}" for name, found in report["native"].items()),
         f"{'host memory':22} {memory['total_bytes'] / 1e9:.1f} GB, NUMA nodes {memory['numa_nodes'] or 'unknown'}",
         f"{'memlock limit':22} {'unlimited' if limit is None else f'{limit / 1e6:.1f} MB'}",
         "",
     ]
     problems = [f"PROBLEM: {problem}" for problem in report["problems"]]
     return "\n".join(lines + (problems or ["No problem found."]))
+
+
+def _as_words(found: dict[str, Any]) -> str:
+    if not found["usable"]:
+        return f"no, records are copied with torch: {found['reason']}"
+    return " ".join(["usable", *found.get("targets", [])])

@@ -2,15 +2,29 @@
 
 import time
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
-from vllm_expert_prefetch.experts.staging import TorchStaging
+
+class Copier(Protocol):
+    """Whatever stages records of one layer."""
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of one record."""
+
+    def stage(self, loads: Sequence[tuple[int, int]]) -> None:
+        """Copy `(expert, slot)` pairs."""
+
+    def reset_totals(self) -> None:
+        """Forget what was counted."""
+
 
 _PASSES = 2
 
 
-def measure_bandwidth(copies: Sequence[tuple[TorchStaging, tuple[int, int]]]) -> float:
+def measure_bandwidth(copies: Sequence[tuple[Copier, tuple[int, int]]]) -> float:
     """Bytes per second of copies of one record each, the usual demand copy; 0 without any.
 
     Each of `copies` is a staging and an (expert, slot) pair that is in this slot already: copying it again changes
@@ -23,7 +37,7 @@ def measure_bandwidth(copies: Sequence[tuple[TorchStaging, tuple[int, int]]]) ->
     return sum(staging.record_bytes for staging, _ in copies) / min(seconds) if copies else 0.0
 
 
-def _one_pass(copies: Sequence[tuple[TorchStaging, tuple[int, int]]]) -> float:
+def _one_pass(copies: Sequence[tuple[Copier, tuple[int, int]]]) -> float:
     on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
     started = time.perf_counter()
     for staging, load in copies:

@@ -10,9 +10,11 @@ import os
 import platform
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,27 +23,38 @@ from vllm_expert_prefetch.config import CONFIG_KEY, ConfigError
 _MPOL_BIND = 2
 _SYS_MBIND = {"x86_64": 237, "aarch64": 235}
 _MAX_NODES = 1024
+_MADV_POPULATE_WRITE = 23
+_TOUCH_BYTES = 64 * 2**20
+_MAX_TOUCH_THREADS = 8
+_CUDA_PORTABLE_AND_MAPPED = 1 | 2
 
 
 @dataclass(frozen=True)
 class HostMemoryOptions:
-    """How host memory is placed. `cuda` registers it with the GPU driver; without it, `pin` means mlock."""
+    """How host memory is placed. `cuda` registers it with the GPU driver; without it, `pin` means mlock.
+
+    Where `must_pin` or `must_bind` is False, memory that cannot be page-locked or placed is used as it is, with a note.
+    """
 
     pin: bool = False
     cuda: bool = False
     numa_node: int | None = None
     huge_pages: bool = False
+    must_pin: bool = True
+    must_bind: bool = True
 
 
 class HostMemory:
     """One anonymous private mapping of `num_bytes`, seen as a uint8 tensor of that length.
 
-    Pages are touched by whoever fills it. Raises ConfigError when an option cannot be honoured, naming the option and
-    the limit. The mapping is unregistered and released when the last tensor over it is gone.
+    Raises ConfigError when an option cannot be honoured, naming the option and the limit. The mapping is unregistered
+    and released when the last tensor over it is gone. `is_pinned` says whether it is page-locked, `notes` what was
+    asked for, was not possible and is not needed.
     """
 
     def __init__(self, num_bytes: int, options: HostMemoryOptions) -> None:
         self.num_bytes = num_bytes
+        self.notes: list[str] = []
         mapping = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         # Every tensor over the mapping keeps this view alive, and the view the mapping.
         view = memoryview(mapping)
@@ -49,11 +62,55 @@ class HostMemory:
         if options.huge_pages:
             _advise_huge_pages(mapping)
         if options.numa_node is not None:
-            _bind_to_node(self.bytes.data_ptr(), num_bytes, options.numa_node)
-        if options.pin and options.cuda:
-            weakref.finalize(view, _release, _register_with_cuda(self.bytes, num_bytes), mapping)
-        elif options.pin:
-            _lock(self.bytes, num_bytes)
+            node = options.numa_node
+            self._try(lambda: _bind_to_node(self.bytes.data_ptr(), num_bytes, node), options.must_bind)
+        _touch_pages(self.bytes.data_ptr(), num_bytes)
+        self.is_pinned = options.pin and self._try(lambda: self._pin(view, mapping, options.cuda), options.must_pin)
+
+    def _pin(self, view: memoryview, mapping: mmap.mmap, cuda: bool) -> None:
+        if cuda:
+            weakref.finalize(view, _release, _register_with_cuda(self.bytes, self.num_bytes), mapping)
+        else:
+            _lock(self.bytes, self.num_bytes)
+
+    def _try(self, place: Callable[[], None], must: bool) -> bool:
+        try:
+            place()
+        except ConfigError as error:
+            if must:
+                raise
+            self.notes.append(str(error))
+            return False
+        return True
+
+
+def numa_node_of_gpu(index: int) -> int | None:
+    """The NUMA node that GPU number `index` hangs on; None where the system does not tell."""
+    gpu: Any = torch.cuda.get_device_properties(index)
+    address = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
+    try:
+        node = int(Path(f"/sys/bus/pci/devices/{address}/numa_node").read_text())
+    except (OSError, ValueError):
+        return None
+    return node if node >= 0 else None
+
+
+def _touch_pages(address: int, num_bytes: int) -> None:
+    """Have the kernel make all pages now, on several threads: one alone makes a few GB in a second.
+
+    Where the kernel cannot (before 5.14), whoever fills the memory touches its pages.
+    """
+    if num_bytes <= _TOUCH_BYTES:
+        return
+    libc = ctypes.CDLL(None)
+
+    def touch(start: int) -> None:
+        length = min(_TOUCH_BYTES, num_bytes - start)
+        libc.madvise(ctypes.c_void_p(address + start), ctypes.c_size_t(length), _MADV_POPULATE_WRITE)
+
+    num_threads = min(_MAX_TOUCH_THREADS, len(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(num_threads) as threads:
+        list(threads.map(touch, range(0, num_bytes, _TOUCH_BYTES)))
 
 
 def _advise_huge_pages(mapping: mmap.mmap) -> None:
@@ -98,7 +155,7 @@ def _register_with_cuda(memory: torch.Tensor, num_bytes: int) -> Callable[[], ob
     Returns what undoes it.
     """
     runtime = torch.cuda.cudart()
-    status = runtime.cudaHostRegister(memory.data_ptr(), num_bytes, 0)
+    status = runtime.cudaHostRegister(memory.data_ptr(), num_bytes, _CUDA_PORTABLE_AND_MAPPED)
     if int(status) != 0:
         raise ConfigError(_pin_failure(num_bytes, f"cudaHostRegister returned {status}"))
     return partial(runtime.cudaHostUnregister, memory.data_ptr())

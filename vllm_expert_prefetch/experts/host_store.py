@@ -24,14 +24,14 @@ class HostStore:
             offsets[name] = self.record_bytes
             self.record_bytes += _aligned(row_bytes(tensor))
         self.num_bytes = self.record_bytes * self.num_experts
-        self._memory = HostMemory(self.num_bytes, options)
+        self.memory = HostMemory(self.num_bytes, options)
         self.views = {name: self._view(tensor, offsets[name]) for name, tensor in tensors.items()}
         for name, tensor in tensors.items():
             self.views[name].copy_(tensor)
         self.records = list(zip(*(list(view) for view in self.views.values()), strict=True))
 
     def _view(self, like: torch.Tensor, offset: int) -> torch.Tensor:
-        records = self._memory.bytes.view(self.num_experts, self.record_bytes)
+        records = self.memory.bytes.view(self.num_experts, self.record_bytes)
         rows = records[:, offset : offset + row_bytes(like)].view(like.dtype)
         return rows.view(self.num_experts, *like.shape[1:])
 

@@ -146,6 +146,39 @@ METRICS = (
         "Time that steps waited for the experts of each MoE layer; only with `metrics_per_layer`.",
         per_layer=True,
     ),
+    Metric(
+        "predictions_total",
+        Kind.COUNTER,
+        "predictions",
+        "Prefetched experts, by what became of them: needed before they were evicted, not needed, or cancelled before "
+        "the copy had started.",
+        "outcome",
+        ("used", "unused", "cancelled"),
+    ),
+    Metric(
+        "recall_routed_total",
+        Kind.COUNTER,
+        "experts",
+        "Experts that the router chose, over steps that were compared with their prediction: the denominator of recall.",
+    ),
+    Metric(
+        "recall_found_total",
+        Kind.COUNTER,
+        "experts",
+        "Of these, those among the first top-k guesses, and among all that were fetched (top-k and `over_fetch`).",
+        "among",
+        ("top_k", "fetched"),
+    ),
+    Metric(
+        "scored_tokens_total", Kind.COUNTER, "tokens", "Tokens, times layers, that were compared with a prediction."
+    ),
+    Metric(
+        "missing_gate_mass_total",
+        Kind.COUNTER,
+        "ratio",
+        "Share of each of these tokens' gate weights that the first top-k guesses missed, summed.",
+    ),
+    Metric("gated_layers", Kind.GAUGE, "layers", "MoE layers whose prefetch is off because it does not pay."),
     Metric("moe_layers", Kind.GAUGE, "layers", "MoE layers served from a slot cache."),
     Metric("experts", Kind.GAUGE, "experts", "Routed experts of all MoE layers."),
     Metric("slots", Kind.GAUGE, "slots", "Expert slots of all MoE layers."),

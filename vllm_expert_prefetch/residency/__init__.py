@@ -7,7 +7,17 @@ routed ids of one step into one `Plan`. This package is the specification of eve
 from vllm_expert_prefetch.residency.cache import ExpertCache
 from vllm_expert_prefetch.residency.planner import Planner
 from vllm_expert_prefetch.residency.policies import POLICIES, EvictionPolicy, create_policy
-from vllm_expert_prefetch.residency.types import ABSENT, IN_FLIGHT, RESIDENT, Load, Plan, Residency, Split, Wave
+from vllm_expert_prefetch.residency.types import (
+    ABSENT,
+    IN_FLIGHT,
+    RESIDENT,
+    Load,
+    Plan,
+    PrefetchPlan,
+    Residency,
+    Split,
+    Wave,
+)
 
 __all__ = [
     "ABSENT",
@@ -19,6 +29,7 @@ __all__ = [
     "Load",
     "Plan",
     "Planner",
+    "PrefetchPlan",
     "Residency",
     "Split",
     "Wave",

@@ -78,7 +78,7 @@ def _extend_platform(platform: Any) -> None:
 
 
 def _extend_model_loader() -> None:
-    """After a model is loaded, prove that every MoE layer was taken over."""
+    """After a model is loaded, prove that every MoE layer was taken over, and start serving it."""
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
     from vllm_expert_prefetch.serving.takeover import verify_taken_over
@@ -88,7 +88,9 @@ def _extend_model_loader() -> None:
     def load_and_verify(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
         model = load(self, vllm_config, *args, **kwargs)
         if config_from_additional(vllm_config.additional_config) is not None:
-            verify_taken_over(compat.moe_layers_of(model))
+            layers = compat.moe_layers_of(model)
+            verify_taken_over(layers)
+            layers[0].deployment.start(model)
         return model
 
     BaseModelLoader.load_model = load_and_verify  # type: ignore[method-assign]

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
@@ -71,6 +72,51 @@ def num_real_tokens(num_rows: int) -> int:
         return 0
     first = next(iter(metadata.values()))
     return min(num_rows, getattr(first, "num_actual_tokens", num_rows))
+
+
+def slot_mapping(num_rows: int, device: "torch.device") -> "torch.Tensor":
+    """int64 (num_rows): where the KV cache takes each row's token, negative for padding and in dummy and profile runs.
+
+    A tensor on the GPU that vLLM fills before every step, also before a captured one is replayed.
+    """
+    import torch
+    from vllm.forward_context import get_forward_context, is_forward_context_available
+
+    mappings = get_forward_context().slot_mapping if is_forward_context_available() else None
+    if not isinstance(mappings, dict) or not mappings:  # a list belongs to dual-batch overlap, which is refused
+        return torch.full((num_rows,), -1, dtype=torch.int64, device=device)
+    return next(iter(mappings.values()))[:num_rows]
+
+
+def fixed_tiles(tiles: dict[str, int]) -> AbstractContextManager[None]:
+    """vLLM's Triton MoE kernel uses these tile sizes inside the context."""
+    from vllm.model_executor.layers.fused_moe import override_config
+
+    return override_config(tiles)
+
+
+def tiles_of(w13_shape: tuple[int, ...], w2_shape: tuple[int, ...], top_k: int, num_rows: int) -> dict[str, int]:
+    """The tile sizes that vLLM's Triton MoE kernel uses for unquantised experts of these shapes, (E, 2I, H), (E, H, I).
+
+    They depend on E: slots in place of experts would change the order of sums, and with it the rounding.
+    """
+    from vllm.model_executor.layers.fused_moe.fused_moe import try_get_optimal_moe_config
+
+    return dict(try_get_optimal_moe_config(w13_shape, w2_shape, top_k, None, num_rows))
+
+
+def install_offloader(join: Callable[[], None]) -> None:
+    """Have vLLM call `join` before it captures or replays a CUDA graph, and before a capture ends."""
+    from vllm.model_executor.offloader.base import NoopOffloader, set_offloader
+
+    class _Joining(NoopOffloader):
+        def sync_prev_onload(self) -> None:
+            join()
+
+        def join_after_forward(self) -> None:
+            join()
+
+    set_offloader(_Joining())
 
 
 def moe_layers_of(model: "torch.nn.Module") -> list[Any]:

@@ -9,18 +9,22 @@ import torch
 
 from vllm_expert_prefetch import __version__
 from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, ExpertPrefetchConfig
-from vllm_expert_prefetch.experts import EmulatedLink, HostMemoryOptions, HostStore, SlotPool, measure_bandwidth
+from vllm_expert_prefetch.experts import HostMemoryOptions, HostStore, SlotPool, measure_bandwidth, numa_node_of_gpu
 from vllm_expert_prefetch.metrics.counters import SUFFIX, Counters
 from vllm_expert_prefetch.metrics.runtime_dir import ensure_runtime_dir
 from vllm_expert_prefetch.metrics.scrape_port import serve_counters
 from vllm_expert_prefetch.metrics.steps import StepClock
 from vllm_expert_prefetch.planning.sizing import GB, CacheSize, MemoryBudget, ModelShape, size_cache
 from vllm_expert_prefetch.serving import compat
+from vllm_expert_prefetch.serving.cache_factory import CacheFactory
+from vllm_expert_prefetch.serving.device_totals import DeviceTotals
+from vllm_expert_prefetch.serving.lookahead import create_look_ahead
 from vllm_expert_prefetch.serving.takeover import TakeoverError
 
 if TYPE_CHECKING:
     from vllm_expert_prefetch.serving.layer import CachedRoutedExperts
 
+_PROGRESS_SECONDS = 10
 _REFRESH_SECONDS = 1.0
 _ACTIVATION_COPIES = 16
 """Activation reserve on a GPU, in copies of the widest step's hidden states (before vLLM has measured it)."""
@@ -30,7 +34,7 @@ class Deployment:
     """What the MoE layers of one model on one worker share."""
 
     counters: Counters
-    """There once every layer is taken over: a start that fails shows no metrics."""
+    """There once the model is loaded: a start that fails shows no metrics."""
     clock: StepClock
 
     def __init__(self, vllm_config: Any, config: ExpertPrefetchConfig) -> None:
@@ -41,19 +45,23 @@ class Deployment:
         self._sizing = ""
         self._num_taken_over = 0
         self._refresh_at = 0.0
+        self._prefetch = ""
         self._buffers: dict[tuple[object, ...], SlotPool] = {}
-        self.link = (
-            EmulatedLink(config.emulated_link_gbps, config.emulated_link_latency_us)
-            if config.emulated_link_gbps is not None
-            else None
-        )
+        self._device_totals: DeviceTotals | None = None
+        self.caches = CacheFactory(config)
         on_cuda = compat.on_cuda_platform()
+        node = config.numa_node
+        if node is None and on_cuda:
+            node = numa_node_of_gpu(torch.cuda.current_device())
         self.host_memory = HostMemoryOptions(
             pin=config.pin_memory == "on" or (config.pin_memory == AUTO and on_cuda),
             cuda=on_cuda,
-            numa_node=config.numa_node,
+            numa_node=node,
             huge_pages=config.huge_pages,
+            must_pin=config.pin_memory == "on",
+            must_bind=config.numa_node is not None,
         )
+        self._next_progress = time.monotonic() + _PROGRESS_SECONDS
 
     def is_for(self, vllm_config: Any) -> bool:
         """Whether this deployment belongs to the model that `vllm_config` describes."""
@@ -78,31 +86,54 @@ class Deployment:
         return self._buffers[key]
 
     def layer_taken_over(self) -> None:
-        """Called by each layer; the last one makes the proof and prints the start-up line."""
+        """Called by each layer."""
         self._num_taken_over += 1
-        if self._num_taken_over == len(self.layers):
-            self._verify_bytes()
-            self._publish()
-            compat.logger().info("%s", self.describe())
+        self._report_progress()
+
+    def start(self, model: torch.nn.Module) -> None:
+        """The model is loaded and every layer taken over: look ahead where that is asked for, count, and say so."""
+        self._verify_bytes()
+        layers = self._live_layers()
+        max_tokens = self._vllm_config.scheduler_config.max_num_batched_tokens
+        has_link = self.caches.link is not None
+        look_ahead, self._prefetch = create_look_ahead(model, layers, self.config, has_link, max_tokens)
+        self._publish()
+        if look_ahead is not None:
+            look_ahead.counters = self.counters
+        for layer in layers:
+            layer.look_ahead = look_ahead
+        compat.logger().info("%s", self.describe())
+
+    def _report_progress(self) -> None:
+        """Once, what of the host memory could not be as it should; and how far a long load is."""
+        layers = [layer for layer in self._live_layers() if hasattr(layer, "store")]
+        if self._num_taken_over == 1:
+            for note in layers[0].store.memory.notes:
+                compat.logger().warning("%s. Going on without", note)
+        if time.monotonic() > self._next_progress:
+            self._next_progress = time.monotonic() + _PROGRESS_SECONDS
+            filled = sum(layer.store.num_bytes for layer in layers) / GB
+            compat.logger().info(
+                "expert_prefetch: %d of %d MoE layers in host memory, %.4g GB",
+                *(self._num_taken_over, len(self.layers), filled),
+            )
 
     def describe(self) -> str:
         """The start-up line."""
         first = self._live_layers()[0]
         config = self.config
-        link = (
-            f"EMULATED {self.link.gbps} GB/s + {self.link.latency_us} us (not a real link)"
-            if self.link
-            else "not emulated"
-        )
+        link = self.caches.link
+        link_text = f"EMULATED {link.gbps} GB/s + {link.latency_us} us (not a real link)" if link else "not emulated"
         store, cache = self._host_bytes(), self._cache_bytes()
         return (
             f"expert_prefetch: {len(self.layers)} MoE layers x {first.num_experts} experts, "
-            f"{first.cache.num_slots} slots each; "
-            f"{store / GB:.4g} GB on the host ({'page-locked' if self.host_memory.pin else 'pageable'}), "
-            f"{cache / GB:.4g} GB cache ({100 * first.cache.num_slots / first.num_experts:.0f} % of the experts), "
+            f"{first.pool.num_slots} slots each; "
+            f"{store / GB:.4g} GB on the host ({'page-locked' if self._is_pinned() else 'pageable'}), "
+            f"{cache / GB:.4g} GB cache ({100 * first.pool.num_slots / first.num_experts:.0f} % of the experts), "
             f"{self._buffer_bytes() / GB:.4g} GB stream buffer; "
-            f"policy {config.policy}, execution {config.execution}, prefetch {config.prefetch}; "
-            f"staging {first.staging.name}, link {link}" + (f"; sizing: {self._sizing}" if self._sizing else "")
+            f"policy {config.policy}, execution {config.execution}, prefetch {self._prefetch}; "
+            f"staging {self.caches.staging_name}, link {link_text}"
+            + (f"; sizing: {self._sizing}" if self._sizing else "")
         )
 
     def _live_layers(self) -> "list[CachedRoutedExperts]":
@@ -132,11 +163,14 @@ class Deployment:
         for layer in self._live_layers():
             for name in layer.store.views:
                 held = getattr(layer, name)
-                if held.shape[0] != layer.cache.num_slots:
+                if held.shape[0] != layer.pool.num_slots:
                     raise TakeoverError(
                         f"{CONFIG_KEY}: {layer.layer_name}.{name} holds {held.shape[0]} experts on the accelerator "
-                        f"instead of {layer.cache.num_slots} slots"
+                        f"instead of {layer.pool.num_slots} slots"
                     )
+
+    def _is_pinned(self) -> bool:
+        return all(layer.store.memory.is_pinned for layer in self._live_layers())
 
     def _host_bytes(self) -> int:
         return sum(layer.store.num_bytes for layer in self._live_layers())
@@ -167,6 +201,9 @@ class Deployment:
         }
         for name, value in gauges.items():
             self.counters.set(name, value)
+        device_caches = [layer.device_cache for layer in layers if layer.device_cache is not None]
+        if device_caches:
+            self._device_totals = DeviceTotals(device_caches, self.counters)
         self._refresh_gauges()
         if self.config.metrics_port is not None:
             serve_counters(self.counters, self.config.metrics_port + self._vllm_config.parallel_config.local_rank)
@@ -179,10 +216,10 @@ class Deployment:
 
     def _refresh_gauges(self) -> None:
         self._refresh_at = time.monotonic() + _REFRESH_SECONDS
-        self.counters.set("resident_slots", sum(layer.cache.num_resident for layer in self._live_layers()))
+        self.counters.set("resident_slots", sum(layer.residence.num_resident for layer in self._live_layers()))
 
     def _num_slots(self) -> int:
-        return sum(layer.cache.num_slots for layer in self._live_layers())
+        return sum(layer.pool.num_slots for layer in self._live_layers())
 
     def _planned_hit_ratio(self) -> float:
         """As asked for, or what a router that prefers no expert would reach."""
@@ -192,13 +229,7 @@ class Deployment:
 
     def _measure_link(self) -> float:
         """Bytes per second of one record of each layer, copied again to where it is."""
-        placed = [
-            (layer.staging, (expert, slot))
-            for layer in self._live_layers()
-            for slot, expert in enumerate(layer.cache.expert_in[:1])
-            if expert >= 0
-        ]
-        return measure_bandwidth(placed)
+        return measure_bandwidth([(layer.residence.copier, (0, 0)) for layer in self._live_layers()])
 
     def _labels(self) -> dict[str, str]:
         model, parallel = self._vllm_config.model_config, self._vllm_config.parallel_config
@@ -210,13 +241,14 @@ class Deployment:
         }
 
     def _info(self) -> dict[str, str]:
+        link = self.caches.link
         return {
             "execution": self.config.execution,
             "policy": self.config.policy,
-            "prefetch": self.config.prefetch,
-            "staging": "torch",
-            "link": f"emulated {self.link.gbps} GB/s {self.link.latency_us} us" if self.link else "real",
-            "pinned": str(self.host_memory.pin).lower(),
+            "prefetch": self._prefetch,
+            "staging": self.caches.staging_name,
+            "link": f"emulated {link.gbps} GB/s {link.latency_us} us" if link else "real",
+            "pinned": str(self._is_pinned()).lower(),
             "platform": "cuda" if self.host_memory.cuda else "cpu",
             "version": __version__,
             "vllm_version": compat.vllm_version(),

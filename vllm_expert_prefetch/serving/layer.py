@@ -1,6 +1,7 @@
 """vLLM's routed experts, served from a slot cache."""
 
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -8,13 +9,15 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from vllm_expert_prefetch.config import config_from_additional
-from vllm_expert_prefetch.experts import HostStore, SlotPool, TorchStaging
+from vllm_expert_prefetch.experts import DeviceLayerCache, HostStore, LayerCache, SlotPool, Step
 from vllm_expert_prefetch.metrics.counters import layer_start
 from vllm_expert_prefetch.metrics.definitions import INDEX, LAYER_INDEX
-from vllm_expert_prefetch.residency import ExpertCache, Plan, Planner, Split, create_policy
+from vllm_expert_prefetch.residency import Split
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.deployment import deployment_of
+from vllm_expert_prefetch.serving.device_step import DeviceStep
 from vllm_expert_prefetch.serving.execution import Executor, Kernel
+from vllm_expert_prefetch.serving.lookahead import LookAhead
 from vllm_expert_prefetch.serving.refusals import check_layer_refusals
 from vllm_expert_prefetch.serving.takeover import TakeoverError, expert_parameters, swap_in_slots
 
@@ -30,7 +33,7 @@ _LAYER_HIT = LAYER_INDEX["layer_lookups_total/hit"]
 _LAYER_LATE = LAYER_INDEX["layer_lookups_total/late"]
 _LAYER_MISS = LAYER_INDEX["layer_lookups_total/miss"]
 _LAYER_STALL = LAYER_INDEX["layer_stall_seconds_total"]
-_WAVES = {split: INDEX[f"waves_total/{split.name.lower()}"] for split in Split}
+_WAVES = {int(split): INDEX[f"waves_total/{split.name.lower()}"] for split in Split}
 
 
 class CachedRoutedExperts(RoutedExperts):
@@ -64,12 +67,16 @@ class CachedRoutedExperts(RoutedExperts):
             super().__init__(*args, **kwargs)
         check_layer_refusals(self.layer_name, self.quant_method)
         self.is_taken_over = self.is_fully_resident = False
+        self.device_cache: DeviceLayerCache | None = None
+        self._device_step: DeviceStep | None = None
+        self.look_ahead: LookAhead | None = None
         self.num_experts = self.local_num_experts
         self.expert_bytes = sum(p.nbytes for p in expert_parameters(self, self.num_experts).values())
-        self._accelerator = device
-        self._deployment = deployment_of(vllm_config, config)
-        self._number = len(self._deployment.layers)
-        self._deployment.layers.append(weakref.ref(self))
+        self.accelerator = device
+        self._tiles: dict[int, dict[str, int]] = {}
+        self.deployment = deployment_of(vllm_config, config)
+        self._number = len(self.deployment.layers)
+        self.deployment.layers.append(weakref.ref(self))
         self.register_buffer("_handle", _register(self), persistent=False)
         self._take_over_after_post_processing()
 
@@ -87,33 +94,29 @@ class CachedRoutedExperts(RoutedExperts):
         self.quant_method.process_weights_after_loading = post_process_and_take_over  # type: ignore[method-assign]
 
     def _take_over(self) -> None:
-        deployment, config = self._deployment, self._deployment.config
+        deployment = self.deployment
         tensors = {name: p.data for name, p in expert_parameters(self, self.num_experts).items()}
         resident_bytes = sum(t.nbytes for t in tensors.values() if t.device.type != "cpu")
         size = deployment.size_for(self, resident_bytes)
         self.store = HostStore(tensors, deployment.host_memory)
         tensors.clear()
-        pool = SlotPool(self.store.views, size.num_slots, self._accelerator)
+        pool = SlotPool(self.store.views, size.num_slots, self.accelerator)
         swap_in_slots(self, pool.tensors)
         self.pool = pool
         self._use(pool)
-        self.staging = TorchStaging(self.store, self.pool, deployment.link)
-        self.cache = ExpertCache(self.num_experts, size.num_slots, create_policy(config.policy, self._number))
-        self.planner = Planner(self.cache, self.top_k, config.max_token_waves, size.stream_buffer)
-        buffer = deployment.stream_buffer(self.store, self._accelerator) if size.stream_buffer else None
-        self.executor = Executor(
-            self.num_experts, self.staging, self._kernel, buffer, self._kernel_on(buffer) if buffer else None
-        )
-        self._fill_slots()
+        buffer = deployment.stream_buffer(self.store, self.accelerator) if size.stream_buffer else None
+        buffer_kernel = self._kernel_on(buffer) if buffer else None
+        if deployment.caches.decides_on_gpu:
+            self.device_cache = deployment.caches.device_cache(self, buffer)
+            waves = deployment.config.max_token_waves
+            self._device_step = DeviceStep(self.device_cache, self._kernel, buffer_kernel, waves)
+        else:
+            self.cache = deployment.caches.layer_cache(self, size, seed=self._number)
+            self.executor = Executor(self.num_experts, self.cache.staging, self._kernel, buffer, buffer_kernel)
+            self.cache.fill()
         self.is_taken_over = True
-        self.is_fully_resident = self.cache.slot_of == list(range(self.num_experts))
+        self.is_fully_resident = size.num_slots == self.num_experts
         deployment.layer_taken_over()
-
-    def _fill_slots(self) -> None:
-        """Start with a full cache: any expert is better than an empty slot."""
-        loads = self.cache.begin_loads(list(range(self.cache.num_slots)), ())
-        self.staging.fill([(load.expert, load.slot) for load in loads])
-        self.cache.complete_loads(loads, cold=True)
 
     def weight_loader(
         self,
@@ -131,6 +134,11 @@ class CachedRoutedExperts(RoutedExperts):
         return load(param, loaded_weight, weight_name, shard_id, expert_id, return_success)
 
     weight_loader.supports_moe_loading = True  # type: ignore[attr-defined]
+
+    @property
+    def residence(self) -> LayerCache | DeviceLayerCache:
+        """What knows who is in the slots."""
+        return self.cache if self.device_cache is None else self.device_cache
 
     def _check_loaded(self) -> None:
         """vLLM does not notice single experts that are missing or too small: it serves uninitialised memory there."""
@@ -163,6 +171,9 @@ class CachedRoutedExperts(RoutedExperts):
         With a slot for every expert, expert e sits in slot e for good: vLLM's own path, nothing to look up or count.
         Shared experts were computed by vLLM's runner: its only kernels that compute them here need expert parallelism.
         """
+        if self._device_step is not None and not self.is_fully_resident:
+            with self._tiles_as_if_resident(x.shape[0]):
+                return self._device_step.run(x, topk_weights, topk_ids)
         if self.is_fully_resident:
             return super().forward_modular(x, topk_weights, topk_ids)  # type: ignore[return-value]
         if torch.compiler.is_compiling():
@@ -177,12 +188,28 @@ class CachedRoutedExperts(RoutedExperts):
             )
         num_tokens = compat.num_real_tokens(x.shape[0])
         if num_tokens == 0:  # a dummy or profile run: the right shapes and load, no residency, no counters
-            return self._kernel(x, topk_weights, topk_ids % self.cache.num_slots)
-        plan = self.planner.plan(topk_ids[:num_tokens].flatten().tolist())
-        output = self.executor.run(plan, x, topk_weights, topk_ids)
-        self.planner.complete(plan)
-        self._count(plan)
+            return self._kernel(x, topk_weights, topk_ids % self.pool.num_slots)
+        step = self.cache.serve(topk_ids, num_tokens)
+        if self.look_ahead is not None:
+            rows = slice(0, num_tokens)
+            self.look_ahead.after_staging(self._number, step, x[rows], topk_weights[rows], topk_ids[rows])
+        with self._tiles_as_if_resident(x.shape[0]):
+            if step.slot_ids is not None:
+                output = self._kernel(x, topk_weights, step.slot_ids)
+            else:
+                output, step = self.executor.run(step, x, topk_weights, topk_ids)
+        self._count(step)
         return output
+
+    def _tiles_as_if_resident(self, num_rows: int) -> AbstractContextManager[None]:
+        """On a GPU, every row is computed with the tiles that vLLM would choose for the whole step with all E experts:
+        the same sums in the same order, whatever the number of slots and waves."""
+        if self.accelerator.type != "cuda":
+            return nullcontext()
+        if num_rows not in self._tiles:
+            w13, w2 = (tuple(self.store.views[name].shape) for name in ("w13_weight", "w2_weight"))
+            self._tiles[num_rows] = compat.tiles_of(w13, w2, self.top_k, num_rows)
+        return compat.fixed_tiles(self._tiles[num_rows])
 
     def _kernel(self, x: torch.Tensor, topk_weights: torch.Tensor, slot_ids: torch.Tensor) -> torch.Tensor:
         return self.quant_method.apply(  # type: ignore[return-value]  # the deferred form is for kernels that are refused
@@ -211,27 +238,26 @@ class CachedRoutedExperts(RoutedExperts):
             getattr(self, name).data = tensor
         self.global_num_experts = self.local_num_experts = pool.num_slots  # what the kernel is told
 
-    def _count(self, plan: Plan) -> None:
-        add = self._deployment.counters.add
-        add(_HIT, plan.num_hits)
-        add(_WAVES[plan.split], len(plan.waves))
-        if plan.num_late:
-            add(_LATE, plan.num_late)
-        if plan.num_misses:
-            staging = self.staging
-            add(_MISS, plan.num_misses)
-            add(_EVICTIONS, plan.num_evictions)
-            add(_STREAM_BYTES if plan.split is Split.STREAM else _DEMAND_BYTES, staging.total_bytes)
-            add(_TRANSFER_SECONDS, staging.total_seconds)
-            add(_STALL_SECONDS, staging.total_seconds)  # demand copies alone: the step waits for all of them
-        if self._deployment.counters.layers:
+    def _count(self, step: Step) -> None:
+        add = self.deployment.counters.add
+        add(_HIT, step.num_hits)
+        add(_WAVES[step.split], step.num_waves)
+        if step.num_late:
+            add(_LATE, step.num_late)
+        if step.num_misses:
+            add(_MISS, step.num_misses)
+            add(_EVICTIONS, step.num_evictions)
+        if step.num_bytes:
+            add(_STREAM_BYTES if step.split == Split.STREAM else _DEMAND_BYTES, step.num_bytes)
+            add(_TRANSFER_SECONDS, step.stall_seconds - step.late_seconds)
+        if step.stall_seconds:
+            add(_STALL_SECONDS, step.stall_seconds)
+        if self.deployment.counters.layers:
             start = layer_start(self._number)
-            add(start + _LAYER_HIT, plan.num_hits)
-            add(start + _LAYER_LATE, plan.num_late)
-            add(start + _LAYER_MISS, plan.num_misses)
-            add(start + _LAYER_STALL, self.staging.total_seconds)
-        if plan.num_misses:
-            self.staging.reset_totals()
+            add(start + _LAYER_HIT, step.num_hits)
+            add(start + _LAYER_LATE, step.num_late)
+            add(start + _LAYER_MISS, step.num_misses)
+            add(start + _LAYER_STALL, step.stall_seconds)
 
 
 def _name_of(layer: torch.nn.Module, parameter: torch.nn.Parameter) -> str:

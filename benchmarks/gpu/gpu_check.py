@@ -1,0 +1,122 @@
+"""Everything that is to be proven on a machine with a GPU, in steps that can be resumed. See docs/gpu-check.md.
+
+Each step runs in a process of its own and writes its JSON when it ends. `--device cpu --quick` rehearses.
+"""
+
+import argparse
+import hashlib
+import json
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import machine
+from report import table
+from shapes import Plan
+from steps import FAILED, NEEDS_GPU, NOT_HERE, OK, STEPS, Job
+
+STEP_SECONDS = 1200
+
+
+def main() -> int:
+    arguments = parse()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    if arguments.step:
+        write(arguments, arguments.step, run_here(arguments, arguments.step))
+        return 0
+    for name in arguments.only or STEPS:
+        done = None if arguments.fresh else finished(arguments, name)
+        if done is None:
+            if not arguments.json:
+                print(f"== {name}", flush=True)
+            run_apart(arguments, name)
+        elif not arguments.json:
+            print(f"== {name}: kept from {done['date']}", flush=True)
+    results = {name: result for name in STEPS if (result := read(arguments, name))}
+    if not arguments.json:
+        print("\n".join(["", *table(results)]))
+    print(json.dumps({"device": arguments.device, "quick": arguments.quick, **results}))
+    return int(any(result["status"] == FAILED for result in results.values()))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: rehearse what needs no GPU")
+    parser.add_argument("--quick", action="store_true", help="small numbers")
+    parser.add_argument("--only", nargs="+", choices=STEPS, metavar="STEP", help=f"of {', '.join(STEPS)}")
+    parser.add_argument("--fresh", action="store_true", help="repeat steps that have succeeded before")
+    parser.add_argument("--json", action="store_true", help="print nothing but the JSON line")
+    parser.add_argument("--out", type=Path, help="folder of the steps' JSON (default benchmarks/results/gpu-check)")
+    parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.out is None:
+        arguments.out = machine.ROOT / (
+            "benchmarks/results/gpu-check" if arguments.device == "cuda" else "build/gpu-check"
+        )
+    return arguments
+
+
+def run_apart(arguments: argparse.Namespace, name: str) -> None:
+    """A step in a process of its own: one that dies or hangs takes nothing with it."""
+    command = [sys.executable, __file__, "--step", name, "--device", arguments.device, "--out", str(arguments.out)]
+    before = time.monotonic()
+    try:
+        done = subprocess.run(
+            [*command, *(["--quick"] if arguments.quick else [])],
+            capture_output=True,
+            text=True,
+            timeout=STEP_SECONDS,
+            check=False,
+        )
+        error = "" if done.returncode == 0 else f"exit code {done.returncode}: {(done.stdout + done.stderr)[-3000:]}"
+    except subprocess.TimeoutExpired:
+        error = f"not finished after {STEP_SECONDS} s"
+    if error:
+        write(arguments, name, {"status": FAILED, "error": error, "seconds": round(time.monotonic() - before, 1)})
+
+
+def run_here(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
+    """One step: its result with `status`, `seconds` and, when it failed, `error`."""
+    plan = Plan.small() if arguments.quick else Plan.full()
+    before = {other: read(arguments, other) or {} for other in STEPS}
+    start = time.monotonic()
+    try:
+        result = STEPS[name](Job(plan, arguments.device == "cuda", arguments.quick, before))
+    except Exception:
+        result = {"status": FAILED, "error": traceback.format_exc()[-3000:]}
+    return {"status": OK, **result, "seconds": round(time.monotonic() - start, 1)}
+
+
+def write(arguments: argparse.Namespace, name: str, result: dict[str, Any]) -> None:
+    record = {**result, "fingerprint": fingerprint(arguments), "date": time.strftime("%Y-%m-%d %H:%M")}
+    (arguments.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def read(arguments: argparse.Namespace, name: str) -> dict[str, Any] | None:
+    """The step's last result with these settings and sources."""
+    path = arguments.out / f"{name}.json"
+    result = json.loads(path.read_text()) if path.exists() else None
+    return result if result and result["fingerprint"] == fingerprint(arguments) else None
+
+
+def finished(arguments: argparse.Namespace, name: str) -> dict[str, Any] | None:
+    """The result of a step that need not run again."""
+    result = read(arguments, name)
+    return result if result and result["status"] in (OK, NEEDS_GPU, NOT_HERE) else None
+
+
+def fingerprint(arguments: argparse.Namespace) -> str:
+    """Changes with the settings and with every source that a result depends on."""
+    digest = hashlib.sha256(f"{arguments.device} {arguments.quick}".encode())
+    folders = (machine.ROOT / "csrc", machine.ROOT / "benchmarks/gpu", machine.ROOT / "vllm_expert_prefetch/experts")
+    for path in sorted(path for folder in folders for path in folder.rglob("*.*")):
+        if path.suffix in (".py", ".h", ".cu", ".cuh", ".cc"):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+// Where the records of one layer lie, and what the staging kernels are told. Plain C++, no CUDA.
+#pragma once
+
+#include <cstdint>
+
+namespace vep {
+
+inline constexpr int kMaxSegments = 16;
+inline constexpr int64_t kVectorBytes = 16;
+
+// One expert tensor (w13, w2, scales...). Expert e's row is at store + e * store_stride, slot c's at pool +
+// c * pool_stride. All five are multiples of kVectorBytes where the GPU copies; addresses are valid on the device.
+struct Segment {
+  const char* store;
+  int64_t store_stride;
+  char* pool;
+  int64_t pool_stride;
+  int64_t row_bytes;
+};
+
+// Passed to kernels by value: it lands in constant memory, and a graph keeps it, so addresses must not change.
+struct RecordLayout {
+  Segment segments[kMaxSegments];
+  int32_t num_segments;
+  int32_t num_experts;
+  int32_t num_slots;
+  int32_t record_vectors;  // 16-byte vectors of one record, all segments
+};
+
+// One record to copy. Lists of them are int32 (n, 2) tensors.
+struct alignas(8) Load {
+  int32_t expert;
+  int32_t slot;
+};
+
+// A list that a kernel reads: `count` lies on the device, `max_count` is the room behind `items`.
+template <typename Item>
+struct DeviceList {
+  const Item* items;
+  const int32_t* count;
+  int32_t max_count;
+};
+
+// Per layer, int32 on the device, zero at first, in this order in memory.
+struct Board {
+  int32_t* states;             // (C) words of slot_state.h
+  int32_t* demand_progress;    // (C) vectors copied, by position in the demand list; zero between launches
+  int32_t* prefetch_progress;  // (C) the same for the prefetch list
+  int32_t* next_chunk;         // (1) the prefetch blocks' ticket; zero between launches
+  int32_t* num_left;           // (1) prefetch blocks that have ended; zero between launches
+};
+
+constexpr int64_t board_ints(int64_t num_slots) { return 3 * num_slots + 2; }
+
+inline Board board_at(int32_t* memory, int64_t num_slots) {
+  int32_t* tail = memory + 3 * num_slots;
+  return {memory, memory + num_slots, memory + 2 * num_slots, tail, tail + 1};
+}
+
+// Per device, shared by its layers, int32 on the device, zero at first.
+struct Lane {
+  int32_t* demand_active;  // demand blocks that copy right now
+  int32_t* errors;         // loads skipped and waits refused: see gather_kernels.cuh
+};
+
+inline constexpr int64_t kLaneInts = 2;
+
+inline Lane lane_at(int32_t* memory) { return {memory, memory + 1}; }
+
+struct DemandLists {
+  DeviceList<Load> loads;
+  DeviceList<int32_t> late;  // slots whose record the prefetch lane copies
+};
+
+struct PrefetchLists {
+  DeviceList<Load> loads;
+  const int32_t* tickets;  // what enqueue returned for the load of the same position
+};
+
+}  // namespace vep

@@ -1,0 +1,59 @@
+// Enough of CUDA to run kernels of one-thread blocks on host threads: index arithmetic and protocols, not performance.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <thread>
+
+#define __device__
+#define __global__
+#define __shared__
+#define __grid_constant__
+#define __launch_bounds__(...)
+
+// Copying one takes time now and then, so that a record's copy can be seen half done.
+struct uint4 {
+  uint32_t x = 0, y = 0, z = 0, w = 0;
+
+  uint4() = default;
+  explicit uint4(uint32_t value) : x(value), y(~value), z(value * 3), w(value * 5) {}
+  uint4(const uint4& other) : x(other.x), y(other.y), z(other.z), w(other.w) {
+    static thread_local int copies = 0;
+    if (++copies % 40 == 0) std::this_thread::sleep_for(std::chrono::microseconds(30));
+  }
+  uint4& operator=(const uint4&) = default;
+};
+struct Index {
+  unsigned x;
+};
+inline thread_local Index blockIdx, gridDim;
+constexpr Index threadIdx{0};
+using std::max;
+using std::min;
+template <class A, class B>
+int64_t min(A a, B b) {
+  return std::min<int64_t>(a, b);
+}
+inline void __syncthreads() {}
+inline void __syncwarp() {}
+inline void __nanosleep(unsigned nanoseconds) { std::this_thread::sleep_for(std::chrono::nanoseconds(nanoseconds)); }
+
+namespace cuda {
+using std::memory_order_acq_rel;
+using std::memory_order_acquire;
+using std::memory_order_relaxed;
+using std::memory_order_release;
+enum thread_scope { thread_scope_device };
+template <class T, thread_scope>
+struct atomic_ref : std::atomic_ref<T> {
+  using std::atomic_ref<T>::atomic_ref;
+  T fetch_max(T value, std::memory_order) const {
+    T seen = this->load();
+    while (seen < value && !this->compare_exchange_weak(seen, value)) {
+    }
+    return seen;
+  }
+};
+}  // namespace cuda

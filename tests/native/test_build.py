@@ -1,0 +1,202 @@
+"""What setup.py decides, and what nvcc makes of csrc/cuda/: every target, no warning, no spill, 16-byte loads."""
+
+import hashlib
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+from native_tools import CSRC, ROOT, find_cuda_tool, load_setup
+
+from vllm_expert_prefetch import __version__
+from vllm_expert_prefetch.native.sources import source_digest
+
+COPYING = ("gather_kernel", "prefetch_kernel")
+HAVE_NVCC = bool(load_setup().find_nvcc() and load_setup().find_compiler())
+needs_nvcc = pytest.mark.skipif(not HAVE_NVCC, reason="nvcc and g++ are needed to compile csrc/cuda/")
+TOOLS = {name: find_cuda_tool(name) for name in ("cuobjdump", "nvdisasm")}
+needs_disassembler = pytest.mark.skipif(
+    not all(TOOLS.values()),
+    reason="needs cuobjdump and nvdisasm: pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm",
+)
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """setup.py, with no setting of the caller's."""
+    for name in ("VEP_BUILD_CUDA", "VEP_CUDA_ARCHS", "CXX", "CUDA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    return load_setup()
+
+
+@pytest.mark.parametrize(
+    ("setting", "nvcc", "built"),
+    [("auto", "nvcc", True), ("auto", None, False), ("0", "nvcc", False), ("0", None, False), ("1", "nvcc", True)],
+)
+def test_cuda_is_built_as_asked(build, monkeypatch, setting, nvcc, built):
+    monkeypatch.setenv("VEP_BUILD_CUDA", setting)
+    assert build.wants_cuda(["g++"], nvcc) == built
+
+
+@pytest.mark.parametrize("setting", ["yes", "", "2"])
+def test_an_unknown_setting_is_named(build, monkeypatch, setting):
+    monkeypatch.setenv("VEP_BUILD_CUDA", setting)
+    with pytest.raises(SystemExit, match=f"VEP_BUILD_CUDA={setting} is none of auto, 1, 0"):
+        build.wants_cuda(["g++"], "nvcc")
+
+
+@pytest.mark.parametrize(
+    ("compiler", "nvcc", "missing"),
+    [(["g++"], None, "nvcc"), ([], "nvcc", r"a C\+\+20 compiler"), ([], None, r"nvcc and a C\+\+20 compiler")],
+)
+def test_cuda_that_was_asked_for_and_cannot_be_built_is_an_error(build, monkeypatch, compiler, nvcc, missing):
+    monkeypatch.setenv("VEP_BUILD_CUDA", "1")
+    with pytest.raises(SystemExit, match=f"VEP_BUILD_CUDA=1 needs {missing}, not found"):
+        build.wants_cuda(compiler, nvcc)
+
+
+def test_without_a_compiler_cuda_is_left_out(build):
+    assert build.wants_cuda([], "nvcc") is False
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_a_compiler_counts_when_it_knows_cxx20(build, monkeypatch, tmp_path, works):
+    compiler = tmp_path / "my-g++"
+    compiler.write_text(f"#!/bin/sh\nexit {0 if works else 1}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", f"{compiler} -m64")
+    assert build.find_compiler() == ([str(compiler), "-m64"] if works else [])
+
+
+def test_no_compiler_is_found_in_an_empty_path(build, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert build.find_compiler() == []
+
+
+@pytest.mark.parametrize("text", ["80 90", "80;90", "80,90", " 80, 90 "])
+def test_targets_can_be_chosen(build, monkeypatch, text):
+    monkeypatch.setenv("VEP_CUDA_ARCHS", text)
+    assert build.cuda_archs("nvcc") == ["80", "90"]
+
+
+def test_a_wrong_target_is_named(build, monkeypatch):
+    monkeypatch.setenv("VEP_CUDA_ARCHS", "80 sm_90 hopper")
+    with pytest.raises(SystemExit, match="VEP_CUDA_ARCHS names sm_90, hopper;"):
+        build.cuda_archs("nvcc")
+
+
+def test_targets_that_nvcc_lacks_are_left_out_and_named(build, tmp_path, capsys):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text("#!/bin/sh\nprintf 'sm_80\\nsm_86\\nsm_89\\nsm_90\\n'\n")
+    nvcc.chmod(0o755)
+    assert build.cuda_archs(str(nvcc)) == ["80", "86", "89", "90"]
+    assert "too old for the CUDA targets 100, 120" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("symbols", "tag"),
+    [
+        ([b"GLIBC_2.2.5 GLIBC_2.34 GLIBCXX_3.4.30", b"GLIBC_2.4"], "manylinux_2_34"),
+        ([b"GLIBC_2.9"], "manylinux_2_17"),
+        ([b"no version at all"], "linux"),
+    ],
+)
+def test_the_tag_is_the_newest_glibc_that_the_libraries_name(build, tmp_path, symbols, tag):
+    libraries = [tmp_path / f"{number}.so" for number in range(len(symbols))]
+    for library, text in zip(libraries, symbols, strict=True):
+        library.write_bytes(b"\x7fELF\0" + text + b"\0")
+    assert build.glibc_tag(libraries) == f"{tag}_{os.uname().machine}"
+
+
+def test_the_digest_follows_every_source_of_its_own_library(tmp_path):
+    files = {
+        "a.h": "host cuda",
+        "host/a.cc": "host",
+        "host/b.h": "host",
+        "cuda/a.cu": "cuda",
+        "cuda/b.cc": "cuda",
+        "cuda/b.cuh": "cuda",
+    }
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1")
+    before = {part: source_digest(tmp_path, part) for part in ("host", "cuda")}
+    for name, parts in files.items():
+        (tmp_path / name).write_text("2")
+        changed = {part for part in before if source_digest(tmp_path, part) != before[part]}
+        assert changed == set(parts.split()), name
+        (tmp_path / name).write_text("1")
+    (tmp_path / "host" / "notes.txt").write_text("not a source")
+    assert {part: source_digest(tmp_path, part) for part in before} == before
+
+
+@pytest.fixture(scope="module")
+def cuda_build() -> tuple[Path, str]:
+    """The CUDA library for every target, and what ptxas said; kept in build/ while sources and command are the same."""
+    setup = load_setup()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("VEP_CUDA_ARCHS", raising=False)
+        sources = [str(path.relative_to(ROOT)) for path in sorted((CSRC / "cuda").glob("*.c[cu]"))]
+
+        def command(output: Path) -> list[str]:
+            arguments = (str(setup.find_nvcc()), setup.find_compiler(), sources, output, __version__)
+            return [*setup.cuda_command(*arguments), "-Xptxas=-v"]
+
+        digest = hashlib.sha256(repr(command(Path("library"))).encode()).hexdigest()[:16]
+        folder = ROOT / "build" / f"cuda-test-{digest}"
+        if not folder.exists():
+            folder.parent.mkdir(exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+                making = Path(scratch, "made")
+                making.mkdir()
+                done = subprocess.run(
+                    command(making / "libvep_cuda.so"), cwd=ROOT, capture_output=True, text=True, check=False
+                )
+                assert done.returncode == 0, done.stdout + done.stderr
+                (making / "ptxas.txt").write_text(done.stdout + done.stderr)
+                making.rename(folder)
+    return folder / "libvep_cuda.so", (folder / "ptxas.txt").read_text()
+
+
+@needs_nvcc
+def test_every_target_compiles_without_a_warning(cuda_build):
+    library, log = cuda_build
+    assert library.exists()
+    assert "warning" not in log
+
+
+@needs_nvcc
+def test_no_kernel_spills_registers_on_any_target(cuda_build):
+    parts = re.split(r"Compiling entry function '(\w+)' for '(\w+)'", cuda_build[1])
+    assert {f"sm_{arch}" for arch in load_setup().CUDA_ARCHS} == set(parts[2::3])
+    for kernel, target, usage in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
+        assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", usage), (kernel, target, usage)
+
+
+@needs_nvcc
+@needs_disassembler
+@pytest.mark.parametrize("arch", load_setup().CUDA_ARCHS)
+def test_kernels_use_no_local_memory_and_copy_16_bytes_at_a_time(cuda_build, arch):
+    kernels = disassemble(cuda_build[0], f"sm_{arch}")
+    assert [name for name, code in kernels.items() if re.search(r"\b(STL|LDL)\b", code)] == []
+    for copying in COPYING:
+        # A mangled name has its length in front: plan_prefetch_kernel is another one.
+        codes = [code for name, code in kernels.items() if f"{len(copying)}{copying}" in name]
+        assert codes, f"{copying} is not in {sorted(kernels)}"
+        for code in codes:
+            assert re.search(r"\bLDG?\.E(\.\w+)*\.128\b", code)
+            assert re.search(r"\bSTG?\.E(\.\w+)*\.128\b", code)
+
+
+def disassemble(library: Path, target: str) -> dict[str, str]:
+    """The machine code of each kernel in `library` for `target`, by mangled name."""
+    cuobjdump, nvdisasm = TOOLS["cuobjdump"], TOOLS["nvdisasm"]
+    assert cuobjdump is not None
+    assert nvdisasm is not None
+    path = os.pathsep.join([str(Path(nvdisasm).parent), os.environ.get("PATH", os.defpath)])
+    command = [cuobjdump, "-sass", "-arch", target, str(library)]
+    listing = subprocess.run(command, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=True)
+    parts = re.split(r"Function : (\w+)", listing.stdout)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))

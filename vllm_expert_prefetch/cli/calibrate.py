@@ -1,0 +1,133 @@
+"""`vllm-expert-prefetch calibrate`: make the artifact that better predictors need, from text."""
+
+import argparse
+import json
+import os
+import sys
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from vllm_expert_prefetch import __version__
+
+
+def add_parser(subparsers: Any) -> None:
+    """Declare the subcommand."""
+    parser = subparsers.add_parser(
+        "calibrate",
+        help="measure a model's routing on text and train its look-ahead",
+        description="Runs MODEL through vLLM over text, collects default vectors and routing tables, trains the "
+        "estimator, and prints each predictor's recall on text that was held out. An interrupted run goes on where it "
+        "was; ARTIFACT.work holds its intermediate results, about two bytes per token, layer and hidden value.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="model directory or name, as for vllm serve")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="ARTIFACT", help="directory to write")
+    parser.add_argument(
+        "--data", type=Path, metavar="FILE", help=".jsonl or .jsonl.gz with `text` or `prompt`; default: a small sample"
+    )
+    number = {"type": int, "metavar": "N"}
+    parser.add_argument("--max-tokens", default=50_000, help="of text, in all (default: %(default)s)", **number)
+    parser.add_argument("--window", default=512, help="tokens of one run (default: %(default)s)", **number)
+    parser.add_argument("--over-fetch", default=2, help="guesses beyond top-k (default: %(default)s)", **number)
+    parser.add_argument("--lookahead-layers", default=1, help="how far ahead (default: %(default)s)", **number)
+    parser.add_argument(
+        "--m", default=2, help="estimator: hidden size is divided by it (default: %(default)s)", **number
+    )
+    parser.add_argument("--n", default=2, help="estimator: its MLP is so much wider (default: %(default)s)", **number)
+    parser.add_argument("--epochs", default=20, help="at most (default: %(default)s)", **number)
+    parser.add_argument("--no-defaults", action="store_true", help="collect no default vectors")
+    parser.add_argument("--no-estimator", action="store_true", help="train no estimator")
+    parser.add_argument("--keep-recordings", action="store_true", help="do not delete ARTIFACT.work at the end")
+    parser.add_argument(
+        "--engine", type=json.loads, default={}, metavar="JSON", help='more engine arguments, as {"dtype": "bfloat16"}'
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make the artifact; 0 when it is written, 1 with a message on stderr otherwise."""
+    from vllm_expert_prefetch.calibration import CalibrationError
+    from vllm_expert_prefetch.calibration.text import read_text
+    from vllm_expert_prefetch.prediction import ArtifactError
+
+    try:
+        _check(args)
+        text = read_text(args.data or sample_data())
+        return _calibrate(args, text)
+    except (CalibrationError, ArtifactError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def sample_data() -> Path:
+    """The text in the package: 78 passages, 42 thousand tokens; its licences are in the README beside it."""
+    return Path(str(files("vllm_expert_prefetch.demo") / "data" / "calibration.jsonl.gz"))
+
+
+def _check(args: argparse.Namespace) -> None:
+    from vllm_expert_prefetch.calibration import CalibrationError
+
+    lowest = {"max_tokens": 64, "window": 16, "over_fetch": 0, "lookahead_layers": 1, "m": 1, "n": 1, "epochs": 1}
+    for name, low in lowest.items():
+        if getattr(args, name) < low:
+            raise CalibrationError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
+    if not isinstance(args.engine, dict):
+        raise CalibrationError(f"--engine must be a JSON object, got {args.engine!r}")
+    if args.output.exists() and not args.output.is_dir():
+        raise CalibrationError(f"{args.output} is not a directory")
+
+
+def _calibrate(args: argparse.Namespace, text: Any) -> int:
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")  # before vLLM is imported: the bars are what counts here
+    import torch
+
+    from vllm_expert_prefetch.calibration.calibrate import Calibration, Options
+    from vllm_expert_prefetch.calibration.report import recall_table
+    from vllm_expert_prefetch.calibration.training import TrainingOptions
+    from vllm_expert_prefetch.serving import compat
+    from vllm_expert_prefetch.serving.lookahead_sources import NotFound
+    from vllm_expert_prefetch.serving.recording import open_recording_engine
+
+    options = Options(
+        window=args.window,
+        max_tokens=args.max_tokens,
+        over_fetch=args.over_fetch,
+        distance=args.lookahead_layers,
+        defaults=not args.no_defaults,
+        estimator=not args.no_estimator,
+        training=TrainingOptions(m=args.m, n=args.n, epochs=args.epochs),
+        keep_recordings=args.keep_recordings,
+    )
+    versions = {"vllm-expert-prefetch": __version__, "vllm": compat.vllm_version(), "torch": torch.__version__}
+    try:
+        with open_recording_engine(args.model, args.window, **args.engine) as engine, _Bar() as bar:
+            job = Calibration(engine, text, args.output, args.model, versions, options, bar.show)
+            artifact = job.run()
+            top_k = engine.gates[0].routing.top_k
+    except NotFound as missing:
+        print(f"error: {args.model} cannot be calibrated: {missing}", file=sys.stderr)
+        return 1
+    print(recall_table(artifact.card, top_k))
+    print(f"{args.output}: written")
+    return 0
+
+
+class _Bar:
+    """A progress bar per stage."""
+
+    def __enter__(self) -> "_Bar":
+        self._stage, self._bar = "", None
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def show(self, stage: str, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if stage != self._stage:
+            self.__exit__()
+            self._stage, self._bar = stage, tqdm(total=total, desc=stage)
+        assert self._bar is not None
+        self._bar.update(done - self._bar.n)

@@ -1,0 +1,124 @@
+"""Predictors by name."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from vllm_expert_prefetch.prediction.artifact import Artifact, ArtifactError
+from vllm_expert_prefetch.prediction.base import Predictor, Signals
+from vllm_expert_prefetch.prediction.baselines import (
+    FrequencyPredictor,
+    NoPredictor,
+    OraclePredictor,
+    PreviousPredictor,
+    TransitionPredictor,
+)
+from vllm_expert_prefetch.prediction.defaults import DefaultVectors
+from vllm_expert_prefetch.prediction.estimator import EstimatorPredictor
+from vllm_expert_prefetch.prediction.gates import Gate
+from vllm_expert_prefetch.prediction.router import DefaultVectorPredictor, RouterPredictor
+from vllm_expert_prefetch.prediction.routing import Prediction
+
+
+class HybridPredictor(Predictor):
+    """For each source layer, the predictor that calibration found best there."""
+
+    name = "hybrid"
+
+    def __init__(self, choices: Sequence[Predictor]) -> None:
+        """`choices`: one predictor per source layer that has a target within the same token."""
+        super().__init__(choices[0].num_layers, choices[0].distance)
+        self._choices = choices
+
+    def predict(self, source: int, signals: Signals, count: int) -> Prediction | None:
+        if source >= len(self._choices):
+            return None
+        return self._choices[source].predict(source, signals, count)
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What predictors are made of, everything on the device where they run."""
+
+    gates: Sequence[Gate]
+    artifact: Artifact | None = None
+    distance: int = 1
+    trace: Sequence[torch.Tensor] | None = None
+    """For the oracle: expert ids (num_layers, T, K) of every step."""
+
+    def calibrated(self, name: str) -> Artifact:
+        """The artifact, for a predictor that needs one."""
+        if self.artifact is None:
+            raise ArtifactError(f"predictor {name} needs an artifact: run vllm-expert-prefetch calibrate")
+        if self.artifact.card.distance != self.distance:
+            raise ArtifactError(
+                f"predictor {name}: the artifact was calibrated for lookahead_layers {self.artifact.card.distance}, "
+                f"not {self.distance}"
+            )
+        return self.artifact
+
+    def on(self, device: torch.device) -> "Ingredients":
+        """The same, moved to `device`."""
+        artifact = self.artifact
+        if artifact is not None:
+            artifact = Artifact(
+                artifact.card,
+                None if artifact.defaults is None else artifact.defaults.to(device),
+                artifact.frequency.to(device),
+                artifact.transition.to(device),
+                None if artifact.estimator is None else artifact.estimator.to(device),
+            )
+        trace = None if self.trace is None else [step.to(device) for step in self.trace]
+        return Ingredients([gate.to(device) for gate in self.gates], artifact, self.distance, trace)
+
+
+def create_predictor(name: str, ingredients: Ingredients) -> Predictor:
+    """The predictor called `name`, one of PREDICTORS.
+
+    Raises ArtifactError when it needs an artifact that is not there or lacks a part, KeyError for another name.
+    """
+    return _MAKERS[name](ingredients)
+
+
+def _defaults(ingredients: Ingredients, name: str) -> DefaultVectors:
+    defaults = ingredients.calibrated(name).defaults
+    if defaults is None:
+        raise ArtifactError(f"predictor {name}: the artifact holds no default vectors; calibrate without --no-defaults")
+    return defaults
+
+
+def _make_estimator(ingredients: Ingredients) -> Predictor:
+    artifact = ingredients.calibrated("estimator")
+    if artifact.estimator is None or artifact.card.estimator is None:
+        raise ArtifactError("predictor estimator: the artifact holds no estimator; calibrate without --no-estimator")
+    defaults = _defaults(ingredients, "estimator") if artifact.card.estimator["default_vectors"] else None
+    return EstimatorPredictor(ingredients.gates, artifact.estimator, defaults, ingredients.distance)
+
+
+def _make_hybrid(ingredients: Ingredients) -> Predictor:
+    names = ingredients.calibrated("hybrid").card.hybrid
+    made = {name: create_predictor(name, ingredients) for name in set(names)}
+    return HybridPredictor([made[name] for name in names])
+
+
+def _make_oracle(ingredients: Ingredients) -> Predictor:
+    if not ingredients.trace:
+        raise ArtifactError("predictor oracle replays a recorded run: it needs a trace, which only studies have")
+    return OraclePredictor(ingredients.trace, ingredients.distance)
+
+
+_MAKERS: dict[str, Callable[[Ingredients], Predictor]] = {
+    "router": lambda given: RouterPredictor(given.gates, given.distance),
+    "router_defaults": lambda given: DefaultVectorPredictor(
+        given.gates, _defaults(given, "router_defaults"), given.distance
+    ),
+    "estimator": _make_estimator,
+    "hybrid": _make_hybrid,
+    "previous": lambda given: PreviousPredictor(given.gates, given.distance),
+    "frequency": lambda given: FrequencyPredictor(given.calibrated("frequency").frequency, given.distance),
+    "transition": lambda given: TransitionPredictor(given.calibrated("transition").transition, given.distance),
+    "oracle": _make_oracle,
+    "none": lambda given: NoPredictor(len(given.gates), given.distance),
+}
+PREDICTORS = tuple(_MAKERS)

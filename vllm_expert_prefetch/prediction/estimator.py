@@ -1,0 +1,71 @@
+"""The published estimator: one small network for all layers, with a learned embedding of the layer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vllm_expert_prefetch.prediction.base import Predictor, Signals
+from vllm_expert_prefetch.prediction.defaults import DefaultVectors
+from vllm_expert_prefetch.prediction.gates import Gate
+from vllm_expert_prefetch.prediction.router import QuasiHidden
+from vllm_expert_prefetch.prediction.routing import Prediction
+
+
+@dataclass(frozen=True)
+class EstimatorShape:
+    """Sizes: hidden size d is reduced to d // m, the MLP inside is n times wider than that."""
+
+    hidden_size: int
+    num_experts: int
+    num_sources: int
+    """How many layers predictions are made from."""
+    m: int = 2
+    n: int = 2
+
+    @property
+    def width(self) -> int:
+        return max(self.hidden_size // self.m, 1)
+
+
+class Estimator(nn.Module):
+    """Quasi-hidden state -> linear, plus layer embedding, -> MLP with residual -> LayerNorm -> logits."""
+
+    def __init__(self, shape: EstimatorShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.reduce = nn.Linear(shape.hidden_size, shape.width)
+        self.layer = nn.Embedding(shape.num_sources, shape.width)
+        self.widen = nn.Linear(shape.width, shape.n * shape.width)
+        self.narrow = nn.Linear(shape.n * shape.width, shape.width)
+        self.norm = nn.LayerNorm(shape.width)
+        self.logits = nn.Linear(shape.width, shape.num_experts)
+
+    def forward(self, quasi_hidden: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
+        """Logits (T, E) for `quasi_hidden` (T, d) and the layer numbers `sources`, int64 (T,) or (1,)."""
+        x = self.reduce(quasi_hidden) + self.layer(sources)
+        x = x + self.narrow(nn.functional.silu(self.widen(x)))
+        return self.logits(self.norm(x))
+
+
+class EstimatorPredictor(Predictor):
+    """Logits from the estimator, ranked as the target model ranks its own."""
+
+    name = "estimator"
+
+    def __init__(
+        self, gates: Sequence[Gate], estimator: Estimator, defaults: DefaultVectors | None, distance: int = 1
+    ) -> None:
+        super().__init__(len(gates), distance)
+        self._routing = [gate.routing for gate in gates]
+        self._quasi_hidden = QuasiHidden(gates, defaults, distance)
+        self._estimator = estimator.requires_grad_(False)
+        self._sources = torch.arange(len(gates), device=gates[0].weight.device).unsqueeze(1)
+
+    def predict(self, source: int, signals: Signals, count: int) -> Prediction | None:
+        target = self.target_of(source)
+        if target is None:
+            return None
+        logits = self._estimator(self._quasi_hidden.at(source, signals), self._sources[source])
+        return self._routing[target].choose(logits, count)

@@ -1,0 +1,78 @@
+"""The next layer's own gate, applied early (arXiv 2603.19289, section 3)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from vllm_expert_prefetch.prediction.base import Predictor, Signals
+from vllm_expert_prefetch.prediction.defaults import DefaultVectors
+from vllm_expert_prefetch.prediction.gates import Gate, fold
+from vllm_expert_prefetch.prediction.routing import Prediction
+
+
+class RouterPredictor(Predictor):
+    """The target's gate on the quasi-hidden state with d = 0: one folded matrix per layer."""
+
+    name = "router"
+
+    def __init__(self, gates: Sequence[Gate], distance: int = 1) -> None:
+        super().__init__(len(gates), distance)
+        self._routing = [gate.routing for gate in gates]
+        self._folded = [fold(source, gates[i + distance]) for i, source in enumerate(gates[: len(gates) - distance])]
+
+    def predict(self, source: int, signals: Signals, count: int) -> Prediction | None:
+        target = self.target_of(source)
+        if target is None:
+            return None
+        weight, bias = self._folded[source]
+        return self._routing[target].choose(F.linear(signals.hidden.float(), weight, bias), count)
+
+
+class QuasiHidden:
+    """`q = LN_target(r_source + d)`, d being the gate-weighted sum of the executed experts' default vectors.
+
+    Without `defaults` d is 0, and the residual's scale does not matter.
+    """
+
+    def __init__(self, gates: Sequence[Gate], defaults: DefaultVectors | None, distance: int = 1) -> None:
+        self._gates = gates
+        self._distance = distance
+        self._factors, self._vectors = [], None
+        if defaults is None:
+            pairs = zip(gates, gates[distance:], strict=False)
+            self._factors = [source.norm.inverse_gain() * target.norm.gain for source, target in pairs]
+        else:
+            scales = zip(gates, defaults.scales, strict=True)
+            self._factors = [gate.norm.inverse_gain() * scale for gate, scale in scales]
+            vectors = zip(gates, defaults.vectors, strict=True)
+            self._vectors = [gate.output_scale * own for gate, own in vectors]
+
+    def at(self, source: int, signals: Signals) -> torch.Tensor:
+        """q (T, H) float32 for layer `source + distance`, from layer `source`."""
+        norm, target = self._gates[source].norm, self._gates[source + self._distance].norm
+        hidden = signals.hidden if norm.shift is None else signals.hidden - norm.shift
+        unchanged = hidden * self._factors[source]
+        if self._vectors is None:
+            return unchanged if target.shift is None else unchanged + target.shift
+        executed = self._vectors[source][signals.topk_ids.long()]
+        weights = signals.topk_weights.float().unsqueeze(1)
+        return target.apply(torch.baddbmm(unchanged.unsqueeze(1), weights, executed).squeeze(1))
+
+
+class DefaultVectorPredictor(Predictor):
+    """The target's gate on the quasi-hidden state with default vectors."""
+
+    name = "router_defaults"
+
+    def __init__(self, gates: Sequence[Gate], defaults: DefaultVectors, distance: int = 1) -> None:
+        super().__init__(len(gates), distance)
+        self._gates = gates
+        self._quasi_hidden = QuasiHidden(gates, defaults, distance)
+
+    def predict(self, source: int, signals: Signals, count: int) -> Prediction | None:
+        target = self.target_of(source)
+        if target is None:
+            return None
+        gate = self._gates[target]
+        return gate.routing.choose(gate.logits(self._quasi_hidden.at(source, signals)), count)

@@ -1,0 +1,53 @@
+"""How good a prediction was, measured against the true routing of the layer it spoke of."""
+
+from typing import NamedTuple
+
+import torch
+
+from vllm_expert_prefetch.prediction.base import Signals
+from vllm_expert_prefetch.prediction.routing import Prediction
+
+
+class Score(NamedTuple):
+    """Sums over tokens, float64 scalars; add them up, then `recall` divides.
+
+    `tokens` T; `routed` T * k; `found` of the true experts among the first k guesses; `found_all` among all guesses;
+    `mass` of the true gate weights among the first k guesses, as a share of each token's own.
+    """
+
+    tokens: torch.Tensor
+    routed: torch.Tensor
+    found: torch.Tensor
+    found_all: torch.Tensor
+    mass: torch.Tensor
+
+
+class Quality(NamedTuple):
+    """Shares, 0 to 1: recall@k, recall@(k + over_fetch), and the gate mass that the first k guesses miss."""
+
+    recall: float
+    recall_all: float
+    missing_mass: float
+
+
+def score(prediction: Prediction, true: Signals) -> Score:
+    """`prediction` has one row per token of `true`, or one for all. No host synchronisation."""
+    ids = true.topk_ids.long()
+    same = prediction.ids.unsqueeze(1) == ids.unsqueeze(2)
+    top_k = ids.shape[1]
+    found = same[:, :, :top_k].any(-1)
+    weights = true.topk_weights.double()
+    mass = ((weights * found).sum(-1) / weights.sum(-1).clamp(min=1e-12)).sum()
+    tokens = torch.tensor(ids.shape[0], dtype=torch.float64, device=ids.device)
+    return Score(tokens, tokens * top_k, found.sum().double(), same.any(-1).sum().double(), mass)
+
+
+def quality(scores: list[Score]) -> Quality | None:
+    """Over all `scores`; None when no token was predicted."""
+    if not scores:
+        return None
+    total = Score(*(torch.stack(values).sum() for values in zip(*scores, strict=True)))
+    if total.tokens == 0:
+        return None
+    recalls = (float(total.found / total.routed), float(total.found_all / total.routed))
+    return Quality(*recalls, float(1 - total.mass / total.tokens))

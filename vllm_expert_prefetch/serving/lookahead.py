@@ -1,0 +1,186 @@
+"""Looking ahead while a layer computes: predict the next layer's experts and queue their copies."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, OFF, ConfigError, ExpertPrefetchConfig
+from vllm_expert_prefetch.experts import NativeLayerCache, Step
+from vllm_expert_prefetch.metrics.counters import Counters
+from vllm_expert_prefetch.metrics.definitions import INDEX
+from vllm_expert_prefetch.prediction import (
+    ArtifactError,
+    Ingredients,
+    Prediction,
+    Predictor,
+    Signals,
+    create_predictor,
+    fingerprint,
+    load_artifact,
+)
+from vllm_expert_prefetch.prediction.schedule import SelfGate, most_wanted
+from vllm_expert_prefetch.prediction.truth import score
+from vllm_expert_prefetch.serving import compat
+from vllm_expert_prefetch.serving.lookahead_sources import NotFound, Source, find_sources
+from vllm_expert_prefetch.serving.residual_scale import observe_scales
+
+if TYPE_CHECKING:
+    from vllm_expert_prefetch.serving.layer import CachedRoutedExperts
+
+_SCORED_EVERY = 16
+"""One step in so many is compared with the truth, layer by layer: recall at negligible cost."""
+_USED, _UNUSED, _CANCELLED = (INDEX[f"predictions_total/{outcome}"] for outcome in ("used", "unused", "cancelled"))
+_PREFETCH_BYTES = INDEX["transfer_bytes_total/prefetch"]
+_ROUTED, _FOUND, _FOUND_ALL = (
+    INDEX["recall_routed_total"],
+    INDEX["recall_found_total/top_k"],
+    INDEX["recall_found_total/fetched"],
+)
+_TOKENS, _MISSING_MASS = INDEX["scored_tokens_total"], INDEX["missing_gate_mass_total"]
+
+
+class LookAhead:
+    """One worker's look-ahead: a predictor, and per MoE layer a gate and the guess that is on its way."""
+
+    counters: Counters
+    """Where it counts; to be set before the first step."""
+
+    def __init__(
+        self,
+        predictor: Predictor,
+        layers: "Sequence[CachedRoutedExperts]",
+        scales: Sequence[torch.Tensor] | None,
+        over_fetch: int,
+        forced: bool,
+    ) -> None:
+        """`layers`: in order, each with a NativeLayerCache; `scales`: per layer, where the predictor needs them."""
+        self.predictor = predictor
+        self.gates = [SelfGate(forced) for _ in layers]
+        self._caches: list[NativeLayerCache] = [layer.cache for layer in layers]  # type: ignore[misc]
+        self._num_experts = [layer.num_experts for layer in layers]
+        self._counts = [layer.top_k + over_fetch for layer in layers]
+        self._record_bytes = [layer.store.record_bytes for layer in layers]
+        self._scales = scales
+        self._guesses: list[Prediction | None] = [None] * len(layers)
+        self._spent = [0.0] * len(layers)
+        self._num_steps = 0
+        self._lane_bytes = 0
+
+    def after_staging(
+        self, layer: int, step: Step, hidden: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
+    ) -> None:
+        """The experts of this step of `layer` (its number) are there: look ahead from it.
+
+        `hidden` (T, H), `topk_weights` and `topk_ids` (T, K), of real tokens only.
+        """
+        self._count(layer, step)
+        if layer == 0:
+            self._num_steps += 1
+        scale = None if self._scales is None else self._scales[layer][: hidden.shape[0]]
+        signals = Signals(hidden, topk_ids, topk_weights, scale)
+        self._score(layer, signals)
+        if self.predictor.observes:
+            self.predictor.observe(layer, signals)
+        target = self.predictor.target_of(layer)
+        if target is None or step.slot_ids is None:  # a wide step is streamed: it leaves nothing to fetch ahead
+            return
+        gate = self.gates[target]
+        if not gate.is_open:
+            return
+        started = time.perf_counter()
+        guess = self.predictor.predict(layer, signals, self._counts[target])
+        self._guesses[target] = guess
+        if guess is not None:
+            wanted = most_wanted(guess, self._num_experts[target])
+            self._caches[target].prefetch(wanted.contiguous(), self._caches[target].num_slots)
+        self._spent[target] += time.perf_counter() - started
+
+    def _count(self, layer: int, step: Step) -> None:
+        add = self.counters.add
+        if step.num_used:
+            add(_USED, step.num_used)
+        if step.num_unused:
+            add(_UNUSED, step.num_unused)
+        if step.num_cancelled:
+            add(_CANCELLED, step.num_cancelled)
+        if step.slot_ids is not None:
+            self.gates[layer].note(step.stall_seconds + self._spent[layer])
+            self._spent[layer] = 0.0
+        if layer == 0 and self._num_steps % _SCORED_EVERY == 0:
+            moved = int(self._caches[0].staging.lane.counters()["prefetch_bytes"])
+            add(_PREFETCH_BYTES, moved - self._lane_bytes)
+            self._lane_bytes = moved
+            self.counters.set("gated_layers", sum(not gate.is_open for gate in self.gates))
+
+    def _score(self, layer: int, true: Signals) -> None:
+        guess, self._guesses[layer] = self._guesses[layer], None
+        if guess is None or self._num_steps % _SCORED_EVERY or guess.ids.shape[0] not in (1, len(true.topk_ids)):
+            return
+        sums = score(guess, true)
+        add = self.counters.add
+        add(_TOKENS, float(sums.tokens))
+        add(_ROUTED, float(sums.routed))
+        add(_FOUND, float(sums.found))
+        add(_FOUND_ALL, float(sums.found_all))
+        add(_MISSING_MASS, float(sums.tokens - sums.mass))
+
+
+def why_not(config: ExpertPrefetchConfig, layers: "Sequence[CachedRoutedExperts]", has_link: bool) -> str | None:
+    """Why this deployment does not look ahead; None when it does. Raises ConfigError where `prefetch` is on in vain."""
+    if config.prefetch == OFF:
+        return "off"
+    reason = None
+    if any(not isinstance(getattr(layer, "cache", None), NativeLayerCache) for layer in layers):
+        reason = "it needs native staging on the CPU platform, with the policy lru, lfu or lfru"
+    elif all(layer.is_fully_resident for layer in layers):
+        return "off: every expert has a slot"
+    if reason and config.prefetch == "on":
+        raise ConfigError(f"{CONFIG_KEY}: prefetch is on and cannot be: {reason}. Set prefetch to auto or off")
+    if reason is None and config.prefetch == AUTO and not has_link:
+        reason = "there is no link to hide: records are copied within host memory"
+    return f"off: {reason}" if reason else None
+
+
+def create_look_ahead(
+    model: torch.nn.Module,
+    layers: "Sequence[CachedRoutedExperts]",
+    config: ExpertPrefetchConfig,
+    has_link: bool,
+    max_tokens: int,
+) -> tuple[LookAhead | None, str]:
+    """The look-ahead of a loaded model, and how it is called; or None, and why there is none (see `why_not`).
+
+    A model or an artifact that does not allow it is served without: exactly, and the log says why.
+    """
+    reason = why_not(config, layers, has_link)
+    if reason:
+        return None, reason
+    try:
+        sources = _sources_of(model, layers)
+        predictor = _create(config, [source.gate for source in sources])
+    except (NotFound, ArtifactError) as error:
+        compat.logger().warning("expert_prefetch: no look-ahead, serving goes on without it: %s", error)
+        return None, f"off: {error}"
+    scales = observe_scales(sources, max_tokens) if predictor.needs_scale else None
+    forced = config.prefetch == "on"
+    look_ahead = LookAhead(predictor, layers, scales, config.over_fetch, forced)
+    return look_ahead, f"{config.prefetch}: {predictor.name}"
+
+
+def _sources_of(model: torch.nn.Module, layers: "Sequence[CachedRoutedExperts]") -> list[Source]:
+    """The sources in the order of `layers`."""
+    by_experts: dict[Any, Source] = {source.runner.routed_experts: source for source in find_sources(model)}
+    if len(by_experts) != len(layers):
+        raise NotFound(f"{len(by_experts)} of {len(layers)} MoE layers were found in the model")
+    return [by_experts[layer] for layer in layers]
+
+
+def _create(config: ExpertPrefetchConfig, gates: list[Any]) -> Predictor:
+    artifact = load_artifact(Path(config.artifact), fingerprint(gates)) if config.artifact else None
+    name = config.predictor
+    if name == AUTO:
+        name = "hybrid" if artifact is not None and artifact.card.hybrid else "router"
+    return create_predictor(name, Ingredients(gates, artifact, config.lookahead_layers))

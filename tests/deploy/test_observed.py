@@ -237,7 +237,9 @@ def test_no_token_is_missing_from_the_totals(observed):
 
 def test_bytes_are_misses_times_the_record(observed):
     misses = observed.gained("lookups_total", outcome="miss")
-    assert observed.gained("transfer_bytes_total") == misses * RECORD_BYTES > 0
+    demanded = sum(observed.gained("transfer_bytes_total", kind=kind) for kind in ("demand", "stream"))
+    assert demanded == misses * RECORD_BYTES > 0
+    assert observed.gained("transfer_bytes_total", kind="prefetch") % RECORD_BYTES == 0
     assert total(observed.after, "expert_record_bytes") == RECORD_BYTES
 
 

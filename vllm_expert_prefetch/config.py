@@ -51,8 +51,8 @@ class ExpertPrefetchConfig:
     execution: str = _key("exact", "`exact`: the tokens are those of plain vLLM. No other mode exists yet.")
     prefetch: str = _key(
         AUTO,
-        "Copy experts before they are needed: `on`; `off`; `auto`: on, layer by layer where it pays. On the CPU platform "
-        "`auto` looks ahead over an emulated link only; on a GPU nothing looks ahead yet.",
+        "Copy experts before they are needed: `on`; `off`; `auto`: on, layer by layer where it pays. On the CPU "
+        "platform `auto` looks ahead over an emulated link only; on a GPU nothing looks ahead yet.",
     )
     predictor: str = _key(
         AUTO,

@@ -77,5 +77,5 @@ def counters(llm: Any) -> dict[str, float]:
     """The plugin's counters of this engine, by series."""
     from vllm_expert_prefetch.metrics.definitions import SERIES
 
-    source = layers(llm)[0]._deployment.counters
+    source = layers(llm)[0].deployment.counters
     return {series: source.get(series) for series in SERIES}

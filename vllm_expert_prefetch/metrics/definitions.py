@@ -159,7 +159,7 @@ METRICS = (
         "recall_routed_total",
         Kind.COUNTER,
         "experts",
-        "Experts that the router chose, over steps that were compared with their prediction: the denominator of recall.",
+        "Experts that the router chose, in steps that were compared with their prediction: recall's denominator.",
     ),
     Metric(
         "recall_found_total",
@@ -169,9 +169,7 @@ METRICS = (
         "among",
         ("top_k", "fetched"),
     ),
-    Metric(
-        "scored_tokens_total", Kind.COUNTER, "tokens", "Tokens, times layers, that were compared with a prediction."
-    ),
+    Metric("scored_tokens_total", Kind.COUNTER, "tokens", "Tokens of each layer that were compared with a prediction."),
     Metric(
         "missing_gate_mass_total",
         Kind.COUNTER,

@@ -94,9 +94,8 @@ class Deployment:
         """The model is loaded and every layer taken over: look ahead where that is asked for, count, and say so."""
         self._verify_bytes()
         layers = self._live_layers()
-        max_tokens = self._vllm_config.scheduler_config.max_num_batched_tokens
         has_link = self.caches.link is not None
-        look_ahead, self._prefetch = create_look_ahead(model, layers, self.config, has_link, max_tokens)
+        look_ahead, self._prefetch = create_look_ahead(model, layers, self.config, has_link)
         self._publish()
         if look_ahead is not None:
             look_ahead.counters = self.counters

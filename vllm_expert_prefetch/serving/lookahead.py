@@ -25,7 +25,6 @@ from vllm_expert_prefetch.prediction.schedule import SelfGate, most_wanted
 from vllm_expert_prefetch.prediction.truth import score
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.lookahead_sources import NotFound, Source, find_sources
-from vllm_expert_prefetch.serving.residual_scale import observe_scales
 
 if TYPE_CHECKING:
     from vllm_expert_prefetch.serving.layer import CachedRoutedExperts
@@ -52,18 +51,16 @@ class LookAhead:
         self,
         predictor: Predictor,
         layers: "Sequence[CachedRoutedExperts]",
-        scales: Sequence[torch.Tensor] | None,
         over_fetch: int,
         forced: bool,
     ) -> None:
-        """`layers`: in order, each with a NativeLayerCache; `scales`: per layer, where the predictor needs them."""
+        """`layers`: in order, each with a NativeLayerCache. `forced`: the gates never close."""
         self.predictor = predictor
         self.gates = [SelfGate(forced) for _ in layers]
         self._caches: list[NativeLayerCache] = [layer.cache for layer in layers]  # type: ignore[misc]
         self._num_experts = [layer.num_experts for layer in layers]
         self._counts = [layer.top_k + over_fetch for layer in layers]
         self._record_bytes = [layer.store.record_bytes for layer in layers]
-        self._scales = scales
         self._guesses: list[Prediction | None] = [None] * len(layers)
         self._spent = [0.0] * len(layers)
         self._num_steps = 0
@@ -79,8 +76,7 @@ class LookAhead:
         self._count(layer, step)
         if layer == 0:
             self._num_steps += 1
-        scale = None if self._scales is None else self._scales[layer][: hidden.shape[0]]
-        signals = Signals(hidden, topk_ids, topk_weights, scale)
+        signals = Signals(hidden, topk_ids, topk_weights)
         self._score(layer, signals)
         if self.predictor.observes:
             self.predictor.observe(layer, signals)
@@ -149,7 +145,6 @@ def create_look_ahead(
     layers: "Sequence[CachedRoutedExperts]",
     config: ExpertPrefetchConfig,
     has_link: bool,
-    max_tokens: int,
 ) -> tuple[LookAhead | None, str]:
     """The look-ahead of a loaded model, and how it is called; or None, and why there is none (see `why_not`).
 
@@ -164,9 +159,7 @@ def create_look_ahead(
     except (NotFound, ArtifactError) as error:
         compat.logger().warning("expert_prefetch: no look-ahead, serving goes on without it: %s", error)
         return None, f"off: {error}"
-    scales = observe_scales(sources, max_tokens) if predictor.needs_scale else None
-    forced = config.prefetch == "on"
-    look_ahead = LookAhead(predictor, layers, scales, config.over_fetch, forced)
+    look_ahead = LookAhead(predictor, layers, config.over_fetch, forced=config.prefetch == "on")
     return look_ahead, f"{config.prefetch}: {predictor.name}"
 
 

@@ -110,11 +110,12 @@ int64_t prefetch_as(const Target& target, const TensorView& predicted, int budge
   const int num_loads = plan_prefetch_step(target.layer, lane, cpu_data<Id>(predicted, 0, "predicted"),
                                            static_cast<int>(predicted.numel()), budget, work);
   if (num_loads > 0) target.engine.prefetch(target.layer_index, work.lists.loads, num_loads);
-  return num_loads;
+  const int64_t num_evictions = work.plan[1], num_unused = work.plan[2];
+  return num_loads | num_evictions << 16 | num_unused << 32;
 }
 
-// Plans and queues copies of at most `budget` of the `predicted` experts, most wanted first. Returns how many; what
-// they evict stands in planner_last_plan.
+// Plans and queues copies of at most `budget` of the `predicted` experts, most wanted first. Returns, 16 bits each from
+// the lowest: how many copies, how many evictions, how many of these evicted a prefetch that no step had needed.
 int64_t Prefetch(StagingEngineRef engine, int64_t layer, TensorView state, TensorView predicted, int64_t budget) {
   const Target target(engine, layer, state);
   const int limit = static_cast<int>(std::clamp<int64_t>(budget, 0, target.layer.num_slots()));

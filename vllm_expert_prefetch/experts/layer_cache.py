@@ -43,6 +43,14 @@ class Step(NamedTuple):
     waves: tuple[Wave, ...]
 
 
+class Prefetch(NamedTuple):
+    """What queueing one prefetch did: see `residency.PrefetchPlan`."""
+
+    num_loads: int
+    num_evictions: int
+    num_unused: int
+
+
 class LayerCache(Protocol):
     """What the layer needs of its cache."""
 
@@ -138,13 +146,14 @@ class NativeLayerCache:
         seconds = (nanos * _NANO, late_nanos * _NANO)
         return Step._make([*head, num_bytes, *seconds, slot_ids if split == _NARROW else None, waves])
 
-    def prefetch(self, predicted: torch.Tensor, budget: int) -> int:
+    def prefetch(self, predicted: torch.Tensor, budget: int) -> Prefetch:
         """Queue copies of at most `budget` of the `predicted` experts (int32 or int64), most wanted first.
 
-        Returns how many; what is resident or in flight already is skipped. Returns at once.
+        What is resident or in flight already is skipped. Returns at once.
         """
         engine, layer = self.staging.lane.engine, self.staging.layer
-        return int(self._prefetch(engine, layer, self.planner.state, predicted, budget))
+        counts = int(self._prefetch(engine, layer, self.planner.state, predicted, budget))
+        return Prefetch(counts & 0xFFFF, counts >> 16 & 0xFFFF, counts >> 32)
 
 
 def slot_ids_of(wave: Wave, topk_ids: torch.Tensor, num_experts: int, absent: int) -> torch.Tensor:

@@ -156,6 +156,12 @@ METRICS = (
         ("used", "unused", "cancelled"),
     ),
     Metric(
+        "displaced_lookups_total",
+        Kind.COUNTER,
+        "lookups",
+        "Of the lookups, misses on an expert that a prefetch had evicted since it was needed last.",
+    ),
+    Metric(
         "recall_routed_total",
         Kind.COUNTER,
         "experts",

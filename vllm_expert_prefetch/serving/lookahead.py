@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 _SCORED_EVERY = 16
 """One step in so many is compared with the truth, layer by layer: recall at negligible cost."""
 _USED, _UNUSED, _CANCELLED = (INDEX[f"predictions_total/{outcome}"] for outcome in ("used", "unused", "cancelled"))
+_DISPLACED, _EVICTIONS = INDEX["displaced_lookups_total"], INDEX["evictions_total"]
 _PREFETCH_BYTES = INDEX["transfer_bytes_total/prefetch"]
 _ROUTED, _FOUND, _FOUND_ALL = (
     INDEX["recall_routed_total"],
@@ -91,7 +92,9 @@ class LookAhead:
         self._guesses[target] = guess
         if guess is not None:
             wanted = most_wanted(guess, self._num_experts[target])
-            self._caches[target].prefetch(wanted.contiguous(), self._caches[target].num_slots)
+            done = self._caches[target].prefetch(wanted.contiguous(), self._caches[target].num_slots)
+            self.counters.add(_EVICTIONS, done.num_evictions)
+            self.counters.add(_UNUSED, done.num_unused)
         self._spent[target] += time.perf_counter() - started
 
     def _count(self, layer: int, step: Step) -> None:
@@ -100,6 +103,8 @@ class LookAhead:
             add(_USED, step.num_used)
         if step.num_unused:
             add(_UNUSED, step.num_unused)
+        if step.num_displaced:
+            add(_DISPLACED, step.num_displaced)
         if step.num_cancelled:
             add(_CANCELLED, step.num_cancelled)
         if step.slot_ids is not None:

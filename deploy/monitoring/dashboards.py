@@ -1,8 +1,12 @@
 """The dashboards: overview, layers, capacity, A/B."""
 
+from monitoring.comparison import A_B
 from monitoring.expressions import (
+    HIT_RATE,
     RANKS,
     RATE,
+    STALLS,
+    TPOT,
     P,
     gauge,
     hit_ratio,
@@ -22,12 +26,6 @@ from monitoring.grafana import (
     row,
 )
 
-HIT_RATE = "Share of lookups that found their expert in a slot. A lookup is one distinct expert that one wave needs."
-TPOT = (
-    "Time per output token as the worker's step clock sees it, beside vLLM's own inter-token latency. vLLM's histogram "
-    "has wider buckets, so that its quantiles are coarser; the means agree."
-)
-STALLS = "Part of the steps' time that was spent waiting for experts. Above 20 % an alert names the cause."
 VARIABLES = (
     datasource_variable(),
     label_variable("model", "Model", f"label_values({P}info, model_name)"),
@@ -110,9 +108,12 @@ LINK = (
         "Speed while copying",
         "timeseries",
         "Bps",
-        "Bytes per second of copying, and the speed measured when the server started. Small records never reach it.",
+        "Bytes per second of demanded and streamed copies, and the speed measured when the server started.",
         [
-            (share(rate("transfer_bytes_total"), rate("transfer_seconds_total")), "{{instance}}"),
+            (
+                share(rate("transfer_bytes_total", own='kind!="prefetch"'), rate("transfer_seconds_total")),
+                "{{instance}}",
+            ),
             (gauge("link_bytes_per_second", how="avg"), "at start {{instance}}"),
         ],
     ),
@@ -120,7 +121,7 @@ LINK = (
         "Link use",
         "timeseries",
         "percentunit",
-        "Share of the time in which something was being copied, mean of the ranks.",
+        "Share of the time in which something demanded or streamed was being copied, mean of the ranks.",
         [(f"avg by (instance) (rate({P}transfer_seconds_total{{{RANKS}}}[{RATE}]))", "{{instance}}")],
         limits=(0.7, 0.9),
         colours=OK_TO_BAD,
@@ -152,6 +153,29 @@ PREFETCH = (
         "ops",
         "used: needed while resident or on its way; unused: evicted without use; cancelled: dropped before its copy.",
         [(rate("predictions_total", by="outcome"), "{{outcome}}")],
+    ),
+    Panel(
+        "Prefetch recall",
+        "timeseries",
+        "percentunit",
+        "Share of the router's experts that the predictor had named: among its first top-k, and among all it fetched.",
+        [
+            (share(rate("recall_found_total", own='among="top_k"'), rate("recall_routed_total")), "top-k"),
+            (share(rate("recall_found_total", own='among="fetched"'), rate("recall_routed_total")), "fetched"),
+        ],
+        limits=(0.5, 0.8),
+        colours=BAD_TO_OK,
+        maximum=1,
+    ),
+    Panel(
+        "Missing gate mass",
+        "timeseries",
+        "percentunit",
+        "Part of the router's weights that its predicted experts would have missed, mean of the tokens compared.",
+        [(share(rate("missing_gate_mass_total"), rate("scored_tokens_total")), "{{instance}}")],
+        limits=(0.1, 0.3),
+        colours=OK_TO_BAD,
+        maximum=1,
     ),
     Panel(
         "Gated layers",
@@ -310,72 +334,6 @@ CAPACITY = Dashboard(
                     "{{instance}}",
                 )
             ],
-        ),
-    ),
-)
-
-SIDES = (("a", "A"), ("b", "B"))
-
-
-def _side_by_side(
-    title: str, unit: str, description: str, targets: list[tuple[str, str]], **more: object
-) -> list[Panel]:
-    """The same panel for both instances. SIDE stands for the selector of one of them."""
-    return [
-        Panel(
-            f"{title}: {label}",
-            "timeseries",
-            unit,
-            description,
-            [(expression.replace("SIDE", f'instance=~"${side}"'), legend) for expression, legend in targets],
-            **more,  # type: ignore[arg-type]
-        )
-        for side, label in SIDES
-    ]
-
-
-A_B = Dashboard(
-    "expert-prefetch-ab",
-    "Expert prefetch: A/B",
-    "Two instances side by side: another cache size, another policy, with and without prefetching.",
-    (
-        datasource_variable(),
-        *(
-            label_variable(side, f"Instance {label}", f"label_values({P}info, instance)", multiple=False)
-            for side, label in SIDES
-        ),
-    ),
-    (
-        *_side_by_side(
-            "TPOT",
-            "s",
-            TPOT,
-            [(tpot(0.5, "SIDE"), "p50"), (tpot(0.99, "SIDE"), "p99"), (vllm_itl(0.5, "SIDE"), "vLLM p50")],
-            limits=(0.05, 0.1),
-            colours=OK_TO_BAD,
-        ),
-        *_side_by_side(
-            "Hit rate", "percentunit", HIT_RATE, [(hit_ratio("SIDE"), "hit rate")], limits=(0.5, 0.8), colours=BAD_TO_OK
-        ),
-        *_side_by_side(
-            "Stall share",
-            "percentunit",
-            STALLS,
-            [(stall_ratio("SIDE"), "stall share")],
-            limits=(0.1, 0.2),
-            colours=OK_TO_BAD,
-        ),
-        *_side_by_side(
-            "Bytes over the link",
-            "Bps",
-            "Expert records copied from host memory.",
-            [(rate("transfer_bytes_total", "SIDE", "kind"), "{{kind}}")],
-        ),
-        *_side_by_side(
-            "Tokens",
-            "ops",
-            "Generated tokens per second, by vLLM's own count.",
-            [(f"sum by (instance) (rate(vllm:generation_tokens_total{{SIDE}}[{RATE}]))", "tokens/s")],
         ),
     ),
 )

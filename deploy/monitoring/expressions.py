@@ -1,9 +1,16 @@
-"""PromQL that several panels share. `$model`, `$instance` and `$rank` are Grafana's variables."""
+"""PromQL and descriptions that several panels share. `$model`, `$instance` and `$rank` are Grafana's variables."""
 
 P = "vllm_expert_prefetch_"
 RANKS = 'model_name=~"$model", instance=~"$instance", rank=~"$rank"'
 SERVER = 'model_name=~"$model", instance=~"$instance"'
 RATE = "$__rate_interval"
+
+HIT_RATE = "Share of lookups that found their expert in a slot. A lookup is one distinct expert that one wave needs."
+TPOT = (
+    "Time per output token as the worker's step clock sees it, beside vLLM's own inter-token latency. vLLM's histogram "
+    "has wider buckets, so that its quantiles are coarser; the means agree."
+)
+STALLS = "Part of the steps' time that was spent waiting for experts. Above 20 % an alert names the cause."
 
 
 def rate(series: str, selector: str = RANKS, by: str = "instance", own: str = "") -> str:

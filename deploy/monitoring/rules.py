@@ -74,7 +74,8 @@ RECORDINGS = (
     Recording(f"{R}tpot_seconds:p99_5m", _tpot(0.99)),
     Recording(f"{R}transfer_bytes:rate5m", _rate("transfer_bytes_total")),
     Recording(
-        f"{R}link_bytes_per_second:rate5m", _share(_rate("transfer_bytes_total"), _rate("transfer_seconds_total"))
+        f"{R}link_bytes_per_second:rate5m",  # the times of prefetches are not in transfer_seconds_total
+        _share(_rate('transfer_bytes_total{kind!="prefetch"}'), _rate("transfer_seconds_total")),
     ),
     Recording(f"{R}link_bytes_per_second:at_start", f"avg by ({SERVER}) ({P}link_bytes_per_second)"),
     Recording(f"{R}link_busy_ratio:rate5m", f"avg by ({SERVER}) (rate({P}transfer_seconds_total[5m]))"),
@@ -83,12 +84,17 @@ RECORDINGS = (
         f"{R}prefetch_precision:rate5m",
         _share(_rate('predictions_total{outcome="used"}'), _rate("predictions_total")),
     ),
+    Recording(
+        f"{R}prefetch_recall:rate5m",
+        _share(_rate('recall_found_total{among="top_k"}'), _rate("recall_routed_total")),
+    ),
+    Recording(f"{R}missing_gate_mass:rate5m", _share(_rate("missing_gate_mass_total"), _rate("scored_tokens_total"))),
 )
 
 _LINK_IS_SLOW = f"{R}link_bytes_per_second:rate5m < 0.5 * {R}link_bytes_per_second:at_start"
 _HITS_ARE_FEW = f"{R}hit_ratio:rate5m < 0.95 * {R}planned_hit_ratio"
 _STALLS = f"{R}stall_ratio:rate5m > {STALL_LIMIT}"
-_PREFETCH_IS_OFF = f'max by ({SERVER}) ({P}info{{prefetch="off"}})'
+_PREFETCH_IS_OFF = f'max by ({SERVER}) ({P}info{{prefetch=~"off.*"}})'
 _STALLS_SUMMARY = "{{ $labels.instance }} waits for experts during {{ $value | humanizePercentage }} of its steps' time"
 
 ALERTS = (
@@ -146,7 +152,7 @@ ALERTS = (
     ),
     Alert(
         "ExpertPrefetchPrecisionLow",
-        f'{R}prefetch_precision:rate5m < 0.3 and max by ({SERVER}) ({P}info{{prefetch="on"}}) '
+        f'{R}prefetch_precision:rate5m < 0.3 and max by ({SERVER}) ({P}info{{prefetch=~"on.*"}}) '
         f"and {_rate('predictions_total')} > 0",
         10,
         "{{ $labels.instance }} uses only {{ $value | humanizePercentage }} of what it prefetches",

@@ -31,7 +31,7 @@ from observatory import (
     remove_scheme,
     run_prometheus,
 )
-from servers import Server, serve
+from servers import Server, free_port, serve
 
 from vllm_expert_prefetch.metrics.counters import SUFFIX, read_counters
 from vllm_expert_prefetch.metrics.definitions import PHASES
@@ -45,12 +45,12 @@ RECORD_BYTES = 49152
 NUM_LAYERS = 8
 TOP_K = 2
 ITL = "sum(increase({name}_sum[2m])) / sum(increase({name}_count[2m]))"
-ASK = [
-    "--plugin",
-    "expert_prefetch",
-    "--additional-config",
-    '{"expert_prefetch": {"cache_fraction": 0.5, "metrics_per_layer": true, "emulated_link_gbps": 1.0}}',
-]
+CONFIG = {"cache_fraction": 0.5, "metrics_per_layer": True, "emulated_link_gbps": 1.0}
+
+
+def ask(metrics_port: int) -> list[str]:
+    config = {"expert_prefetch": {**CONFIG, "metrics_port": metrics_port}}
+    return ["--plugin", "expert_prefetch", "--additional-config", json.dumps(config)]
 
 
 @dataclass
@@ -79,6 +79,7 @@ class Observed:
     top: str
     before_single: dict[str, float]
     after_single: dict[str, float]
+    own_port: str
     seconds: float
     """When everything had been scraped and recorded: the time of every query."""
     after_kill: dict[str, float]
@@ -102,14 +103,15 @@ def total(metrics: dict[str, float], name: str, **labels: str) -> float:
 def observed():
     if not has_prometheus():
         pytest.skip("no prometheus in PATH: apt-get install prometheus")
-    with serve(*ASK) as server:
+    metrics_port = free_port()
+    with serve(*ask(metrics_port)) as server:
         server.wait_ready()
         server.complete("In the beginning", 4)  # the first request compiles the sampler
         with run_prometheus([remove_scheme(server.url)]) as prometheus:
-            yield observe(server, prometheus)
+            yield observe(server, prometheus, metrics_port)
 
 
-def observe(server: Server, prometheus: Prometheus) -> Observed:
+def observe(server: Server, prometheus: Prometheus, metrics_port: int) -> Observed:
     """Load with scrapes; then single requests; then, when Prometheus has all of it, a killed worker."""
     before = server.metrics()
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
@@ -124,6 +126,7 @@ def observe(server: Server, prometheus: Prometheus) -> Observed:
     before_single = after
     ask_for_single_tokens(server)
     after_single = server.metrics()
+    own_port = httpx.get(f"http://127.0.0.1:{metrics_port}/metrics", timeout=30).text
     time.sleep(RECORDING_SECONDS)
     seconds = time.time()
     after_kill = kill_worker(server)
@@ -139,6 +142,7 @@ def observe(server: Server, prometheus: Prometheus) -> Observed:
         top.stdout.decode(),
         before_single,
         after_single,
+        own_port,
         seconds,
         after_kill,
         left_behind,
@@ -233,7 +237,9 @@ def test_no_token_is_missing_from_the_totals(observed):
 
 def test_bytes_are_misses_times_the_record(observed):
     misses = observed.gained("lookups_total", outcome="miss")
-    assert observed.gained("transfer_bytes_total") == misses * RECORD_BYTES > 0
+    demanded = sum(observed.gained("transfer_bytes_total", kind=kind) for kind in ("demand", "stream"))
+    assert demanded == misses * RECORD_BYTES > 0
+    assert observed.gained("transfer_bytes_total", kind="prefetch") % RECORD_BYTES == 0
     assert total(observed.after, "expert_record_bytes") == RECORD_BYTES
 
 
@@ -287,6 +293,13 @@ def test_at_batch_one_lookups_are_steps_times_layers_times_distinct_experts(obse
     }
     assert steps == {"prefill": 4, "decode": 32, "mixed": 0}
     assert total(after, "lookups_total") - total(before, "lookups_total") == 36 * NUM_LAYERS * TOP_K
+
+
+def test_the_workers_own_port_shows_the_same(observed):
+    page = [line for line in observed.own_port.splitlines() if line.startswith("vllm_expert_prefetch_")]
+    assert counters_of(page) == {key: value for key, value in observed.after_single.items() if key in counters_of(page)}
+    assert len(counters_of(page)) > 100
+    assert "vllm:" not in observed.own_port
 
 
 def test_top_shows_the_server(observed):

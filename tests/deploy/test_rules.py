@@ -33,13 +33,13 @@ HEALTHY = {
     f"{P}experts{{{RANK}}}": "128x40",
     f"{P}planned_hit_ratio{{{RANK}}}": "0.8x40",
     f"{P}link_bytes_per_second{{{RANK}}}": "1000000x40",
-    f'{P}info{{platform="cuda", pinned="true", prefetch="off", {RANK}}}': "1x40",
+    f'{P}info{{platform="cuda", pinned="true", prefetch="off: nothing to hide", {RANK}}}': "1x40",
 }
-INFO = f'{P}info{{platform="cuda", pinned="true", prefetch="off", {RANK}}}'
+INFO = f'{P}info{{platform="cuda", pinned="true", prefetch="off: nothing to hide", {RANK}}}'
 HIT = f'{P}lookups_total{{outcome="hit", {RANK}}}'
 STALL = f"{P}stall_seconds_total{{{RANK}}}"
 COPYING = f"{P}transfer_seconds_total{{{RANK}}}"
-PREFETCH_ON = f'{P}info{{platform="cuda", pinned="true", prefetch="on", {RANK}}}'
+PREFETCH_ON = f'{P}info{{platform="cuda", pinned="true", prefetch="on: router", {RANK}}}'
 
 SICK = {
     "ExpertPrefetchNotActive": ({key: None for key in HEALTHY if not key.startswith("up")}, {}),
@@ -55,7 +55,7 @@ SICK = {
     ),
     "ExpertPrefetchStallsHigh/prefetch_off": ({STALL: "0+30x40"}, {}),
     "ExpertPrefetchHostMemoryNotPinned": (
-        {INFO: None, f'{P}info{{platform="cuda", pinned="false", prefetch="off", {RANK}}}': "1x40"},
+        {INFO: None, f'{P}info{{platform="cuda", pinned="false", prefetch="off: nothing to hide", {RANK}}}': "1x40"},
         {},
     ),
     "ExpertPrefetchLinkSlow": ({STALL: "0+5x40", COPYING: "0+5x40"}, {}),

@@ -46,6 +46,10 @@ def happen(counters):
         buckets[-1]: 0.02,
         histogram_series("step_seconds/decode", STEP_BUCKETS)[-1]: 1.0,
         "steps_total/decode": 4,
+        "predictions_total/used": 3,
+        "predictions_total/cancelled": 1,
+        "recall_routed_total": 10,
+        "recall_found_total/top_k": 9,
     }
     for series, amount in gains.items():
         counters.add(INDEX[series], amount)
@@ -66,6 +70,7 @@ def test_rates_are_what_happened_between_the_two(counters, page):
     assert summary["stall_ratio"] == 0.25
     assert summary["tpot_seconds"] == pytest.approx(0.005)
     assert summary["steps_per_second"]["decode"] == 2
+    assert (summary["prefetch_precision"], summary["prefetch_recall"]) == (0.75, 0.9)
     assert (summary["slots"], summary["experts"], summary["planned_hit_ratio"]) == (8, 16, 0.5)
 
 
@@ -155,7 +160,18 @@ def test_once_as_text_shows_every_line(counters, page, capsys):
     with serve_page(happening) as url:
         assert main(["top", url.removeprefix("http://"), "--once", "--interval", "0.05"]) == 0
     shown = capsys.readouterr().out
-    for part in ("TPOT", "hit rate", "75.0 %", "stalls", "25.0 %", "8 slots", "layers", "10  ", "61.1 % hits"):
+    for part in (
+        "TPOT",
+        "hit rate",
+        "75.0 %",
+        "stalls",
+        "25.0 %",
+        "8 slots",
+        "layers",
+        "10  ",
+        "61.1 % hits",
+        "recall 90.0 %",
+    ):
         assert part in shown
 
 

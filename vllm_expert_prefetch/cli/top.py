@@ -114,6 +114,7 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("TPOT", _milliseconds(summary["tpot_seconds"]), ""),
         ("hit rate", _percent(summary["hit_ratio"]), f"planned {_percent(summary['planned_hit_ratio'])}"),
         ("stalls", _percent(summary["stall_ratio"]), "of the steps' time"),
+        ("prefetch", _percent(summary["prefetch_precision"]), _prefetch(summary)),
         ("lookups", f"{sum(summary['lookups_per_second'].values()):.0f}/s", _bar(summary["lookups_per_second"])),
         ("copied", f"{_bytes(sum(copied.values()))}/s", _listed(copied, _bytes)),
         ("link", f"{_bytes(summary['link_bytes_per_second'])}/s", _at_start(summary)),
@@ -122,6 +123,12 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("waves", f"{sum(waves.values()):.0f}/s", _listed(waves, "{:.0f}".format)),
         ("cache", _bytes(summary["cache_bytes"]), f"{held}, {_bytes(summary['host_store_bytes'])} on the host"),
     ]
+
+
+def _prefetch(summary: dict[str, Any]) -> str:
+    return (
+        f"of its copies used; recall {_percent(summary['prefetch_recall'])}, {summary['gated_layers']:.0f} layers gated"
+    )
 
 
 def _at_start(summary: dict[str, Any]) -> str:

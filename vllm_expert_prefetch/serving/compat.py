@@ -119,6 +119,13 @@ def install_offloader(join: Callable[[], None]) -> None:
     set_offloader(_Joining())
 
 
+def local_rank() -> int:
+    """This worker's number among the workers of its host."""
+    from vllm.distributed.parallel_state import get_world_group
+
+    return int(get_world_group().local_rank)
+
+
 def moe_layers_of(model: "torch.nn.Module") -> list[Any]:
     """Every module of `model` that holds routed experts, of any class."""
     from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts

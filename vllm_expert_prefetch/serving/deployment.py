@@ -205,7 +205,7 @@ class Deployment:
             self._device_totals = DeviceTotals(device_caches, self.counters)
         self._refresh_gauges()
         if self.config.metrics_port is not None:
-            serve_counters(self.counters, self.config.metrics_port + self._vllm_config.parallel_config.local_rank)
+            serve_counters(self.counters, self.config.metrics_port + compat.local_rank())
 
     def step_ended(self) -> None:
         """One engine step is over: time it, and bring the gauges up to date now and then."""

@@ -4,8 +4,8 @@ import torch
 
 from vllm_expert_prefetch.calibration.evaluation import evaluate
 from vllm_expert_prefetch.calibration.tables import count_tables
-from vllm_expert_prefetch.prediction.baselines import FrequencyPredictor, PreviousPredictor, TransitionPredictor
 from vllm_expert_prefetch.prediction.base import Signals
+from vllm_expert_prefetch.prediction.baselines import FrequencyPredictor, PreviousPredictor, TransitionPredictor
 from vllm_expert_prefetch.prediction.gates import Gate, Norm
 from vllm_expert_prefetch.prediction.routing import Routing
 

@@ -28,6 +28,8 @@ OVERVIEW = (
     "Lookups by outcome",
     "Bytes over the link",
     "Speed while copying",
+    "Prefetch precision",
+    "Prefetch recall",
     "Steps by phase",
     "Waves",
 )
@@ -42,7 +44,7 @@ def draw(prometheus: Prometheus, instance: str, start: float, end: float, folder
 
 
 def _draw_overview(prometheus: Prometheus, queries: list[Query], start: float, end: float, path: Path) -> None:
-    figure, axes = plt.subplots(4, 2, figsize=(12, 13), constrained_layout=True)
+    figure, axes = plt.subplots(5, 2, figsize=(12, 16), constrained_layout=True)
     for axis, title in zip(axes.flat, OVERVIEW, strict=True):
         targets = [q for q in queries if q.dashboard == "expert-prefetch-overview" and q.panel == title]
         factor, unit = SCALES[targets[0].unit]

@@ -5,6 +5,7 @@ the same as without Ray. The route /targets tells Prometheus (http_sd_configs) w
 """
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -41,13 +42,13 @@ class VllmProcess:
         return f"http://127.0.0.1:{self.port}"
 
     def stop(self) -> None:
-        """End it and everything that it started."""
+        """End it and everything that it started: an engine outlives a killed API server, and holds its memory."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(15)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
 
 _WITH_PARENT = """
@@ -126,6 +127,7 @@ class Replica:
         import httpx
 
         if self._server.process.poll() is not None:
+            self._server.stop()
             raise RuntimeError(f"vllm has ended with exit code {self._server.process.returncode}; its log says why")
         try:
             return (await self._client.get("/health", timeout=10)).status_code == 200

@@ -15,6 +15,7 @@ from engines import TINY_MODEL, greedy, open_engine, prompts
 from observatory import has_prometheus, run_prometheus
 from servers import descendants_of, free_port
 
+from vllm_expert_prefetch.metrics.processes import process_is_alive
 from vllm_expert_prefetch.ray_serve import Targets, build
 
 pytest.importorskip("ray.serve", reason="ray is not installed: pip install 'ray[serve]'")
@@ -146,7 +147,7 @@ def test_smoke_both_replicas_give_the_tokens_of_plain_vllm(cluster):
 @pytest.mark.skipif(not has_prometheus(), reason="no prometheus in PATH: apt-get install prometheus")
 def test_prometheus_finds_both_replicas_and_tells_them_apart(cluster):
     there = replicas(cluster)
-    with run_prometheus(targets_url=f"{cluster}/targets") as prometheus:
+    with run_prometheus(targets_url=f"{cluster}/targets", scrape_seconds=5) as prometheus:
         wait_for(lambda: len(prometheus.query("vllm_expert_prefetch_slots")) == 2)
         found = {
             s["metric"]["replica"]: s["metric"]["instance"] for s in prometheus.query("vllm_expert_prefetch_slots")
@@ -178,8 +179,12 @@ def test_a_killed_replica_comes_back(cluster):
     there = replicas(cluster)
     killed = sorted(there)[0]
     port = int(there[killed].rsplit(":", 1)[1])
-    os.kill(server_on(port), signal.SIGKILL)
+    server = server_on(port)
+    engines = descendants_of(server)
+    assert engines
+    os.kill(server, signal.SIGKILL)
     wait_for(lambda: killed not in replicas(cluster) and len(replicas(cluster)) == 2)
+    assert not any(process_is_alive(pid) for pid in engines), "what it had started holds its memory"
     assert set(replicas(cluster)) & set(there) == set(there) - {killed}
     assert [complete(cluster, "In the beginning") for _ in range(4)] == [complete(cluster, "In the beginning")] * 4
 

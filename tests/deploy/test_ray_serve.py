@@ -77,7 +77,9 @@ def cluster(tmp_path_factory):
     command = [str(Path(sys.executable).parent / "serve"), "run", str(path)]
     environment = {**os.environ, "XDG_RUNTIME_DIR": str(directory), "RAY_USAGE_STATS_ENABLED": "0"}
     with log.open("w") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, env=environment)
+        process = subprocess.Popen(
+            command, stdout=output, stderr=output, env=environment, preexec_fn=answer_to_interrupts
+        )
     started: set[int] = set()
     try:
         wait_for(lambda: len(replicas(url)) == 2, log, process)
@@ -87,9 +89,14 @@ def cluster(tmp_path_factory):
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(60)
-        for pid in started:
+        for pid in {process.pid, *started}:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+
+def answer_to_interrupts() -> None:
+    """A background job of a shell ignores SIGINT, and so do its children; `serve run` ends by it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_for(condition, log: Path | None = None, process: subprocess.Popen | None = None) -> None:

@@ -99,8 +99,8 @@ class LookAhead:
         target = self.predictor.target_of(layer)
         if target is None:
             return
-        # A wide step is streamed: it leaves nothing to fetch ahead. What is executed must not hang on gates: they follow
-        # the clock, and the tokens must not.
+        # A wide step is streamed: it leaves nothing to fetch ahead. What is executed must not hang on gates: these
+        # follow the clock, and the tokens must not.
         fetches = step.slot_ids is not None and self.gates[target].is_open
         speculates = self._speculates(target, len(signals.hidden))
         if not (fetches or speculates):
@@ -176,6 +176,8 @@ def create_look_ahead(
     """
     reason = why_not(config, layers, has_link)
     if reason:
+        if config.execution == SPECULATIVE:
+            compat.logger().warning("expert_prefetch: execution is speculative, but serving is exact: %s", reason)
         return None, reason
     try:
         sources = _sources_of(model, layers)

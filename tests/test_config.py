@@ -36,7 +36,7 @@ BAD = {
     "cache_fraction": [0, -0.5, 1.01, math.nan, "half", True],
     "slots_per_layer": [0, -3, 2.0, "8", True],
     "policy": ["LRU", "fifo", "", None, 1],
-    "execution": ["speculative", None, True],
+    "execution": ["Speculative", None, True],
     "prefetch": ["on", "auto", None, False],
     "staging": ["cuda", True, None],
     "stream_buffer": ["yes", True, None],

@@ -13,10 +13,10 @@ def add_parser(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "accuracy",
         help="measure what speculative execution costs in quality",
-        description="Decodes text token by token in each mode, the text's own token always following, and compares what "
-        "the model says of each next token with exact execution: perplexity, share of equal most likely tokens, KL "
-        "divergence. Modes: exact; speculative in the layers that ARTIFACT allows; speculative in every layer but the "
-        "first, as published.",
+        description="Decodes text token by token in each mode, the text's own token always following, and compares "
+        "what the model says of each next token with exact execution: perplexity, share of equal most likely tokens, "
+        "KL divergence. Modes: exact; speculative in the layers that ARTIFACT allows; speculative in every layer but "
+        "the first, as published.",
     )
     parser.add_argument("model", metavar="MODEL", help="model directory or name, as for vllm serve")
     parser.add_argument(

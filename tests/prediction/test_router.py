@@ -68,7 +68,7 @@ def test_default_vectors_are_exact_when_experts_are_constant(kind, routing):
     model = make_model(routing=routing)
     model.gates = [dataclasses.replace(gate, output_scale=1.5) for gate in with_norm(model.gates, kind)]
     plain, wrong = RouterPredictor(model.gates), 0
-    for residual in tokens(30).split(1):
+    for residual in (tokens(30) + 2).split(1):
         sums = DefaultSums(LAYERS, EXPERTS, HIDDEN)
         signals = model.run(residual, sums)
         predictor = DefaultVectorPredictor(model.gates, DefaultVectors(model.experts, sums.means().scales))

@@ -25,8 +25,8 @@ class TrainingOptions:
 
     m: int = 2
     n: int = 2
-    epochs: int = 20
-    patience: int = 3
+    epochs: int = 30
+    patience: int = 4
     """Epochs without a better validation loss after which training ends."""
     batch_size: int = 2048
     learning_rate: float = 2e-3
@@ -100,7 +100,9 @@ def _batches(samples: Samples, training: Split, options: TrainingOptions, epoch:
     for start in range(0, len(order), _POOL):
         pool = [samples.of(training[index]) for index in order[start : start + _POOL]]
         q, sources, logits = (torch.cat(parts) for parts in zip(*pool, strict=True))
-        for rows in torch.randperm(len(q), generator=generator).split(options.batch_size):
+        for number, rows in enumerate(torch.randperm(len(q), generator=generator).split(options.batch_size)):
+            if number and len(rows) < options.batch_size // 2:
+                continue  # a step on a handful of samples undoes much of the epoch
             yield q[rows], sources[rows], logits[rows]
 
 

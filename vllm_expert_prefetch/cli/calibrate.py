@@ -34,7 +34,7 @@ def add_parser(subparsers: Any) -> None:
         "--m", default=2, help="estimator: hidden size is divided by it (default: %(default)s)", **number
     )
     parser.add_argument("--n", default=2, help="estimator: its MLP is so much wider (default: %(default)s)", **number)
-    parser.add_argument("--epochs", default=20, help="at most (default: %(default)s)", **number)
+    parser.add_argument("--epochs", default=30, help="at most (default: %(default)s)", **number)
     parser.add_argument("--no-defaults", action="store_true", help="collect no default vectors")
     parser.add_argument("--no-estimator", action="store_true", help="train no estimator")
     parser.add_argument(

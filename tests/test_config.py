@@ -18,7 +18,11 @@ GOOD = {
     "slots_per_layer": [1, 64],
     "policy": list(POLICIES),
     "execution": ["exact"],
-    "prefetch": ["off"],
+    "prefetch": ["off", "on", "auto"],
+    "predictor": ["auto", "router", "hybrid"],
+    "over_fetch": [0, 3],
+    "lookahead_layers": [1, 2],
+    "artifact": [None, "a/folder"],
     "staging": ["auto", "native", "torch"],
     "stream_buffer": ["auto", "on", "off"],
     "max_token_waves": [0, 1, 100],
@@ -37,7 +41,11 @@ BAD = {
     "slots_per_layer": [0, -3, 2.0, "8", True],
     "policy": ["LRU", "fifo", "", None, 1],
     "execution": ["Speculative", None, True],
-    "prefetch": ["on", "auto", None, False],
+    "prefetch": ["yes", None, False],
+    "predictor": ["oracle", None, True],
+    "over_fetch": [-1, 1.5, None, True],
+    "lookahead_layers": [0, 1.5, None, True],
+    "artifact": [3, True],
     "staging": ["cuda", True, None],
     "stream_buffer": ["yes", True, None],
     "max_token_waves": [-1, 1.5, "8", None, False],
@@ -62,7 +70,7 @@ def test_every_key_has_accepted_and_refused_values_here():
 
 def test_the_defaults_are_a_valid_configuration():
     config = ExpertPrefetchConfig()
-    assert (config.policy, config.execution, config.prefetch) == ("lru", "exact", "off")
+    assert (config.policy, config.execution, config.prefetch) == ("lru", "exact", "auto")
     assert config == ExpertPrefetchConfig.from_mapping({})
 
 

@@ -109,6 +109,10 @@ def _windows(args: argparse.Namespace, text: Any, card: Any, decoder: Any) -> li
     from vllm_expert_prefetch.serving.forced_decoding import SHORTEST
 
     if card is not None and card.data.get("sha256") == text.sha256:
+        if "window" not in card.data:
+            raise CalibrationError(
+                "this artifact does not say what of its text it held out: give other text with --data"
+            )
         held_out = cut(text, decoder.tokenize, card.data["window"], card.data["max_tokens"]).test
         windows = [
             piece[start : start + args.window] for piece in held_out for start in range(0, len(piece), args.window)

@@ -40,7 +40,7 @@ BAD = {
     "cache_fraction": [0, -0.5, 1.01, math.nan, "half", True],
     "slots_per_layer": [0, -3, 2.0, "8", True],
     "policy": ["LRU", "fifo", "", None, 1],
-    "execution": ["speculative", None, True],
+    "execution": ["Speculative", None, True],
     "prefetch": ["yes", None, False],
     "predictor": ["oracle", "none", "", None, 1],
     "over_fetch": [-1, 1.5, "1", None, True],

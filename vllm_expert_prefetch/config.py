@@ -14,6 +14,7 @@ from vllm_expert_prefetch.residency import POLICIES
 CONFIG_KEY = "expert_prefetch"
 AUTO = "auto"
 OFF = "off"
+EXACT, SPECULATIVE = "exact", "speculative"
 
 DEFAULT_CPU_FRACTION = 0.5
 
@@ -48,7 +49,12 @@ class ExpertPrefetchConfig:
         None, "Expert slots of each MoE layer. Excludes `cache_gb` and `cache_fraction`."
     )
     policy: str = _key("lru", "Eviction policy: " + ", ".join(f"`{name}`" for name in POLICIES) + ".")
-    execution: str = _key("exact", "`exact`: the tokens are those of plain vLLM. No other mode exists yet.")
+    execution: str = _key(
+        EXACT,
+        "`exact`: the tokens are those of plain vLLM. `speculative`: where every sequence gives one token, the layers "
+        "that the artifact allows execute the experts predicted for them in place of the router's: other tokens, fewer "
+        "copies. Needs `artifact`; the CPU platform only.",
+    )
     prefetch: str = _key(
         AUTO,
         "Copy experts before they are needed: `on`; `off`; `auto`: on, layer by layer where it pays. On the CPU "
@@ -114,11 +120,13 @@ class ExpertPrefetchConfig:
         self._check_types()
         self._check_cache_size()
         _one_of("policy", self.policy, list(POLICIES))
-        _one_of("execution", self.execution, ["exact"])
+        _one_of("execution", self.execution, [EXACT, SPECULATIVE])
         _one_of("prefetch", self.prefetch, [AUTO, "on", OFF])
         _one_of("predictor", self.predictor, [AUTO, *PREDICTORS])
         _at_least("over_fetch", self.over_fetch, 0)
         _at_least("lookahead_layers", self.lookahead_layers, 1)
+        if self.execution == SPECULATIVE:
+            self._check_speculative()
         _one_of("staging", self.staging, [AUTO, "native", "torch"])
         _one_of("pin_memory", self.pin_memory, [AUTO, "on", OFF])
         _one_of("stream_buffer", self.stream_buffer, [AUTO, "on", OFF])
@@ -169,6 +177,19 @@ class ExpertPrefetchConfig:
             if not isinstance(value, accepted) or (isinstance(value, bool) and wanted is not bool):
                 kind = _KINDS[wanted]
                 raise ConfigError(_message(f"{entry.name} must be {kind}, got {value!r}"))
+
+    def _check_speculative(self) -> None:
+        if self.artifact is None:
+            problem = "artifact, which says in which layers: make one with vllm-expert-prefetch calibrate"
+        elif self.prefetch == OFF:
+            problem = "prefetch on or auto: it executes what was predicted"
+        elif self.predictor not in (AUTO, "hybrid"):
+            problem = f"predictor auto or hybrid, not {self.predictor}: the artifact's layers were allowed with these"
+        elif self.lookahead_layers != 1:
+            problem = f"lookahead_layers 1, not {self.lookahead_layers}"
+        else:
+            return
+        raise ConfigError(_message(f"execution speculative needs {problem}"))
 
     def _check_cache_size(self) -> None:
         sizes = ["cache_gb", "cache_fraction", "slots_per_layer"]

@@ -91,7 +91,7 @@ CACHE = (
         "Lookups by outcome",
         "timeseries",
         "ops",
-        "hit: in a slot; late: on its way; miss: copied while the step waits; speculated: another expert was used.",
+        "hit: in a slot; late: on its way; miss: copied while the step waits; speculated: executed as predicted.",
         [(rate("lookups_total", by="outcome"), "{{outcome}}")],
     ),
 )

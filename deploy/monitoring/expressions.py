@@ -25,8 +25,8 @@ def share(part: str, whole: str) -> str:
 
 
 def hit_ratio(selector: str = RANKS, by: str = "instance", metric: str = "lookups_total") -> str:
-    """Hits among lookups."""
-    return share(rate(metric, selector, by, 'outcome="hit"'), rate(metric, selector, by))
+    """Hits among the lookups of what the router chose."""
+    return share(rate(metric, selector, by, 'outcome="hit"'), rate(metric, selector, by, 'outcome!="speculated"'))
 
 
 def stall_ratio(selector: str = RANKS) -> str:

@@ -65,7 +65,10 @@ def _tpot(quantile: float) -> str:
 
 RECORDINGS = (
     Recording(f"{R}lookups:rate5m", _rate("lookups_total")),
-    Recording(f"{R}hit_ratio:rate5m", _share(_rate('lookups_total{outcome="hit"}'), _rate("lookups_total"))),
+    Recording(
+        f"{R}hit_ratio:rate5m",
+        _share(_rate('lookups_total{outcome="hit"}'), _rate('lookups_total{outcome!="speculated"}')),
+    ),
     Recording(f"{R}planned_hit_ratio", f"avg by ({SERVER}) ({P}planned_hit_ratio)"),
     Recording(f"{R}stall_ratio:rate5m", _share(_rate("stall_seconds_total"), _rate("step_seconds_sum"))),
     Recording(f"{R}tpot_seconds:mean5m", _share(_rate("tpot_seconds_sum"), _rate("tpot_seconds_count"))),

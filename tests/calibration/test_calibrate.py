@@ -81,7 +81,8 @@ def test_constant_experts_make_default_vectors_right_and_the_estimator_uses_them
     assert recall(made, "router_defaults") > max(0.95, recall(made, "router") + 0.1)
     assert made.card.estimator["default_vectors"] is True
     assert set(made.card.hybrid) == {"router_defaults"}
-    assert made.card.allow_list == [1, 2]
+    assert made.card.guard == {"candidates": sorted(made.card.guard["candidates"])} == {"candidates": [1, 2]}
+    assert made.card.allow_list == []
 
 
 def test_every_predictor_is_in_the_table_and_the_text(calibrated):
@@ -91,7 +92,6 @@ def test_every_predictor_is_in_the_table_and_the_text(calibrated):
     table = recall_table(made.card, TOP_K)
     assert "recall@2 / @4" in table
     assert all(name in table for name in MEASURED)
-    assert "layers: 1, 2" in table
 
 
 def test_tables_are_shares(calibrated):

@@ -100,6 +100,11 @@ def test_the_command_makes_a_usable_artifact(tmp_path, capsys):
     assert means["hybrid"] >= means["router"] - 0.01
     assert means["router"] > means["transition"] > means["frequency"] > 1.5 * 2 / 16
     assert sum(artifact.card.data["tokens"].values()) == 4096
+    guard = artifact.card.guard
+    assert sorted(guard["candidates"]) == list(range(1, 7))
+    assert guard["measured"][0]["layers"] == 6
+    assert set(artifact.card.allow_list) == set(guard["candidates"][: len(artifact.card.allow_list)])
+    assert "speculative execution is allowed in layers: " in printed
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,6 @@ class Options:
     defaults: bool = True
     estimator: bool = True
     training: TrainingOptions = field(default_factory=TrainingOptions)
-    allowed_missing_mass: float = 0.05
-    """A layer may be executed speculatively when the hybrid misses no more than this share of the gate mass."""
     keep_recordings: bool = False
 
 
@@ -97,7 +95,13 @@ class Calibration:
     ) -> Artifact:
         """Tables and default vectors; no estimator and no recall yet."""
         frequency, transition = count_tables(training, gates, self.options.distance)
-        data = {"sha256": self.text.sha256, "documents": len(self.text.documents), "tokens": tokens}
+        data = {
+            "sha256": self.text.sha256,
+            "documents": len(self.text.documents),
+            "tokens": tokens,
+            "window": self.options.window,
+            "max_tokens": self.options.max_tokens,
+        }
         card = Card(
             model=self.model,
             fingerprint=fingerprint(gates),
@@ -131,14 +135,20 @@ class Calibration:
         return replace(artifact.with_card(estimator=described), estimator=trained.estimator)
 
     def _measured(self, artifact: Artifact, gates: Sequence[Gate], validation: Split, test: Split) -> Artifact:
-        """Choose the hybrid's predictors on the validation text, then measure all on the test text."""
+        """Choose the hybrid's predictors on the validation text, then measure all on the test text.
+
+        Speculative execution is allowed nowhere yet: `guard` chooses among the candidates.
+        """
         candidates = [name for name in ("router", "router_defaults", "estimator") if _has(artifact, name)]
         by_name = {name: self._qualities(name, artifact, gates, validation) for name in candidates}
-        hybrid = []
+        hybrid, missing = [], {}
         for target in range(self.options.distance, len(gates)):
             recalls = {name: own[target] for name, own in by_name.items()}
             hybrid.append(max(candidates, key=lambda name: recalls[name].recall))  # type: ignore[union-attr]
-        artifact = artifact.with_card(hybrid=hybrid)
+            missing[target] = recalls[hybrid[-1]].missing_mass  # type: ignore[union-attr]
+        last = len(gates) - 1
+        order = sorted((target for target in missing if target < last), key=lambda target: missing[target])
+        artifact = artifact.with_card(hybrid=hybrid, guard={"candidates": order})
         table: dict[str, list[Quality | None]] = {}
         for number, name in enumerate(MEASURED):
             self.tell("measuring", number, len(MEASURED))
@@ -146,12 +156,7 @@ class Calibration:
                 table[name] = self._qualities(name, artifact, gates, test)
         self.tell("measuring", len(MEASURED), len(MEASURED))
         recall = {name: [None if one is None else [*one] for one in own] for name, own in table.items()}
-        allowed = [
-            target
-            for target, one in enumerate(table["hybrid"])
-            if one is not None and 0 < target < len(gates) - 1 and one.missing_mass <= self.options.allowed_missing_mass
-        ]
-        return artifact.with_card(recall=recall, allow_list=allowed)
+        return artifact.with_card(recall=recall)
 
     def _qualities(self, name: str, artifact: Artifact, gates: Sequence[Gate], windows: Split) -> list[Quality | None]:
         ingredients = Ingredients(gates, artifact, self.options.distance)

@@ -21,8 +21,6 @@ def recall_table(card: Card, top_k: int) -> str:
         lines.append(f"{target:5}   {cells}{chosen}")
     means = "".join(f"{_cell(mean_quality(qualities[name], card.distance)):>{width}}" for name in names)
     lines.append(f" mean   {means}   layers {card.distance} to {len(card.layers) - 1}")
-    allowed = ", ".join(map(str, card.allow_list)) or "none"
-    lines.append(f"speculative execution would be allowed in layers: {allowed}")
     return "\n".join(lines)
 
 

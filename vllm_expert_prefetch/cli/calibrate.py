@@ -37,6 +37,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--epochs", default=30, help="at most (default: %(default)s)", **number)
     parser.add_argument("--no-defaults", action="store_true", help="collect no default vectors")
     parser.add_argument("--no-estimator", action="store_true", help="train no estimator")
+    parser.add_argument(
+        "--guard-tokens",
+        default=2048,
+        help="decoded to choose the layers of speculative execution, 0: allow none (default: %(default)s)",
+        **number,
+    )
     parser.add_argument("--keep-recordings", action="store_true", help="do not delete ARTIFACT.work at the end")
     parser.add_argument(
         "--engine", type=json.loads, default={}, metavar="JSON", help='more engine arguments, as {"dtype": "bfloat16"}'
@@ -68,6 +74,7 @@ def _check(args: argparse.Namespace) -> None:
     from vllm_expert_prefetch.calibration import CalibrationError
 
     lowest = {"max_tokens": 64, "window": 16, "over_fetch": 0, "lookahead_layers": 1, "m": 1, "n": 1, "epochs": 1}
+    lowest["guard_tokens"] = 0
     for name, low in lowest.items():
         if getattr(args, name) < low:
             raise CalibrationError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
@@ -100,7 +107,7 @@ def _calibrate(args: argparse.Namespace, text: Any) -> int:
     )
     versions = {"vllm-expert-prefetch": __version__, "vllm": compat.vllm_version(), "torch": torch.__version__}
     try:
-        with open_recording_engine(args.model, args.window, **args.engine) as engine, _Bar() as bar:
+        with open_recording_engine(args.model, args.window, **args.engine) as engine, Bar() as bar:
             job = Calibration(engine, text, args.output, args.model, versions, options, bar.show)
             artifact = job.run()
             top_k = engine.gates[0].routing.top_k
@@ -108,14 +115,42 @@ def _calibrate(args: argparse.Namespace, text: Any) -> int:
         print(f"error: {args.model} cannot be calibrated: {missing}", file=sys.stderr)
         return 1
     print(recall_table(artifact.card, top_k))
+    _guard(args, text, artifact)
     print(f"{args.output}: written")
     return 0
 
 
-class _Bar:
+def _guard(args: argparse.Namespace, text: Any, artifact: Any) -> None:
+    """Choose the layers of speculative execution, write them into the artifact, and say which."""
+    from vllm_expert_prefetch.calibration import guard
+    from vllm_expert_prefetch.calibration.text import cut
+    from vllm_expert_prefetch.config import ConfigError
+    from vllm_expert_prefetch.prediction import save_artifact
+    from vllm_expert_prefetch.serving.forced_decoding import SHORTEST, CannotMeasure, open_forced_decoding
+
+    if not args.guard_tokens or args.lookahead_layers != 1:
+        print("speculative execution is allowed in no layer: that was not measured")
+        return
+    try:
+        with open_forced_decoding(args.model, args.window, args.output, **args.engine) as decoder, Bar() as bar:
+            windows = cut(text, decoder.tokenize, args.window, args.max_tokens).validation
+            windows = guard.first_tokens(windows, args.guard_tokens, SHORTEST)
+            artifact = guard.with_guard(artifact, decoder, windows, bar.show)
+    except (CannotMeasure, ConfigError) as reason:
+        print(f"speculative execution is allowed in no layer: it cannot be measured here: {reason}")
+        return
+    save_artifact(artifact, args.output)
+    allowed = ", ".join(map(str, artifact.card.allow_list)) or "none"
+    print(
+        f"speculative execution is allowed in layers: {allowed} (perplexity within {100 * guard.MAX_INCREASE:g} %, "
+        f"measured on {artifact.card.guard['tokens']} decoded tokens)"
+    )
+
+
+class Bar:
     """A progress bar per stage."""
 
-    def __enter__(self) -> "_Bar":
+    def __enter__(self) -> "Bar":
         self._stage, self._bar = "", None
         return self
 

@@ -73,7 +73,9 @@ METRICS = (
         "lookups_total",
         Kind.COUNTER,
         "lookups",
-        "Distinct experts needed, per wave of a layer, by where they were found.",
+        "Distinct experts needed, per wave of a layer, by where they were found: in a slot, on their way, absent; or "
+        "speculated: executed because they were predicted, wherever they were found. What those took is in "
+        "transfer_bytes_total and stall_seconds_total.",
         "outcome",
         OUTCOMES,
     ),

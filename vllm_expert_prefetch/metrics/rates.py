@@ -92,10 +92,11 @@ def summarise(before: Scrape, after: Scrape) -> dict[str, Any]:
     gained, share = both.gained, both.share
     layers = after.labels("layer_lookups_total", LAYER_LABEL)
     outcomes = after.labels("lookups_total", "outcome")
+    routed = gained("lookups_total") - gained("lookups_total", outcome="speculated")
     return {
         "elapsed_seconds": both.seconds,
         "servers": after.info(),
-        "hit_ratio": share(gained("lookups_total", outcome="hit"), gained("lookups_total")),
+        "hit_ratio": share(gained("lookups_total", outcome="hit"), routed),
         "planned_hit_ratio": both.mean("planned_hit_ratio"),
         "stall_ratio": share(gained("stall_seconds_total"), gained("step_seconds_sum")),
         "tpot_seconds": share(gained("tpot_seconds_sum"), gained("tpot_seconds_count")),

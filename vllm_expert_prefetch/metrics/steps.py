@@ -37,6 +37,11 @@ class StepClock:
         self._num_decoding = num_decoding
         self._from = self._end if continues else self._now()
 
+    @property
+    def num_one_token_each(self) -> int:
+        """Sequences of the step that has begun, when all of them are beyond their first token; 0 otherwise."""
+        return self._num_decoding if self._phase is _DECODE else 0
+
     def end(self) -> None:
         """The step that began has its tokens, or its work is issued. Without one that began, nothing happens."""
         phase = self._phase

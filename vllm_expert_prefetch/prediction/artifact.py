@@ -44,6 +44,8 @@ class Card:
     """Per source layer, the predictor that the hybrid uses."""
     allow_list: list[int] = field(default_factory=list)
     """Target layers that speculative execution may touch."""
+    guard: dict[str, Any] | None = None
+    """How these were chosen: `candidates`, the most promising first, and what was measured."""
     estimator: dict[str, Any] | None = None
     """`m`, `n`, `default_vectors` and the training record."""
     tensors: dict[str, Any] = field(default_factory=dict)

@@ -19,6 +19,7 @@ from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.cache_factory import CacheFactory
 from vllm_expert_prefetch.serving.device_totals import DeviceTotals
 from vllm_expert_prefetch.serving.lookahead import create_look_ahead
+from vllm_expert_prefetch.serving.speculation import describe_execution
 from vllm_expert_prefetch.serving.takeover import TakeoverError
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ class Deployment:
     counters: Counters
     """There once the model is loaded: a start that fails shows no metrics."""
     clock: StepClock
+    prefetch: str
+    """How look-ahead is called, or why there is none; there once the model is loaded."""
 
     def __init__(self, vllm_config: Any, config: ExpertPrefetchConfig) -> None:
         self.config = config
@@ -45,7 +48,7 @@ class Deployment:
         self._sizing = ""
         self._num_taken_over = 0
         self._refresh_at = 0.0
-        self._prefetch = ""
+        self._execution = config.execution
         self._buffers: dict[tuple[object, ...], SlotPool] = {}
         self._device_totals: DeviceTotals | None = None
         self.caches = CacheFactory(config)
@@ -95,10 +98,12 @@ class Deployment:
         self._verify_bytes()
         layers = self._live_layers()
         has_link = self.caches.link is not None
-        look_ahead, self._prefetch = create_look_ahead(model, layers, self.config, has_link)
+        look_ahead, self.prefetch = create_look_ahead(model, layers, self.config, has_link)
+        speculated = frozenset() if look_ahead is None else look_ahead.speculated_layers
+        self._execution = describe_execution(self.config, speculated, len(layers), self.prefetch)
         self._publish()
         if look_ahead is not None:
-            look_ahead.counters = self.counters
+            look_ahead.counters, look_ahead.clock = self.counters, self.clock
         for layer in layers:
             layer.look_ahead = look_ahead
         compat.logger().info("%s", self.describe())
@@ -130,7 +135,7 @@ class Deployment:
             f"{store / GB:.4g} GB on the host ({'page-locked' if self._is_pinned() else 'pageable'}), "
             f"{cache / GB:.4g} GB cache ({100 * first.pool.num_slots / first.num_experts:.0f} % of the experts), "
             f"{self._buffer_bytes() / GB:.4g} GB stream buffer; "
-            f"policy {config.policy}, execution {config.execution}, prefetch {self._prefetch}; "
+            f"policy {config.policy}, execution {self._execution}, prefetch {self.prefetch}; "
             f"staging {self.caches.staging_name}, link {link_text}"
             + (f"; sizing: {self._sizing}" if self._sizing else "")
         )
@@ -242,9 +247,9 @@ class Deployment:
     def _info(self) -> dict[str, str]:
         link = self.caches.link
         return {
-            "execution": self.config.execution,
+            "execution": self._execution,
             "policy": self.config.policy,
-            "prefetch": self._prefetch,
+            "prefetch": self.prefetch,
             "staging": self.caches.staging_name,
             "link": f"emulated {link.gbps} GB/s {link.latency_us} us" if link else "real",
             "pinned": str(self._is_pinned()).lower(),

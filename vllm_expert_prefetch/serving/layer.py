@@ -12,6 +12,7 @@ from vllm_expert_prefetch.config import config_from_additional
 from vllm_expert_prefetch.experts import DeviceLayerCache, HostStore, LayerCache, SlotPool, Step
 from vllm_expert_prefetch.metrics.counters import layer_start
 from vllm_expert_prefetch.metrics.definitions import INDEX, LAYER_INDEX
+from vllm_expert_prefetch.prediction import Signals
 from vllm_expert_prefetch.residency import Split
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.deployment import deployment_of
@@ -19,11 +20,13 @@ from vllm_expert_prefetch.serving.device_step import DeviceStep
 from vllm_expert_prefetch.serving.execution import Executor, Kernel
 from vllm_expert_prefetch.serving.lookahead import LookAhead
 from vllm_expert_prefetch.serving.refusals import check_layer_refusals
+from vllm_expert_prefetch.serving.speculation import execute_instead
 from vllm_expert_prefetch.serving.takeover import TakeoverError, expert_parameters, swap_in_slots
 
 _HIT = INDEX["lookups_total/hit"]
 _LATE = INDEX["lookups_total/late"]
 _MISS = INDEX["lookups_total/miss"]
+_SPECULATED = INDEX["lookups_total/speculated"]
 _DEMAND_BYTES = INDEX["transfer_bytes_total/demand"]
 _STREAM_BYTES = INDEX["transfer_bytes_total/stream"]
 _TRANSFER_SECONDS = INDEX["transfer_seconds_total"]
@@ -32,6 +35,7 @@ _EVICTIONS = INDEX["evictions_total"]
 _LAYER_HIT = LAYER_INDEX["layer_lookups_total/hit"]
 _LAYER_LATE = LAYER_INDEX["layer_lookups_total/late"]
 _LAYER_MISS = LAYER_INDEX["layer_lookups_total/miss"]
+_LAYER_SPECULATED = LAYER_INDEX["layer_lookups_total/speculated"]
 _LAYER_STALL = LAYER_INDEX["layer_stall_seconds_total"]
 _WAVES = {int(split): INDEX[f"waves_total/{split.name.lower()}"] for split in Split}
 
@@ -189,16 +193,21 @@ class CachedRoutedExperts(RoutedExperts):
         num_tokens = compat.num_real_tokens(x.shape[0])
         if num_tokens == 0:  # a dummy or profile run: the right shapes and load, no residency, no counters
             return self._kernel(x, topk_weights, topk_ids % self.pool.num_slots)
+        routed = None
+        guess = None if self.look_ahead is None else self.look_ahead.to_execute(self._number, num_tokens)
+        if guess is not None:
+            routed = Signals(x[:num_tokens], topk_ids[:num_tokens], topk_weights[:num_tokens])
+            topk_weights, topk_ids = execute_instead(guess, topk_weights, topk_ids)
         step = self.cache.serve(topk_ids, num_tokens)
         if self.look_ahead is not None:
-            rows = slice(0, num_tokens)
-            self.look_ahead.after_staging(self._number, step, x[rows], topk_weights[rows], topk_ids[rows])
+            executed = Signals(x[:num_tokens], topk_ids[:num_tokens], topk_weights[:num_tokens])
+            self.look_ahead.after_staging(self._number, step, executed, routed)
         with self._tiles_as_if_resident(x.shape[0]):
             if step.slot_ids is not None:
                 output = self._kernel(x, topk_weights, step.slot_ids)
             else:
                 output, step = self.executor.run(step, x, topk_weights, topk_ids)
-        self._count(step)
+        self._count(step, is_speculated=guess is not None)
         return output
 
     def _tiles_as_if_resident(self, num_rows: int) -> AbstractContextManager[None]:
@@ -238,14 +247,21 @@ class CachedRoutedExperts(RoutedExperts):
             getattr(self, name).data = tensor
         self.global_num_experts = self.local_num_experts = pool.num_slots  # what the kernel is told
 
-    def _count(self, step: Step) -> None:
+    def _count(self, step: Step, is_speculated: bool) -> None:
         add = self.deployment.counters.add
-        add(_HIT, step.num_hits)
+        num_lookups = step.num_hits + step.num_late + step.num_misses
+        hits, late, misses, speculated = (
+            (0, 0, 0, num_lookups) if is_speculated else (step.num_hits, step.num_late, step.num_misses, 0)
+        )
+        add(_HIT, hits)
         add(_WAVES[step.split], step.num_waves)
-        if step.num_late:
-            add(_LATE, step.num_late)
-        if step.num_misses:
-            add(_MISS, step.num_misses)
+        if speculated:
+            add(_SPECULATED, speculated)
+        if late:
+            add(_LATE, late)
+        if misses:
+            add(_MISS, misses)
+        if step.num_evictions:
             add(_EVICTIONS, step.num_evictions)
         if step.num_bytes:
             add(_STREAM_BYTES if step.split == Split.STREAM else _DEMAND_BYTES, step.num_bytes)
@@ -254,9 +270,10 @@ class CachedRoutedExperts(RoutedExperts):
             add(_STALL_SECONDS, step.stall_seconds)
         if self.deployment.counters.layers:
             start = layer_start(self._number)
-            add(start + _LAYER_HIT, step.num_hits)
-            add(start + _LAYER_LATE, step.num_late)
-            add(start + _LAYER_MISS, step.num_misses)
+            add(start + _LAYER_HIT, hits)
+            add(start + _LAYER_LATE, late)
+            add(start + _LAYER_MISS, misses)
+            add(start + _LAYER_SPECULATED, speculated)
             add(start + _LAYER_STALL, step.stall_seconds)
 
 

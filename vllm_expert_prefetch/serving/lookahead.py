@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, OFF, ConfigError, ExpertPrefetchConfig
+from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, OFF, SPECULATIVE, ConfigError, ExpertPrefetchConfig
 from vllm_expert_prefetch.experts import NativeLayerCache, Step
 from vllm_expert_prefetch.metrics.counters import Counters
 from vllm_expert_prefetch.metrics.definitions import INDEX
+from vllm_expert_prefetch.metrics.steps import StepClock
 from vllm_expert_prefetch.prediction import (
+    Artifact,
     ArtifactError,
     Ingredients,
     Prediction,
@@ -25,6 +27,7 @@ from vllm_expert_prefetch.prediction.schedule import SelfGate, most_wanted
 from vllm_expert_prefetch.prediction.truth import score
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.lookahead_sources import NotFound, Source, find_sources
+from vllm_expert_prefetch.serving.speculation import allowed_layers, covers
 
 if TYPE_CHECKING:
     from vllm_expert_prefetch.serving.layer import CachedRoutedExperts
@@ -47,6 +50,10 @@ class LookAhead:
 
     counters: Counters
     """Where it counts; to be set before the first step."""
+    clock: StepClock
+    """Knows what a step consists of; to be set before the first step."""
+    speculated_layers: frozenset[int] = frozenset()
+    """Layers that execute their guess in steps that give every sequence one token."""
 
     def __init__(
         self,
@@ -60,37 +67,50 @@ class LookAhead:
         self.gates = [SelfGate(forced) for _ in layers]
         self._caches: list[NativeLayerCache] = [layer.cache for layer in layers]  # type: ignore[misc]
         self._num_experts = [layer.num_experts for layer in layers]
-        self._counts = [layer.top_k + over_fetch for layer in layers]
+        self._top_k = [layer.top_k for layer in layers]
+        self._over_fetch = over_fetch
         self._record_bytes = [layer.store.record_bytes for layer in layers]
         self._guesses: list[Prediction | None] = [None] * len(layers)
         self._spent = [0.0] * len(layers)
         self._num_steps = 0
         self._lane_bytes = 0
 
-    def after_staging(
-        self, layer: int, step: Step, hidden: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor
-    ) -> None:
+    def to_execute(self, layer: int, num_tokens: int) -> Prediction | None:
+        """The guess that `layer` executes in this step of `num_tokens`; None where it follows the router."""
+        if not self._speculates(layer, num_tokens):
+            return None
+        guess = self._guesses[layer]
+        return guess if guess is not None and covers(guess, num_tokens, self._top_k[layer]) else None
+
+    def _speculates(self, layer: int, num_tokens: int) -> bool:
+        return layer in self.speculated_layers and self.clock.num_one_token_each == num_tokens
+
+    def after_staging(self, layer: int, step: Step, signals: Signals, routed: Signals | None = None) -> None:
         """The experts of this step of `layer` (its number) are there: look ahead from it.
 
-        `hidden` (T, H), `topk_weights` and `topk_ids` (T, K), of real tokens only.
+        `signals`: what is executed, of real tokens only; `routed`: what the router chose, where that is something else.
         """
         self._count(layer, step)
         if layer == 0:
             self._num_steps += 1
-        signals = Signals(hidden, topk_ids, topk_weights)
-        self._score(layer, signals)
+        true = signals if routed is None else routed
+        self._score(layer, true)
         if self.predictor.observes:
-            self.predictor.observe(layer, signals)
+            self.predictor.observe(layer, true)
         target = self.predictor.target_of(layer)
-        if target is None or step.slot_ids is None:  # a wide step is streamed: it leaves nothing to fetch ahead
+        if target is None:
             return
-        gate = self.gates[target]
-        if not gate.is_open:
+        # A wide step is streamed: it leaves nothing to fetch ahead. What is executed must not hang on gates: these
+        # follow the clock, and the tokens must not.
+        fetches = step.slot_ids is not None and self.gates[target].is_open
+        speculates = self._speculates(target, len(signals.hidden))
+        if not (fetches or speculates):
             return
         started = time.perf_counter()
-        guess = self.predictor.predict(layer, signals, self._counts[target])
+        count = self._top_k[target] + (0 if speculates else self._over_fetch)
+        guess = self.predictor.predict(layer, signals, count)
         self._guesses[target] = guess
-        if guess is not None:
+        if guess is not None and fetches:
             wanted = most_wanted(guess, self._num_experts[target])
             done = self._caches[target].prefetch(wanted.contiguous(), self._caches[target].num_slots)
             self.counters.add(_EVICTIONS, done.num_evictions)
@@ -109,7 +129,7 @@ class LookAhead:
             add(_CANCELLED, step.num_cancelled)
         if step.slot_ids is not None:
             self.gates[layer].note(step.stall_seconds + self._spent[layer])
-            self._spent[layer] = 0.0
+        self._spent[layer] = 0.0
         if layer == 0 and self._num_steps % _SCORED_EVERY == 0:
             moved = int(self._caches[0].staging.lane.counters()["prefetch_bytes"])
             add(_PREFETCH_BYTES, moved - self._lane_bytes)
@@ -130,17 +150,21 @@ class LookAhead:
 
 
 def why_not(config: ExpertPrefetchConfig, layers: "Sequence[CachedRoutedExperts]", has_link: bool) -> str | None:
-    """Why this deployment does not look ahead; None when it does. Raises ConfigError where `prefetch` is on in vain."""
+    """Why this deployment does not look ahead; None when it does. Raises ConfigError where what was asked for
+    cannot be.
+    """
     if config.prefetch == OFF:
         return "off"
-    reason = None
+    reason, speculates = None, config.execution == SPECULATIVE
     if any(not isinstance(getattr(layer, "cache", None), NativeLayerCache) for layer in layers):
         reason = "it needs native staging on the CPU platform, with the policy lru, lfu or lfru"
     elif all(layer.is_fully_resident for layer in layers):
         return "off: every expert has a slot"
+    if reason and speculates:
+        raise ConfigError(f"{CONFIG_KEY}: execution is speculative and cannot be: {reason}. Set execution to exact")
     if reason and config.prefetch == "on":
         raise ConfigError(f"{CONFIG_KEY}: prefetch is on and cannot be: {reason}. Set prefetch to auto or off")
-    if reason is None and config.prefetch == AUTO and not has_link:
+    if reason is None and config.prefetch == AUTO and not has_link and not speculates:
         reason = "there is no link to hide: records are copied within host memory"
     return f"off: {reason}" if reason else None
 
@@ -157,14 +181,18 @@ def create_look_ahead(
     """
     reason = why_not(config, layers, has_link)
     if reason:
+        if config.execution == SPECULATIVE:
+            compat.logger().warning("expert_prefetch: execution is speculative, but serving is exact: %s", reason)
         return None, reason
     try:
         sources = _sources_of(model, layers)
-        predictor = _create(config, [source.gate for source in sources])
+        predictor, artifact = _create(config, [source.gate for source in sources])
     except (NotFound, ArtifactError) as error:
         compat.logger().warning("expert_prefetch: no look-ahead, serving goes on without it: %s", error)
         return None, f"off: {error}"
     look_ahead = LookAhead(predictor, layers, config.over_fetch, forced=config.prefetch == "on")
+    if config.execution == SPECULATIVE and artifact is not None:
+        look_ahead.speculated_layers = allowed_layers(artifact.card, len(layers))
     return look_ahead, f"{config.prefetch}: {predictor.name}"
 
 
@@ -176,9 +204,9 @@ def _sources_of(model: torch.nn.Module, layers: "Sequence[CachedRoutedExperts]")
     return [by_experts[layer] for layer in layers]
 
 
-def _create(config: ExpertPrefetchConfig, gates: list[Any]) -> Predictor:
+def _create(config: ExpertPrefetchConfig, gates: list[Any]) -> tuple[Predictor, Artifact | None]:
     artifact = load_artifact(Path(config.artifact), fingerprint(gates)) if config.artifact else None
     name = config.predictor
     if name == AUTO:
         name = "hybrid" if artifact is not None and artifact.card.hybrid else "router"
-    return create_predictor(name, Ingredients(gates, artifact, config.lookahead_layers))
+    return create_predictor(name, Ingredients(gates, artifact, config.lookahead_layers)), artifact

@@ -60,13 +60,20 @@ def open_recording_engine(model: str, window: int, **options: Any) -> Iterator[R
 
     On a GPU the experts are served by this plugin, so that a model that does not fit can be calibrated.
     """
+    if compat.on_cuda_platform():
+        options.setdefault("additional_config", {CONFIG_KEY: True})
+    with open_in_process(model, window, **options) as (llm, runner):
+        yield RecordingEngine(llm, find_sources(runner.get_model()), window)
+
+
+@contextlib.contextmanager
+def open_in_process(model: str, window: int, **options: Any) -> Iterator[tuple[Any, Any]]:
+    """vLLM's `LLM`, which takes one sequence of at most `window` tokens at a time, and its worker's model runner."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the model must be in this process
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    if compat.on_cuda_platform():
-        options.setdefault("additional_config", {CONFIG_KEY: True})
     llm: Any = LLM(
         model,
         max_model_len=window + 1,
@@ -77,8 +84,7 @@ def open_recording_engine(model: str, window: int, **options: Any) -> Iterator[R
         **options,
     )
     try:
-        worker = llm.llm_engine.model_executor.driver_worker.worker
-        yield RecordingEngine(llm, find_sources(worker.model_runner.get_model()), window)
+        yield llm, llm.llm_engine.model_executor.driver_worker.worker.model_runner
     finally:
         llm.llm_engine.engine_core.shutdown()
         del llm

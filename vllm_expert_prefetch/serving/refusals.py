@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_expert_prefetch.config import CONFIG_KEY, ConfigError, ExpertPrefetchConfig
+from vllm_expert_prefetch.config import CONFIG_KEY, SPECULATIVE, ConfigError, ExpertPrefetchConfig
 from vllm_expert_prefetch.experts import POLICY_NUMBERS
 from vllm_expert_prefetch.serving import compat
 
@@ -122,6 +122,12 @@ REFUSALS = (
         "--cpu-offload-gb, --offload-group-size, --offload-backend",
         "drop it: the experts are offloaded by the plugin",
         _offload_flags,
+    ),
+    Refusal(
+        "speculative execution on a GPU",
+        "execution",
+        "set execution to exact: nothing looks ahead on a GPU yet",
+        lambda vllm_config, config: config.execution == SPECULATIVE and not compat.on_cpu_platform(),
     ),
     Refusal(
         "an emulated link on a GPU",

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from observatory import (
     remove_scheme,
     run_prometheus,
 )
+from scraping import Scrapes, scrape_often
 from servers import Server, free_port, serve
 
 from vllm_expert_prefetch.metrics.counters import SUFFIX, read_counters
@@ -51,19 +52,6 @@ CONFIG = {"cache_fraction": 0.5, "metrics_per_layer": True, "emulated_link_gbps"
 def ask(metrics_port: int) -> list[str]:
     config = {"expert_prefetch": {**CONFIG, "metrics_port": metrics_port}}
     return ["--plugin", "expert_prefetch", "--additional-config", json.dumps(config)]
-
-
-@dataclass
-class Scrapes:
-    """What scraping ten times a second gave: seconds and the plugin's lines of each, and errors.
-
-    `empty_seconds`: how long an empty answer of the same server took right before.
-    """
-
-    seconds: list[float] = field(default_factory=list)
-    empty_seconds: list[float] = field(default_factory=list)
-    pages: list[list[str]] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -172,29 +160,6 @@ def kill_worker(server: Server) -> dict[str, float]:
         if not shown:
             return {}
     return shown
-
-
-def scrape_often(url: str, seconds: float) -> Scrapes:
-    """Ten times a second, in a process of its own: the clients must not slow down what is measured here."""
-    scrapes = Scrapes()
-    with httpx.Client(timeout=30) as client:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            began = time.perf_counter()
-            try:
-                client.get(f"{url}/ping").raise_for_status()
-                started = time.perf_counter()
-                answer = client.get(f"{url}/metrics")
-                answer.raise_for_status()
-            except httpx.HTTPError as error:
-                scrapes.problems.append(repr(error))
-                continue
-            scrapes.seconds.append(time.perf_counter() - started)
-            scrapes.empty_seconds.append(started - began)
-            lines = answer.text.splitlines()
-            scrapes.pages.append([line for line in lines if line.startswith("vllm_expert_prefetch_")])
-            time.sleep(max(0.0, 0.1 - (time.perf_counter() - began)))
-    return scrapes
 
 
 def counters_of(page: list[str]) -> dict[str, float]:

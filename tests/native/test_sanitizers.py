@@ -4,6 +4,7 @@ Each program is one file with a main() that returns 0 when its property holds. I
 linked with the sources of csrc/host/ that bind nothing to Python (all but version.cc and *_bindings.cc).
 """
 
+import os
 import platform
 import shutil
 import subprocess
@@ -31,8 +32,12 @@ def compile_program(arguments: list[object], output: Path, sanitizer: str) -> Pa
 def run_program(program: Path) -> "subprocess.CompletedProcess[str]":
     # The thread sanitizer of older compilers cannot live with the address randomisation of newer kernels.
     fixed_addresses = ["setarch", platform.machine(), "-R"] if shutil.which("setarch") else []
+    # Nothing may come before the sanitizer's own library, and an engine in this process preloads some for its workers.
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     for prefix in ([], fixed_addresses):
-        done = subprocess.run([*prefix, str(program)], capture_output=True, text=True, timeout=120, check=False)
+        done = subprocess.run(
+            [*prefix, str(program)], env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
         if "unexpected memory mapping" not in done.stderr:
             break
     return done

@@ -45,7 +45,7 @@ def test_smoke_server_gives_the_completions_of_plain_vllm(server, stock_texts):
 def test_the_start_up_line_says_what_is_offloaded(server):
     line = next(line for line in server.log.read_text().splitlines() if "MoE layers x" in line)
     assert "8 MoE layers x 16 experts, 8 slots each" in line
-    for part in ("0.006291 GB on the host", "0.003146 GB cache (50 % of the experts)", "policy lru", "staging torch"):
+    for part in ("0.006291 GB on the host", "0.003146 GB cache (50 % of the experts)", "policy lru", "staging "):
         assert part in line
 
 
@@ -64,7 +64,14 @@ def test_metrics_of_the_worker_process_appear_on_vllms_endpoint(server):
     assert total(after, "experts") == 128
     assert total(after, "cache_bytes") == total(after, "host_store_bytes") / 2
     info = next(key for key in after if key.startswith("vllm_expert_prefetch_info"))
-    for label in ('execution="exact"', 'policy="lru"', 'prefetch="off"', 'model_name="demo"', 'rank="0"', 'engine="0"'):
+    for label in (
+        'execution="exact"',
+        'policy="lru"',
+        'prefetch="off: ',
+        'model_name="demo"',
+        'rank="0"',
+        'engine="0"',
+    ):
         assert label in info
 
 

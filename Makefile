@@ -26,7 +26,7 @@ DEMO_DIR = .demo/$(patsubst %-moe,%,$(DEMO))-moe
 URL = http://localhost:$(PORT)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve lint check test bench observe sanitize release-check gpu-check matrix clean
+.PHONY: help setup serve lint check test test-triton bench observe sanitize release-check gpu-check matrix clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -70,6 +70,11 @@ check: lint  ## lint, and the tests that start no engine
 
 test: setup  ## The whole test suite
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+# Not in .venv: vLLM's CPU build behaves differently beside Triton.
+test-triton: setup  ## The Triton kernel in Triton's interpreter
+	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target build/triton triton
+	PYTHONPATH=build/triton $(BIN)/pytest tests/prediction/test_fused_router.py $(PYTEST_ARGS)
 
 bench: setup  ## Every benchmark, in its quick form
 	@set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python "$$script" --quick; done

@@ -114,6 +114,11 @@ def test_look_ahead_that_cannot_be_is_refused_when_it_was_asked_for_and_off_when
     assert "native staging" in (why_not(ExpertPrefetchConfig(), [object()], has_link=True) or "")
 
 
+def test_looking_further_ahead_than_there_are_layers_is_refused():
+    with pytest.raises(ConfigError, match="lookahead_layers is 3 and the model has 3 MoE layers: set it to 2 at most"):
+        why_not(ExpertPrefetchConfig(lookahead_layers=3), [object()] * 3, has_link=True)
+
+
 def test_an_artifact_that_is_not_there_leaves_exact_serving_and_says_so(stock, tmp_path):
     config = LINK | {"prefetch": "auto", "artifact": str(tmp_path / "missing")}
     with open_engine(TINY_MODEL, config) as llm:

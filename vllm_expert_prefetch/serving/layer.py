@@ -175,11 +175,11 @@ class CachedRoutedExperts(RoutedExperts):
         With a slot for every expert, expert e sits in slot e for good: vLLM's own path, nothing to look up or count.
         Shared experts were computed by vLLM's runner: its only kernels that compute them here need expert parallelism.
         """
-        if self._device_step is not None and not self.is_fully_resident:
-            with self._tiles_as_if_resident(x.shape[0]):
-                return self._device_step.run(x, topk_weights, topk_ids)
         if self.is_fully_resident:
             return super().forward_modular(x, topk_weights, topk_ids)  # type: ignore[return-value]
+        if self._device_step is not None:
+            with self._tiles_as_if_resident(x.shape[0]):
+                return self._device_step.run(x, topk_weights, topk_ids)
         if torch.compiler.is_compiling():
             return torch.ops.expert_prefetch.routed_experts(x, topk_weights, topk_ids, self._handle)
         return self.run_step(x, topk_weights, topk_ids)

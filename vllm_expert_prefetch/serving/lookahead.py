@@ -69,7 +69,6 @@ class LookAhead:
         self._num_experts = [layer.num_experts for layer in layers]
         self._top_k = [layer.top_k for layer in layers]
         self._over_fetch = over_fetch
-        self._record_bytes = [layer.store.record_bytes for layer in layers]
         self._guesses: list[Prediction | None] = [None] * len(layers)
         self._spent = [0.0] * len(layers)
         self._num_steps = 0
@@ -160,6 +159,11 @@ def why_not(config: ExpertPrefetchConfig, layers: "Sequence[CachedRoutedExperts]
         reason = "it needs native staging on the CPU platform, with the policy lru, lfu or lfru"
     elif all(layer.is_fully_resident for layer in layers):
         return "off: every expert has a slot"
+    if config.lookahead_layers >= max(len(layers), 2):
+        raise ConfigError(
+            f"{CONFIG_KEY}: lookahead_layers is {config.lookahead_layers} and the model has {len(layers)} MoE layers: "
+            f"set it to {max(len(layers) - 1, 1)} at most, or prefetch to off"
+        )
     if reason and speculates:
         raise ConfigError(f"{CONFIG_KEY}: execution is speculative and cannot be: {reason}. Set execution to exact")
     if reason and config.prefetch == "on":

@@ -15,7 +15,9 @@ from vllm_expert_prefetch.experts.slot_pool import SlotPool
 from vllm_expert_prefetch.native.library import host_library, why_not_host
 
 CHUNK_BYTES = 256 * 1024
-"""What a demand waits for at most: a prefetch goes over the link in chunks of this size."""
+"""A prefetch goes over the link in chunks of this size: what a demand waits for at most."""
+_CHUNK_SECONDS, _LEAST_CHUNK_BYTES = 50e-6, 1024
+"""Over a slow link, in chunks that last so long."""
 
 _NO_LOADS = torch.empty(0, 2, dtype=torch.int32)
 _NO_SLOTS = torch.empty(0, dtype=torch.int32)
@@ -39,14 +41,17 @@ class StagingLane:
     every call raises RuntimeError.
     """
 
-    def __init__(self, link: EmulatedLink | None, chunk_bytes: int = CHUNK_BYTES) -> None:
-        """Raises RuntimeError when the native host library is not there, ValueError for numbers that make no sense."""
+    def __init__(self, link: EmulatedLink | None, chunk_bytes: int | None = None) -> None:
+        """`chunk_bytes`: what a demand waits for at most; None chooses it.
+
+        Raises RuntimeError when the native host library is not there, ValueError for numbers that make no sense.
+        """
         library = host_library()
         if library is None:
             raise RuntimeError(f"native staging needs the native host library: {why_not_host()}")
         self.library = library
         gbps, latency_us = (link.gbps, link.latency_us) if link else (0.0, 0.0)
-        self.engine = library.staging_create(gbps, latency_us, chunk_bytes)
+        self.engine = library.staging_create(gbps, latency_us, _chunk_for(link) if chunk_bytes is None else chunk_bytes)
         self._kept: list[Sequence[torch.Tensor]] = []
         self._close = weakref.finalize(self, library.staging_close, self.engine)
 
@@ -172,6 +177,12 @@ class NativeStaging:
                 self.lane.add_layer(self._pool.tensors, buffer.tensors, self.record_bytes),
             )
         return self._streams[buffer]
+
+
+def _chunk_for(link: EmulatedLink | None) -> int:
+    if link is None:
+        return CHUNK_BYTES
+    return min(CHUNK_BYTES, max(_LEAST_CHUNK_BYTES, int(_CHUNK_SECONDS * link.gbps * 1e9)))
 
 
 def _segment(name: str, source: torch.Tensor, target: torch.Tensor) -> list[int]:

@@ -2,6 +2,7 @@
 
 from vllm_expert_prefetch.prediction.artifact import Artifact, ArtifactError, Card, load_artifact, save_artifact
 from vllm_expert_prefetch.prediction.base import Predictor, Signals
+from vllm_expert_prefetch.prediction.baselines import NextTokenPredictor
 from vllm_expert_prefetch.prediction.create import PREDICTORS, Ingredients, create_predictor
 from vllm_expert_prefetch.prediction.estimator import Estimator, EstimatorShape
 from vllm_expert_prefetch.prediction.gates import Gate, Norm, fingerprint, fold
@@ -16,6 +17,7 @@ __all__ = [
     "EstimatorShape",
     "Gate",
     "Ingredients",
+    "NextTokenPredictor",
     "Norm",
     "Prediction",
     "Predictor",

@@ -1,5 +1,7 @@
 """What to do with a prediction: how much of it to fetch, and whether fetching pays at all."""
 
+import math
+
 import torch
 
 from vllm_expert_prefetch.prediction.routing import Prediction
@@ -8,6 +10,7 @@ _WINDOW_STEPS = 16
 _FIRST_HOLD, _LONGEST_HOLD = 4, 64
 _MARGIN = 0.98
 """Fetching must cost at most this share of what not fetching costs: a draw is not worth the traffic."""
+_WINDOW_WEIGHT = 0.125
 
 
 def most_wanted(prediction: Prediction, num_experts: int) -> torch.Tensor:
@@ -21,6 +24,36 @@ def most_wanted(prediction: Prediction, num_experts: int) -> torch.Tensor:
     mass.index_add_(0, prediction.ids.flatten(), torch.full((prediction.ids.numel(),), 1e-9))  # guessed at all
     num_wanted = int((mass > 0).sum())
     return mass.topk(num_wanted)[1]
+
+
+class Budget:
+    """How many of a layer's records may be on their way: as many as the link can begin before the layer needs them.
+
+    The next step cancels what has not begun by then, but what was evicted for it is gone.
+    """
+
+    def __init__(self, record_seconds: float, most: int) -> None:
+        """`record_seconds`: what one record takes on the link, as measured. `most`: the layer's slots."""
+        self._record_seconds = record_seconds
+        self._most = most
+        self._window: float | None = None
+
+    def note(self, seconds: float) -> None:
+        """So much time was there, between a prefetch for the layer and the layer."""
+        window = seconds if self._window is None else self._window
+        self._window = window + _WINDOW_WEIGHT * (seconds - window)
+
+    @property
+    def num_records(self) -> int:
+        """1 to `most`; `most` while nothing is known."""
+        if self._window is None or self._record_seconds <= 0:
+            return self._most
+        return max(1, min(self._most, math.ceil(self._window / self._record_seconds)))
+
+    @property
+    def has_time(self) -> bool:
+        """Whether a whole record fits: only then is a less likely guess worth a try."""
+        return self._window is None or self._window >= self._record_seconds
 
 
 class SelfGate:

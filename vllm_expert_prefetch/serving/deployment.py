@@ -47,7 +47,7 @@ class Deployment:
         self.size: CacheSize | None = None
         self._sizing = ""
         self._num_taken_over = 0
-        self._refresh_at = 0.0
+        self._refresh_at = self._link_rate = 0.0
         self._execution = config.execution
         self._buffers: dict[tuple[object, ...], SlotPool] = {}
         self._device_totals: DeviceTotals | None = None
@@ -97,8 +97,9 @@ class Deployment:
         """The model is loaded and every layer taken over: look ahead where that is asked for, count, and say so."""
         self._verify_bytes()
         layers = self._live_layers()
+        self._link_rate = self._measure_link()
         has_link = self.caches.link is not None
-        look_ahead, self.prefetch = create_look_ahead(model, layers, self.config, has_link)
+        look_ahead, self.prefetch = create_look_ahead(model, layers, self.config, has_link, self._link_rate)
         speculated = frozenset() if look_ahead is None else look_ahead.speculated_layers
         self._execution = describe_execution(self.config, speculated, len(layers), self.prefetch)
         self._publish()
@@ -200,7 +201,7 @@ class Deployment:
             "cache_bytes": self._cache_bytes(),
             "stream_buffer_bytes": self._buffer_bytes(),
             "expert_record_bytes": sum(layer.store.record_bytes for layer in layers) / len(layers),
-            "link_bytes_per_second": self._measure_link(),
+            "link_bytes_per_second": self._link_rate,
             "planned_hit_ratio": self._planned_hit_ratio(),
         }
         for name, value in gauges.items():

@@ -12,9 +12,11 @@ from vllm_expert_prefetch.config import config_from_additional
 from vllm_expert_prefetch.experts import DeviceLayerCache, HostStore, LayerCache, SlotPool, Step
 from vllm_expert_prefetch.metrics.counters import layer_start
 from vllm_expert_prefetch.metrics.definitions import INDEX, LAYER_INDEX
+from vllm_expert_prefetch.planning.sizing import CacheSize
 from vllm_expert_prefetch.prediction import Signals
 from vllm_expert_prefetch.residency import Split
 from vllm_expert_prefetch.serving import compat
+from vllm_expert_prefetch.serving.cache_factory import CacheFactory
 from vllm_expert_prefetch.serving.deployment import deployment_of
 from vllm_expert_prefetch.serving.device_step import DeviceStep
 from vllm_expert_prefetch.serving.execution import Executor, Kernel
@@ -108,19 +110,24 @@ class CachedRoutedExperts(RoutedExperts):
         swap_in_slots(self, pool.tensors)
         self.pool = pool
         self._use(pool)
-        buffer = deployment.stream_buffer(self.store, self.accelerator) if size.stream_buffer else None
-        buffer_kernel = self._kernel_on(buffer) if buffer else None
-        if deployment.caches.decides_on_gpu:
-            self.device_cache = deployment.caches.device_cache(self, buffer)
-            waves = deployment.config.max_token_waves
-            self._device_step = DeviceStep(self.device_cache, self._kernel, buffer_kernel, waves)
-        else:
-            self.cache = deployment.caches.layer_cache(self, size, seed=self._number)
-            self.executor = Executor(self.num_experts, self.cache.staging, self._kernel, buffer, buffer_kernel)
-            self.cache.fill()
+        self.start_cache(deployment.caches, size)
         self.is_taken_over = True
         self.is_fully_resident = size.num_slots == self.num_experts
         deployment.layer_taken_over()
+
+    def start_cache(self, caches: CacheFactory, size: CacheSize) -> None:
+        """Begin with the first experts in the slots, as `caches` plans and stages; whatever was there is given up."""
+        deployment = self.deployment
+        buffer = deployment.stream_buffer(self.store, self.accelerator) if size.stream_buffer else None
+        buffer_kernel = self._kernel_on(buffer) if buffer else None
+        if caches.decides_on_gpu:
+            self.device_cache = caches.device_cache(self, buffer)
+            waves = deployment.config.max_token_waves
+            self._device_step = DeviceStep(self.device_cache, self._kernel, buffer_kernel, waves)
+        else:
+            self.cache = caches.layer_cache(self, size, seed=self._number)
+            self.executor = Executor(self.num_experts, self.cache.staging, self._kernel, buffer, buffer_kernel)
+            self.cache.fill()
 
     def weight_loader(
         self,

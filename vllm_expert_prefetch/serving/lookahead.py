@@ -16,6 +16,7 @@ from vllm_expert_prefetch.prediction import (
     Artifact,
     ArtifactError,
     Ingredients,
+    NextTokenPredictor,
     Prediction,
     Predictor,
     Signals,
@@ -23,7 +24,7 @@ from vllm_expert_prefetch.prediction import (
     fingerprint,
     load_artifact,
 )
-from vllm_expert_prefetch.prediction.schedule import SelfGate, most_wanted
+from vllm_expert_prefetch.prediction.schedule import Budget, SelfGate, most_wanted
 from vllm_expert_prefetch.prediction.truth import score
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.lookahead_sources import NotFound, Source, find_sources
@@ -32,8 +33,6 @@ from vllm_expert_prefetch.serving.speculation import allowed_layers, covers
 if TYPE_CHECKING:
     from vllm_expert_prefetch.serving.layer import CachedRoutedExperts
 
-_SCORED_EVERY = 16
-"""One step in so many is compared with the truth, layer by layer: recall at negligible cost."""
 _USED, _UNUSED, _CANCELLED = (INDEX[f"predictions_total/{outcome}"] for outcome in ("used", "unused", "cancelled"))
 _DISPLACED, _EVICTIONS = INDEX["displaced_lookups_total"], INDEX["evictions_total"]
 _PREFETCH_BYTES = INDEX["transfer_bytes_total/prefetch"]
@@ -54,6 +53,8 @@ class LookAhead:
     """Knows what a step consists of; to be set before the first step."""
     speculated_layers: frozenset[int] = frozenset()
     """Layers that execute their guess in steps that give every sequence one token."""
+    scored_every = 16
+    """One step in so many is compared with the truth, layer by layer: recall at negligible cost."""
 
     def __init__(
         self,
@@ -61,16 +62,22 @@ class LookAhead:
         layers: "Sequence[CachedRoutedExperts]",
         over_fetch: int,
         forced: bool,
+        link_bytes_per_second: float,
     ) -> None:
-        """`layers`: in order, each with a NativeLayerCache. `forced`: the gates never close."""
+        """`layers`: in order, each with a NativeLayerCache. `forced`: the gates never close. The link as measured."""
         self.predictor = predictor
         self.gates = [SelfGate(forced) for _ in layers]
         self._caches: list[NativeLayerCache] = [layer.cache for layer in layers]  # type: ignore[misc]
+        self.budgets = [
+            Budget(predictor.distance * cache.staging.record_bytes / link_bytes_per_second, cache.num_slots)
+            for cache in self._caches
+        ]
         self._num_experts = [layer.num_experts for layer in layers]
         self._top_k = [layer.top_k for layer in layers]
         self._over_fetch = over_fetch
         self._guesses: list[Prediction | None] = [None] * len(layers)
         self._spent = [0.0] * len(layers)
+        self._queued_at: list[float | None] = [None] * len(layers)
         self._num_steps = 0
         self._lane_bytes = 0
 
@@ -90,6 +97,7 @@ class LookAhead:
         `signals`: what is executed, of real tokens only; `routed`: what the router chose, where that is something else.
         """
         self._count(layer, step)
+        self._note_window(layer, step)
         if layer == 0:
             self._num_steps += 1
         true = signals if routed is None else routed
@@ -106,15 +114,23 @@ class LookAhead:
         if not (fetches or speculates):
             return
         started = time.perf_counter()
-        count = self._top_k[target] + (0 if speculates else self._over_fetch)
+        extra = 0 if speculates or not self.budgets[target].has_time else self._over_fetch
+        count = self._top_k[target] + extra
         guess = self.predictor.predict(layer, signals, count)
         self._guesses[target] = guess
         if guess is not None and fetches:
             wanted = most_wanted(guess, self._num_experts[target])
-            done = self._caches[target].prefetch(wanted.contiguous(), self._caches[target].num_slots)
+            done = self._caches[target].prefetch(wanted.contiguous(), self.budgets[target].num_records)
+            self._queued_at[target] = time.perf_counter()
             self.counters.add(_EVICTIONS, done.num_evictions)
             self.counters.add(_UNUSED, done.num_unused)
         self._spent[target] += time.perf_counter() - started
+
+    def _note_window(self, layer: int, step: Step) -> None:
+        """How long the copies for this step had until it asked for them."""
+        queued_at, self._queued_at[layer] = self._queued_at[layer], None
+        if queued_at is not None:
+            self.budgets[layer].note(max(0.0, time.perf_counter() - step.stall_seconds - queued_at))
 
     def _count(self, layer: int, step: Step) -> None:
         add = self.counters.add
@@ -129,7 +145,7 @@ class LookAhead:
         if step.slot_ids is not None:
             self.gates[layer].note(step.stall_seconds + self._spent[layer])
         self._spent[layer] = 0.0
-        if layer == 0 and self._num_steps % _SCORED_EVERY == 0:
+        if layer == 0 and self._num_steps % self.scored_every == 0:
             moved = int(self._caches[0].staging.lane.counters()["prefetch_bytes"])
             add(_PREFETCH_BYTES, moved - self._lane_bytes)
             self._lane_bytes = moved
@@ -137,7 +153,7 @@ class LookAhead:
 
     def _score(self, layer: int, true: Signals) -> None:
         guess, self._guesses[layer] = self._guesses[layer], None
-        if guess is None or self._num_steps % _SCORED_EVERY or guess.ids.shape[0] not in (1, len(true.topk_ids)):
+        if guess is None or self._num_steps % self.scored_every or guess.ids.shape[0] not in (1, len(true.topk_ids)):
             return
         sums = score(guess, true)
         add = self.counters.add
@@ -178,6 +194,7 @@ def create_look_ahead(
     layers: "Sequence[CachedRoutedExperts]",
     config: ExpertPrefetchConfig,
     has_link: bool,
+    link_bytes_per_second: float,
 ) -> tuple[LookAhead | None, str]:
     """The look-ahead of a loaded model, and how it is called; or None, and why there is none (see `why_not`).
 
@@ -194,7 +211,8 @@ def create_look_ahead(
     except (NotFound, ArtifactError) as error:
         compat.logger().warning("expert_prefetch: no look-ahead, serving goes on without it: %s", error)
         return None, f"off: {error}"
-    look_ahead = LookAhead(predictor, layers, config.over_fetch, forced=config.prefetch == "on")
+    forced = config.prefetch == "on"
+    look_ahead = LookAhead(predictor, layers, config.over_fetch, forced, link_bytes_per_second)
     if config.execution == SPECULATIVE and artifact is not None:
         look_ahead.speculated_layers = allowed_layers(artifact.card, len(layers))
     return look_ahead, f"{config.prefetch}: {predictor.name}"
@@ -213,4 +231,8 @@ def _create(config: ExpertPrefetchConfig, gates: list[Any]) -> tuple[Predictor, 
     name = config.predictor
     if name == AUTO:
         name = "hybrid" if artifact is not None and artifact.card.hybrid else "router"
-    return create_predictor(name, Ingredients(gates, artifact, config.lookahead_layers)), artifact
+    ingredients = Ingredients(gates, artifact, config.lookahead_layers)
+    predictor = create_predictor(name, ingredients)
+    if artifact is not None and not predictor.crosses_tokens and name != "none":
+        predictor = NextTokenPredictor(predictor, create_predictor("transition", ingredients))
+    return predictor, artifact

@@ -1,0 +1,204 @@
+"""One engine of the look-ahead study: the same requests over and over, with another predictor or link each time.
+
+The engine stays; what changes between two runs are the caches (which begin anew), the emulated link and the predictor.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from harness import Engine, load_prompts
+from vllm import SamplingParams
+
+from vllm_expert_prefetch.config import ExpertPrefetchConfig
+from vllm_expert_prefetch.experts import EmulatedLink
+from vllm_expert_prefetch.metrics.definitions import SERIES
+from vllm_expert_prefetch.prediction import (
+    Ingredients,
+    NextTokenPredictor,
+    Predictor,
+    Signals,
+    create_predictor,
+    fingerprint,
+    load_artifact,
+)
+from vllm_expert_prefetch.prediction.baselines import OraclePredictor
+from vllm_expert_prefetch.residency import ExpertCache, Planner, create_policy
+from vllm_expert_prefetch.serving import compat
+from vllm_expert_prefetch.serving.cache_factory import CacheFactory
+from vllm_expert_prefetch.serving.lookahead import LookAhead
+from vllm_expert_prefetch.serving.lookahead_sources import find_sources
+
+INSTANT_GBPS = 10_000.0
+LATENCY_US = 10.0
+MOST_REQUESTS = 8
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to serve. `predictor`: a name, or two joined by +, the second one for the next token's first layer."""
+
+    name: str
+    predictor: str | None = None
+    is_forced: bool = True
+    speculates: str = ""
+    """Empty: exact. `guard`: in the artifact's allow list. `published`: in every layer but the first and the last."""
+
+
+class Run(NamedTuple):
+    """One batch of requests: what a decode step took on average, and what was counted, per step."""
+
+    tpot_ms: float
+    tokens: tuple[tuple[int, ...], ...]
+    counted: dict[str, float]
+
+
+class _Recorder:
+    """Notes each step's routing, and predicts nothing."""
+
+    def __init__(self) -> None:
+        self.steps: list[list[torch.Tensor]] = []
+
+    def to_execute(self, layer: int, num_tokens: int) -> None:
+        return None
+
+    def after_staging(self, layer: int, step: Any, signals: Signals, routed: Signals | None = None) -> None:
+        if layer == 0:
+            self.steps.append([])
+        self.steps[-1].append(signals.topk_ids.clone())
+
+
+class StudyEngine:
+    """`residency`: share of the experts that have a slot."""
+
+    def __init__(self, model: str, residency: float, eager: bool, artifact: str | None, num_tokens: int) -> None:
+        link = {"emulated_link_gbps": INSTANT_GBPS, "emulated_link_latency_us": LATENCY_US}
+        self._config = ExpertPrefetchConfig(cache_fraction=residency, **link)
+        config = {"cache_fraction": residency, "prefetch": "off", **link}
+        self.llm = Engine(model, eager, config, max_num_seqs=MOST_REQUESTS).open()
+        model_runner = self.llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        self._layers = compat.moe_layers_of(model_runner.get_model())
+        gates = [source.gate for source in find_sources(model_runner.get_model())]
+        loaded = load_artifact(Path(artifact), fingerprint(gates)) if artifact else None
+        self._ingredients = Ingredients(gates, loaded)
+        self._deployment = self._layers[0].deployment
+        self._num_tokens = num_tokens
+        self._warm_up = num_tokens // 6
+        self._traces: dict[tuple[str, ...], list[torch.Tensor]] = {}
+        self._predictors: dict[str, Predictor] = {}
+        self._kept_gates: dict[tuple[str, float], Any] = {}
+        self._prompts = load_prompts(16)
+
+    @property
+    def num_layers(self) -> int:
+        return len(self._layers)
+
+    @property
+    def num_experts(self) -> int:
+        return int(self._layers[0].num_experts)
+
+    @property
+    def record_bytes(self) -> int:
+        return int(self._layers[0].store.record_bytes)
+
+    @property
+    def num_slots(self) -> int:
+        """Per layer."""
+        return int(self._deployment.size.num_slots)
+
+    @property
+    def allow_list(self) -> list[int]:
+        """The layers in which the artifact allows speculative execution."""
+        return list(self._ingredients.artifact.card.allow_list) if self._ingredients.artifact else []
+
+    def requests(self, rounds: int, batch: int) -> list[tuple[str, ...]]:
+        """So many batches of prompts."""
+        prompts = self._prompts * batch
+        return [tuple(prompts[number * batch : (number + 1) * batch]) for number in range(rounds)]
+
+    def trace(self, prompts: tuple[str, ...]) -> list[torch.Tensor]:
+        """Expert ids (layers, T, K) of every step of these requests, recorded once."""
+        if prompts not in self._traces:
+            self._start_caches(INSTANT_GBPS)
+            recorder = _Recorder()
+            self._look_ahead_with(recorder)
+            self._generate(prompts)
+            self._traces[prompts] = [torch.stack(step) for step in recorder.steps]
+        return self._traces[prompts]
+
+    def run(self, variant: Variant, gbps: float, prompts: tuple[str, ...], scores_all: bool = False) -> Run:
+        """One batch over a link of `gbps`. `scores_all`: compare every step with the truth, which takes time."""
+        predictor = self._predictor(variant.predictor, prompts) if variant.predictor else None
+        self._start_caches(gbps)
+        look_ahead = None
+        if predictor is not None:
+            rate = self.record_bytes / EmulatedLink(gbps, LATENCY_US).seconds(self.record_bytes)
+            look_ahead = LookAhead(predictor, self._layers, self._config.over_fetch, variant.is_forced, rate)
+            look_ahead.counters, look_ahead.clock = self._deployment.counters, self._deployment.clock
+            look_ahead.gates = self._kept_gates.setdefault((variant.name, gbps), look_ahead.gates)
+            look_ahead.scored_every = 1 if scores_all else LookAhead.scored_every
+            look_ahead.speculated_layers = self._speculated(variant.speculates)
+        self._look_ahead_with(look_ahead)
+        return self._generate(prompts)
+
+    def _speculated(self, where: str) -> frozenset[int]:
+        layers = {"": [], "guard": self.allow_list, "published": list(range(1, self.num_layers - 1))}
+        return frozenset(layers[where])
+
+    def _predictor(self, name: str, prompts: tuple[str, ...]) -> Predictor:
+        if name == "oracle":
+            return OraclePredictor(self.trace(prompts))
+        if name not in self._predictors:
+            parts = [create_predictor(part, self._ingredients) for part in name.split("+")]
+            self._predictors[name] = NextTokenPredictor(*parts) if len(parts) == 2 else parts[0]
+        return self._predictors[name]
+
+    def _start_caches(self, gbps: float) -> None:
+        self._layers[0].cache.staging.lane.close()  # what it still copies must not reach the new cache's slots
+        caches = CacheFactory(replace(self._config, emulated_link_gbps=gbps))
+        for layer in self._layers:
+            layer.start_cache(caches, self._deployment.size)
+
+    def _look_ahead_with(self, look_ahead: Any) -> None:
+        for layer in self._layers:
+            layer.look_ahead = look_ahead
+
+    def _generate(self, prompts: tuple[str, ...]) -> Run:
+        engine = self.llm.llm_engine
+        sampling = SamplingParams(temperature=0, max_tokens=self._num_tokens, ignore_eos=True, detokenize=False)
+        for number, prompt in enumerate(prompts):
+            engine.add_request(str(number), prompt, sampling)
+        times: list[float] = []
+        finished: dict[str, tuple[int, ...]] = {}
+        before: dict[str, float] = {}
+        while engine.has_unfinished_requests():
+            if len(times) == self._warm_up:
+                before = self._counters()
+            started = time.perf_counter()
+            outputs = engine.step()
+            times.append(time.perf_counter() - started)
+            finished |= {output.request_id: tuple(output.outputs[0].token_ids) for output in outputs}
+        after = self._counters()
+        measured = times[self._warm_up :]
+        per_step = {series: (after[series] - before[series]) / len(measured) for series in SERIES}
+        tokens = tuple(finished[str(number)] for number in range(len(prompts)))
+        return Run(1000 * sum(measured) / len(measured), tokens, per_step)
+
+    def _counters(self) -> dict[str, float]:
+        return {series: self._deployment.counters.get(series) for series in SERIES}
+
+
+def misses_per_token(trace: Sequence[torch.Tensor], slots: Sequence[int], num_experts: int) -> float:
+    """Misses of all layers per step of one token, without prefetch, of layers with so many slots each."""
+    misses, steps = 0, [step for step in trace if step.shape[1] == 1]
+    for layer, num_slots in enumerate(slots):
+        cache = ExpertCache(num_experts, num_slots, create_policy(ExpertPrefetchConfig().policy, 0))
+        planner = Planner(cache, trace[0].shape[2], 8, False)
+        for step in steps:
+            plan = planner.plan(step[layer].flatten().tolist())
+            planner.complete(plan)
+            misses += plan.num_misses
+    return misses / len(steps)

@@ -67,7 +67,9 @@ class ExpertPrefetchConfig:
         + "; `auto`: what the artifact found best, without one `router`. All but `router` and `previous` need an "
         "artifact.",
     )
-    over_fetch: int = _key(1, "Experts to prefetch for each token beyond the model's top-k.")
+    over_fetch: int = _key(
+        1, "Experts to prefetch for each token beyond the model's top-k, where a copy fits the time there is."
+    )
     lookahead_layers: int = _key(1, "How many MoE layers ahead to predict.")
     artifact: str | None = _key(None, "Folder that `vllm-expert-prefetch calibrate` has written for this model.")
     staging: str = _key(

@@ -9,6 +9,7 @@ from vllm_expert_prefetch.prediction import Artifact, ArtifactError, Card, Ingre
 from vllm_expert_prefetch.prediction import create_predictor as create
 from vllm_expert_prefetch.prediction.baselines import (
     FrequencyPredictor,
+    NextTokenPredictor,
     OraclePredictor,
     PreviousPredictor,
     TransitionPredictor,
@@ -50,6 +51,18 @@ def test_the_last_layer_speaks_of_the_next_tokens_first_layer():
     predictor.observe(0, routed([[3, 5]]))
     assert predictor.target_of(LAYERS - 1) == 0
     assert predictor.predict(LAYERS - 1, routed([[1, 2]]), 2).ids.tolist() == [[3, 5]]
+
+
+def test_one_predictor_speaks_of_this_token_and_another_one_of_the_next():
+    frequency = torch.eye(LAYERS, EXPERTS)
+    predictor = NextTokenPredictor(PreviousPredictor(make_gates()), FrequencyPredictor(frequency))
+    for layer in range(LAYERS):
+        predictor.observe(layer, routed([[6, 5]]))
+    targets = [predictor.target_of(source) for source in range(LAYERS)]
+    assert targets == [*range(1, LAYERS), 0]
+    guesses = [predictor.predict(source, routed([[1, 2]]), 1).ids.tolist() for source in range(LAYERS)]
+    assert guesses == [*[[[6]]] * (LAYERS - 1), [[0]]]
+    assert predictor.name == "previous, next token by frequency"
 
 
 def test_frequency_gives_the_most_used_in_one_row():

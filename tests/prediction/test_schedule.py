@@ -1,10 +1,10 @@
-"""The order in which guesses are fetched, and the gate that closes where fetching does not pay."""
+"""The order in which guesses are fetched, how many of them, and the gate that closes where fetching does not pay."""
 
 import pytest
 import torch
 
 from vllm_expert_prefetch.prediction import Prediction
-from vllm_expert_prefetch.prediction.schedule import SelfGate, most_wanted
+from vllm_expert_prefetch.prediction.schedule import Budget, SelfGate, most_wanted
 
 NUM_STEPS = 4000
 
@@ -26,6 +26,35 @@ def test_a_batch_is_fetched_for_by_the_summed_weight_of_its_guesses():
 def test_a_guess_without_weight_comes_last_and_is_not_forgotten():
     guesses = prediction([[(4, 0.0), (6, 0.3)], [(6, 0.2), (0, 0.1)]])
     assert most_wanted(guesses, 8).tolist() == [6, 0, 4]
+
+
+def test_while_nothing_is_known_the_slots_are_the_budget():
+    budget = Budget(record_seconds=1.0, most=6)
+    assert (budget.num_records, budget.has_time) == (6, True)
+
+
+@pytest.mark.parametrize(
+    ("window", "records", "has_time"),
+    [(0.0, 1, False), (0.9, 1, False), (1.0, 1, True), (2.1, 3, True), (99.0, 6, True)],
+)
+def test_what_the_link_can_begin_is_fetched_and_a_less_likely_guess_where_a_whole_record_fits(
+    window, records, has_time
+):
+    budget = Budget(record_seconds=1.0, most=6)
+    for _ in range(100):
+        budget.note(window)
+    assert (budget.num_records, budget.has_time) == (records, has_time)
+
+
+def test_a_budget_follows_the_time_there_is_and_not_a_single_step():
+    budget = Budget(record_seconds=1.0, most=6)
+    for _ in range(100):
+        budget.note(1.0)
+    budget.note(5.0)
+    assert budget.num_records == 2
+    for _ in range(100):
+        budget.note(5.0)
+    assert budget.num_records == 5
 
 
 def run(gate, cost_open, cost_closed, num_steps=NUM_STEPS):

@@ -8,6 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+_RETURN_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+"""glibc gives freed tensors back: the holes it otherwise keeps between them are no copy of anything."""
+
 
 def peak_anonymous_bytes(model: str, config: dict[str, Any] | None) -> int:
     """Load `model` in a process of its own and return the largest RssAnon seen, in bytes."""
@@ -15,7 +18,7 @@ def peak_anonymous_bytes(model: str, config: dict[str, Any] | None) -> int:
     path = os.pathsep.join([str(here.parent), str(here.parents[1])])
     process = subprocess.Popen(
         [sys.executable, str(here), model, json.dumps(config)],
-        env={**os.environ, "PYTHONPATH": path, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"},
+        env={**os.environ, "PYTHONPATH": path, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **_RETURN_AT_ONCE},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,

@@ -328,3 +328,14 @@ def test_the_accuracy_command_refuses_bad_input_before_a_model_is_loaded(tmp_pat
     data.write_text(content)
     assert main(["accuracy", "/nowhere", "--data", str(data), *options]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_compiled_layers_execute_their_guesses_as_eager_ones_do():
+    with open_engine(TINY_MODEL, SERVED | {"prefetch": "on"}, enforce_eager=False) as llm:
+        exact, trace = recorded(llm, run_batch)
+        use(llm, Replay(trace), ALLOWED)
+        assert run_batch(llm) == exact
+        counted = speculated_by_layer(llm)
+        use(llm, Garbage(NUM_LAYERS))
+        assert run_batch(llm) != exact
+    assert {layer for layer, lookups in enumerate(counted) if lookups} == ALLOWED

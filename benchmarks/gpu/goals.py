@@ -84,8 +84,8 @@ def _over_bounds(rows: dict[float, list[Row]]) -> list[float]:
     return [
         round(row["tpot_ms"] / row["bound_ms"], 3)
         for found in rows.values()
-        for row in found
-        if row["variant"] in (EVERY_SLOT, LOOK_AHEAD) and row["batch"] <= 8
+        for row in (_by_batch(found, EVERY_SLOT) | _ours(found)).values()
+        if row["batch"] <= 8
     ]
 
 

@@ -61,11 +61,8 @@ def side_lines(results: dict[str, Any]) -> list[str]:
 def _allocated(side: dict[str, Any]) -> list[str]:
     """What torch holds on the GPU for each engine: whether the comparison is fair."""
     held = {name: engine.get("allocated_gb") for name, engine in side["engines"].items()}
-    return (
-        ["  GB on the GPU: " + ", ".join(f"{name} {gb}" for name, gb in held.items() if gb)]
-        if any(held.values())
-        else []
-    )
+    words = [f"{name} {gb}" for name, gb in held.items() if gb]
+    return [f"  GB on the GPU: {', '.join(words)}"] if words else []
 
 
 def _routing(side: dict[str, Any]) -> str:
@@ -89,12 +86,8 @@ def exact_lines(exact: dict[str, Any]) -> list[str]:
 
 def goal_lines(found: list[Goal], on_gpu: bool) -> list[str]:
     """One line per number to reach."""
-    head = (
-        "numbers to reach:"
-        if on_gpu
-        else "numbers to reach (on a GPU; what a rehearsal measures says nothing of them):"
-    )
-    return [head, *(f"  {MET[goal['met']]:<12} {goal['goal']} ({goal['measured']})" for goal in found)]
+    head = "numbers to reach" + ("" if on_gpu else " on a GPU, of which a rehearsal says nothing")
+    return [f"{head}:", *(f"  {MET[goal['met']]:<12} {goal['goal']} ({goal['measured']})" for goal in found)]
 
 
 def page(results: dict[str, Any], found: list[Goal]) -> list[str]:
@@ -115,7 +108,7 @@ def page(results: dict[str, Any], found: list[Goal]) -> list[str]:
 
 def _provenance(results: dict[str, Any]) -> str:
     machine = results.get("machine", {})
-    gpu = next(iter(machine.get("gpus", [])), {})
+    gpu: dict[str, str] = next(iter(machine.get("gpus", [])), {})
     packages = {name: version for name, version in machine.get("packages", {}).items() if version}
     served = [engine["vllm"] for side in sides(results) for engine in side["engines"].values() if "vllm" in engine]
     versions = packages | ({"vllm": served[0]} if served else {})

@@ -51,8 +51,7 @@ def rows_of(contestants: list[Contestant], plan: ServingPlan, link_gbps: float) 
         for batch, results in contestant.rounds.items():
             resident_ms = _tpot_ms(control.rounds[batch])
             # Look-ahead hides copies, it does not avoid them: its bound is that of the cache without it.
-            ahead = contestant.variant.name == LOOK_AHEAD and cache is not None
-            missed = _missed_bytes(cache if ahead else contestant, batch)
+            missed = _missed_bytes(cache if cache and contestant.variant.name == LOOK_AHEAD else contestant, batch)
             rows.append(
                 {
                     "variant": contestant.variant.name,

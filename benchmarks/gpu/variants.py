@@ -10,6 +10,8 @@ EXPERT_PARAMS = ["w13_weight", "w2_weight"]
 RESIDENT, UVA, PREFETCH = "all resident", "vLLM UVA", "vLLM prefetch"
 ON_DEMAND, CACHE, LOOK_AHEAD, SPECULATIVE = "on demand", "cache only", "cache + look-ahead", "speculative"
 EVERY_SLOT = "plugin, all resident"
+PINNING = 1.34
+"""torch rounds the page-locked memory of vLLM's offloaders up to powers of two, here 1.07 GB for 0.81 GB."""
 
 
 @dataclass(frozen=True)
@@ -95,13 +97,9 @@ def groups(found: list[Variant], accelerator_bytes: float, host_bytes: float, ov
     for variant in others:
         group = [*packed[-1], variant]
         on_device = sum(member.accelerator_bytes + overhead for member in group)
-        on_host = sum(member.host_bytes * PINNING + overhead for member in group)
+        on_host = sum(member.host_bytes * (PINNING if member.config is None else 1) + overhead for member in group)
         if (on_device > accelerator_bytes or on_host > host_bytes) and len(packed[-1]) > 1:
             packed.append([control, variant])
         else:
             packed[-1].append(variant)
     return packed
-
-
-PINNING = 1.34
-"""torch rounds page-locked memory of vLLM's offloaders up to powers of two; the plugin's is exact, counted alike."""

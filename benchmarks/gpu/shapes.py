@@ -104,6 +104,6 @@ class ServingPlan:
             few = replace(plan.shape, num_layers=4)
             return replace(plan, shape=few, batches=(1, 8), exact_prompts=8) if quick else plan
         shape = MoeShape(4, 32, 4, hidden=256, intermediate=64, num_heads=4, num_kv_heads=1, head_size=64, vocab=2048)
-        plan = ServingPlan(shape, (1, 4), rounds=4, num_tokens=48, exact_prompts=16, emulated_gbps=0.5)
+        plan = ServingPlan(shape, (1, 4), rounds=4, num_tokens=48, exact_prompts=16, emulated_gbps=0.1)
         pair = ("all resident", "cache + look-ahead")
         return replace(plan, batches=(1,), exact_prompts=4, residencies=(0.5,), variants=pair) if quick else plan

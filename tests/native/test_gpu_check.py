@@ -1,6 +1,7 @@
 """`make gpu-check`, rehearsed without a GPU: every step runs, says what it lacks, and is resumed."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ WITHOUT_ENGINES = ["--only", *(step for step in STEPS if step not in ENGINE_STEP
 def rehearse(out, *arguments):
     """What it prints, and the JSON of its last line."""
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--quick", "--out", str(out), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=570, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, json.loads(done.stdout.splitlines()[-1])
 
@@ -71,8 +72,9 @@ def test_the_trace_has_the_stated_locality(rehearsed):
     assert trace["shared_with_previous_token"] > trace["repeat"]
 
 
-def test_finished_steps_are_kept_and_failed_ones_repeated(rehearsed):
-    out, _, before = rehearsed
+def test_finished_steps_are_kept_and_failed_ones_repeated(rehearsed, tmp_path):
+    _, _, before = rehearsed
+    out = shutil.copytree(rehearsed[0], tmp_path / "again")
     broken = {**before["link"], "status": "failed"}
     (out / "link.json").write_text(json.dumps(broken))
     printed, after = rehearse(out, *WITHOUT_ENGINES)
@@ -139,7 +141,7 @@ def test_the_engine_counts_the_locality_that_the_checkpoint_states(served):
     assert side["engines"][row["variant"]]["info"]["prefetch"] == "auto: router"
     # Look-ahead only adds hits.
     assert row["hit_rate"] + row["late_rate"] > routing["lru_hit_rate_by_residency"]["0.5"] - 0.06
-    assert row["recall"] == pytest.approx(routing["recall_of_the_router_predictor"], abs=0.08)
+    assert row["recall"] == pytest.approx(routing["recall_of_the_router_predictor"], abs=0.12)
     assert row["missed_mb_per_token"] > 0
 
 

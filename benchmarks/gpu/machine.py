@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(1, str(ROOT))  # the package need not be installed
+sys.path[1:1] = [str(ROOT), str(ROOT / "benchmarks")]  # the package need not be installed
 GPU_FIELDS = ("name", "driver_version", "memory.total", "compute_cap", "pcie.link.gen.max", "pcie.link.width.max")
 PACKAGES = ("torch", "triton", "vllm", "apache-tvm-ffi", "vllm-expert-prefetch", "pytest")
 
@@ -18,7 +18,7 @@ PACKAGES = ("torch", "triton", "vllm", "apache-tvm-ffi", "vllm-expert-prefetch",
 def describe() -> dict[str, Any]:
     """Commit, processor, memory, GPUs, compilers and package versions; None for what is not there."""
     return {
-        "commit": _output("git", "rev-parse", "--short", "HEAD"),
+        "commit": os.environ.get("GPU_CHECK_COMMIT") or _output("git", "rev-parse", "--short", "HEAD"),
         "python": platform.python_version(),
         "processor": _processor(),
         "cores": os.cpu_count(),
@@ -34,6 +34,12 @@ def gpus() -> list[dict[str, str]]:
     """One entry per GPU, in nvidia-smi's words; empty without a driver."""
     lines = _output("nvidia-smi", f"--query-gpu={','.join(GPU_FIELDS)}", "--format=csv,noheader")
     return [dict(zip(GPU_FIELDS, map(str.strip, line.split(",")), strict=False)) for line in (lines or "").splitlines()]
+
+
+def short_name() -> str:
+    """The GPU's name as a folder name: h200. "gpu" without one."""
+    found = gpus()
+    return found[0]["name"].removeprefix("NVIDIA ").lower().replace(" ", "-") if found else "gpu"
 
 
 def nvcc() -> str | None:

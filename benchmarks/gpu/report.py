@@ -1,6 +1,11 @@
-"""The short table at the end of gpu_check.py."""
+"""The short table at the end of gpu_check.py, and the page and pictures beside the JSON."""
 
+from pathlib import Path
 from typing import Any
+
+import pictures_of_sides
+from goals import goals
+from side_report import exact_lines, goal_lines, page, side_lines
 
 
 def table(results: dict[str, Any]) -> list[str]:
@@ -15,7 +20,14 @@ def table(results: dict[str, Any]) -> list[str]:
     plans = {key: value for key, value in results.get("plan", {}).items() if key.endswith("_us") or "_us_" in key}
     if plans:
         lines.append("plan: " + ", ".join(f"{key} {value}" for key, value in plans.items()))
-    return lines + _decode_lines(results.get("decode", {}))
+    lines += [*_decode_lines(results.get("decode", {})), *exact_lines(results.get("exact", {})), *side_lines(results)]
+    return [*lines, *goal_lines(goals(results), bool(results.get("machine", {}).get("gpus")))]
+
+
+def write_report(folder: Path, results: dict[str, Any]) -> list[str]:
+    """`report.md`, and pictures where there is matplotlib; the names of what was written."""
+    (folder / "report.md").write_text("\n".join(page(results, goals(results))) + "\n")
+    return ["report.md", *pictures_of_sides.draw(folder, results)]
 
 
 def _gather_lines(gather: dict[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ class MoeShape:
     num_heads: int = 32
     num_kv_heads: int = 4
     head_size: int = 128
+    vocab: int = 151_936
     dtype_bytes: int = 2
 
     @property
@@ -73,3 +74,36 @@ class Plan:
             context=64,
             repeats=3,
         )
+
+
+RESIDENCIES = (0.5, 0.25, 1.0, 0.75, 0.125)
+"""Shares of the experts with a slot, the most telling first."""
+
+
+@dataclass(frozen=True)
+class ServingPlan:
+    """What is served by vLLM, and how it is measured. `emulated_gbps`: what the plugin emulates where there is no GPU.
+    `variants`: names of variants.py; all of them where empty."""
+
+    shape: MoeShape
+    batches: tuple[int, ...]
+    rounds: int
+    num_tokens: int
+    exact_prompts: int
+    emulated_gbps: float | None = None
+    residencies: tuple[float, ...] = RESIDENCIES
+    variants: tuple[str, ...] = ()
+    num_prompt_tokens: int = 32
+
+    @staticmethod
+    def of(on_gpu: bool, quick: bool) -> "ServingPlan":
+        """On a GPU a quarter of the layers of Qwen3-30B-A3B: six engines then fit side by side into 128 GiB of host
+        memory, and start within the time of a lease. Without one a tiny model of the same architecture."""
+        if on_gpu:
+            plan = ServingPlan(MoeShape(num_layers=12), (1, 4, 8, 16, 32), rounds=2, num_tokens=40, exact_prompts=32)
+            few = replace(plan.shape, num_layers=4)
+            return replace(plan, shape=few, batches=(1, 8), exact_prompts=8) if quick else plan
+        shape = MoeShape(4, 32, 4, hidden=256, intermediate=64, num_heads=4, num_kv_heads=1, head_size=64, vocab=2048)
+        plan = ServingPlan(shape, (1, 4), rounds=4, num_tokens=48, exact_prompts=16, emulated_gbps=0.1)
+        pair = ("all resident", "cache + look-ahead")
+        return replace(plan, batches=(1,), exact_prompts=4, residencies=(0.5,), variants=pair) if quick else plan

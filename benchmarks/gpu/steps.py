@@ -7,12 +7,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import machine
-from shapes import Plan
+from engine_steps import ENGINE_STEPS, LEFT_OUT, NEEDS_GPU
+from shapes import Plan, ServingPlan
 
-OK, NEEDS_GPU, NOT_HERE, FAILED = "ok", "needs a GPU", "not here", "failed"
+OK, NOT_HERE, FAILED = "ok", "not here", "failed"
+FINISHED = (OK, NEEDS_GPU, NOT_HERE, LEFT_OUT)
 ASSUMED_PEAK_GBPS = 50.0
 ASSUMED_COMPUTE_MS = 5.0
 DEFAULT_BLOCKS = 16
@@ -20,11 +23,13 @@ DEFAULT_BLOCKS = 16
 
 @dataclass(frozen=True)
 class Job:
-    """What a step may know: the plan, whether a GPU is used, and the results of the steps before it."""
+    """What a step may know: the plans, whether a GPU is used, a folder for checkpoints, and the results so far."""
 
     plan: Plan
+    serving: ServingPlan
     on_gpu: bool
     quick: bool
+    scratch: Path
     before: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -115,7 +120,7 @@ def run_decode(job: Job) -> dict[str, Any]:
     return {"status": NEEDS_GPU, **result, "assumed": assumed, "rows": rows}
 
 
-STEPS: dict[str, Callable[[Job], dict[str, Any]]] = {
+_STEPS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "machine": run_machine,
     "build": run_build,
     "link": run_link,
@@ -124,7 +129,31 @@ STEPS: dict[str, Callable[[Job], dict[str, Any]]] = {
     "tests": run_tests,
     "sanitizer": run_sanitizer,
     "decode": run_decode,
+    **ENGINE_STEPS,
 }
+
+SECONDS = {
+    "machine": 5,
+    "build": 90,
+    "link": 15,
+    "checkpoint": 60,
+    "exact": 100,
+    "side-50": 210,
+    "gather": 60,
+    "plan": 15,
+    "tests": 120,
+    "decode": 60,
+    "side-25": 180,
+    "side-100": 90,
+    "side-75": 170,
+    "side-12.5": 200,
+    "fp8": 100,
+    "sanitizer": 120,
+}
+"""What each step is expected to take on an H200, estimated before any was run. The order is that of the run: what
+others need, then what tells most."""
+
+STEPS = {name: _STEPS[name] for name in SECONDS}
 
 
 def _command(

@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 #include <tvm/ffi/tvm_ffi.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../residency.h"
@@ -131,6 +132,7 @@ __device__ void take_over_late(Block& team, const Layer& layer, int32_t* words, 
   if (team.rank() == 0) {
     *orders.num_loads = static_cast<int32_t>(step.num_misses + total % kWaits);
     *orders.num_extra = static_cast<int32_t>(total / kWaits);
+    layer.header[kClaimed] += total % kWaits;
   }
 }
 
@@ -175,10 +177,13 @@ __global__ void __launch_bounds__(kPlanThreads, 1)
 template <class Id>
 __global__ void __launch_bounds__(kPlanThreads, 1)
     plan_prefetch_kernel(int64_t* state, int32_t* words, const Id* predicted, const int64_t* real, int per_token,
-                         int num_entries, int budget, const Orders orders) {
+                         int num_entries, const volatile int32_t* wanted, int most, const Orders orders) {
   extern __shared__ int64_t memory[];
   __shared__ int64_t sums[kPlanThreads / kWarp];
+  __shared__ int budget;
+  if (threadIdx.x == 0) budget = min(*wanted, most);  // by one thread: the host may change it in between
   Block team(sums);
+  team.sync();
   const Layer layer{state};
   const Room room = Room::of(memory, layer, orders.loads);
   SlotWords lane{words};
@@ -214,10 +219,11 @@ __global__ void __launch_bounds__(kPlanThreads, 1)
   for (int expert = begin; expert < end; ++expert) {
     if (scratch.first[expert] == kNever) continue;
     const int64_t flags = layer.flags()[expert];
-    mine += flags & kRanked ? kKept : 1;
-    mine += flags & kUntouched ? kUse : 0;
+    const bool resident = flags & kRanked;  // a prefetch that has not started may still be cancelled: it is not used yet
+    mine += resident ? kKept : 1;
+    mine += resident && (flags & kUntouched) ? kUse : 0;
     mine += flags & kDisplaced ? kLost : 0;
-    layer.flags()[expert] &= ~static_cast<int64_t>(kUntouched | kDisplaced);
+    layer.flags()[expert] &= ~static_cast<int64_t>(resident ? kUntouched | kDisplaced : kDisplaced);
   }
   int64_t total = 0;
   int64_t before = team.sum(mine, &total);
@@ -300,14 +306,15 @@ void PlanStep(TensorView state, TensorView words, TensorView ids, TensorView rea
   check_launch("plan_step");
 }
 
-// `predicted` (T, P): P expert ids of each token, most wanted first.
+// `predicted` (T, P): P expert ids of each token, most wanted first; negative ones are skipped. `budget`: the address, as
+// the GPU sees it, of an int32 that says how many loads there may be. Every run of the kernel reads it, so that the host
+// can change it while graphs are replayed; the room in the lists limits it.
 void PlanPrefetch(TensorView state, TensorView words, TensorView predicted, TensorView real, int64_t budget,
                   TensorView loads, TensorView num_loads, TensorView tickets, int64_t stream) {
   const Shape shape = shape_of(state, words);
   check_tokens(predicted, real);
-  const int64_t most = budget < 0 ? 0 : budget < shape.num_slots ? budget : shape.num_slots;
-  check_room(loads, 2 * most, "loads");
-  check_room(tickets, most, "tickets");
+  TVM_FFI_CHECK(budget != 0, ValueError) << "budget must be an address that the GPU can read, it is 0";
+  const int64_t most = std::min({shape.num_slots, loads.numel() / 2, tickets.numel()});
   const Orders orders{cuda_data<int32_t>(loads, "loads"), cuda_data<int32_t>(num_loads, "num_loads"),
                       cuda_data<int32_t>(tickets, "tickets"), nullptr};
   const auto launch = [&](auto id) {
@@ -315,7 +322,7 @@ void PlanPrefetch(TensorView state, TensorView words, TensorView predicted, Tens
     plan_prefetch_kernel<Id><<<1, kPlanThreads, shape.bytes, reinterpret_cast<cudaStream_t>(stream)>>>(
         cuda_data<int64_t>(state, "state"), cuda_data<int32_t>(words, "words"), cuda_data<Id>(predicted, "predicted"),
         cuda_data<int64_t>(real, "real"), static_cast<int>(predicted.size(1)), static_cast<int>(predicted.numel()),
-        static_cast<int>(most), orders);
+        reinterpret_cast<const volatile int32_t*>(budget), static_cast<int>(most), orders);
   };
   predicted.dtype().bits == 64 ? launch(int64_t{}) : launch(int32_t{});
   check_launch("plan_prefetch");

@@ -55,14 +55,15 @@ class Walk:
 
     def look_ahead(self):
         predicted = [self.rng.randrange(-1, self.num_experts) for _ in range(self.rng.randrange(1, 2 * self.top_k))]
-        budget = self.rng.randrange(self.top_k + 1)
+        budget = self.rng.randrange(-1, self.top_k + 1)
         self.settle(None)
         unused = self.cache.num_unused
         plan = self.planner.plan_prefetch(predicted, budget)
         ids = torch.tensor(predicted, dtype=torch.int32).cuda()
         real = torch.ones(1, dtype=torch.int64).cuda()
+        budget_word = torch.full((1,), budget, dtype=torch.int32).cuda()
         cuda_library().plan_prefetch(
-            *(self.device_state, self.words, ids.view(1, -1), real, budget),
+            *(self.device_state, self.words, ids.view(1, -1), real, budget_word.data_ptr()),
             *(self.loads, self.num_loads, self.extra, torch.cuda.current_stream().cuda_stream),
         )
         assert self.listed() == [(load.expert, load.slot) for load in plan.loads]

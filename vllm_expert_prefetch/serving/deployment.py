@@ -3,6 +3,7 @@
 import re
 import time
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,8 +18,9 @@ from vllm_expert_prefetch.metrics.steps import StepClock
 from vllm_expert_prefetch.planning.sizing import GB, CacheSize, MemoryBudget, ModelShape, size_cache
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.cache_factory import CacheFactory
+from vllm_expert_prefetch.serving.device_lookahead import DeviceLookAhead
 from vllm_expert_prefetch.serving.device_totals import DeviceTotals
-from vllm_expert_prefetch.serving.lookahead import create_look_ahead
+from vllm_expert_prefetch.serving.lookahead import LookAhead, create_look_ahead
 from vllm_expert_prefetch.serving.speculation import describe_execution
 from vllm_expert_prefetch.serving.takeover import TakeoverError
 
@@ -97,15 +99,18 @@ class Deployment:
         """The model is loaded and every layer taken over: look ahead where that is asked for, count, and say so."""
         self._verify_bytes()
         layers = self._live_layers()
-        has_link = self.caches.link is not None
+        has_link = self.caches.link is not None or self.host_memory.cuda
         look_ahead, self.prefetch = create_look_ahead(model, layers, self.config, has_link)
-        speculated = frozenset() if look_ahead is None else look_ahead.speculated_layers
+        on_device = look_ahead if isinstance(look_ahead, DeviceLookAhead) else None
+        on_host = look_ahead if isinstance(look_ahead, LookAhead) else None
+        speculated = frozenset() if on_host is None else on_host.speculated_layers
         self._execution = describe_execution(self.config, speculated, len(layers), self.prefetch)
-        self._publish()
-        if look_ahead is not None:
-            look_ahead.counters, look_ahead.clock = self.counters, self.clock
-        for layer in layers:
-            layer.look_ahead = look_ahead
+        self._publish(on_device)
+        if on_host is not None:
+            on_host.counters, on_host.clock = self.counters, self.clock
+        for number, layer in enumerate(layers):
+            layer.look_ahead = on_host
+            layer.look_from = None if on_device is None else partial(on_device.after_staging, number)
         compat.logger().info("%s", self.describe())
 
     def _report_progress(self) -> None:
@@ -185,7 +190,7 @@ class Deployment:
     def _buffer_bytes(self) -> int:
         return sum(buffer.num_bytes for buffer in self._buffers.values())
 
-    def _publish(self) -> None:
+    def _publish(self, look_ahead: DeviceLookAhead | None) -> None:
         layers = self._live_layers()
         names = [_short_name(layer.layer_name, index) for index, layer in enumerate(layers)]
         self.counters = Counters(
@@ -207,7 +212,7 @@ class Deployment:
             self.counters.set(name, value)
         device_caches = [layer.device_cache for layer in layers if layer.device_cache is not None]
         if device_caches:
-            self._device_totals = DeviceTotals(device_caches, self.counters)
+            self._device_totals = DeviceTotals(device_caches, self.counters, look_ahead)
         self._refresh_gauges()
         if self.config.metrics_port is not None:
             serve_counters(self.counters, self.config.metrics_port + compat.local_rank())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, OFF, SPECULATIVE, ConfigError, ExpertPrefetchConfig
-from vllm_expert_prefetch.experts import NativeLayerCache, Step
+from vllm_expert_prefetch.experts import DeviceLayerCache, NativeLayerCache, Step
 from vllm_expert_prefetch.metrics.counters import Counters
 from vllm_expert_prefetch.metrics.definitions import INDEX
 from vllm_expert_prefetch.metrics.steps import StepClock
@@ -26,6 +26,7 @@ from vllm_expert_prefetch.prediction import (
 from vllm_expert_prefetch.prediction.schedule import SelfGate, most_wanted
 from vllm_expert_prefetch.prediction.truth import score
 from vllm_expert_prefetch.serving import compat
+from vllm_expert_prefetch.serving.device_lookahead import DeviceLookAhead
 from vllm_expert_prefetch.serving.lookahead_sources import NotFound, Source, find_sources
 from vllm_expert_prefetch.serving.speculation import allowed_layers, covers
 
@@ -155,10 +156,12 @@ def why_not(config: ExpertPrefetchConfig, layers: "Sequence[CachedRoutedExperts]
     if config.prefetch == OFF:
         return "off"
     reason, speculates = None, config.execution == SPECULATIVE
-    if any(not isinstance(getattr(layer, "cache", None), NativeLayerCache) for layer in layers):
-        reason = "it needs native staging on the CPU platform, with the policy lru, lfu or lfru"
+    if any(not isinstance(getattr(layer, "residence", None), NativeLayerCache | DeviceLayerCache) for layer in layers):
+        reason = "it needs native staging, with the policy lru, lfu or lfru"
     elif all(layer.is_fully_resident for layer in layers):
         return "off: every expert has a slot"
+    elif layers[0].device_cache is not None and compat.breaks_graphs():
+        reason = "vLLM interrupts its CUDA graphs without joining other streams: VLLM_USE_BREAKABLE_CUDAGRAPH=0 helps"
     if config.lookahead_layers >= max(len(layers), 2):
         raise ConfigError(
             f"{CONFIG_KEY}: lookahead_layers is {config.lookahead_layers} and the model has {len(layers)} MoE layers: "
@@ -178,7 +181,7 @@ def create_look_ahead(
     layers: "Sequence[CachedRoutedExperts]",
     config: ExpertPrefetchConfig,
     has_link: bool,
-) -> tuple[LookAhead | None, str]:
+) -> tuple[LookAhead | DeviceLookAhead | None, str]:
     """The look-ahead of a loaded model, and how it is called; or None, and why there is none (see `why_not`).
 
     A model or an artifact that does not allow it is served without: exactly, and the log says why.
@@ -194,6 +197,9 @@ def create_look_ahead(
     except (NotFound, ArtifactError) as error:
         compat.logger().warning("expert_prefetch: no look-ahead, serving goes on without it: %s", error)
         return None, f"off: {error}"
+    if layers[0].device_cache is not None:
+        on_device = DeviceLookAhead(predictor, layers, config.over_fetch, forced=config.prefetch == "on")
+        return on_device, f"{config.prefetch}: {predictor.name}"
     look_ahead = LookAhead(predictor, layers, config.over_fetch, forced=config.prefetch == "on")
     if config.execution == SPECULATIVE and artifact is not None:
         look_ahead.speculated_layers = allowed_layers(artifact.card, len(layers))
@@ -213,4 +219,5 @@ def _create(config: ExpertPrefetchConfig, gates: list[Any]) -> tuple[Predictor, 
     name = config.predictor
     if name == AUTO:
         name = "hybrid" if artifact is not None and artifact.card.hybrid else "router"
-    return create_predictor(name, Ingredients(gates, artifact, config.lookahead_layers)), artifact
+    ingredients = Ingredients(gates, artifact, config.lookahead_layers).on(gates[0].weight.device)
+    return create_predictor(name, ingredients), artifact

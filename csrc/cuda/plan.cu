@@ -53,7 +53,7 @@ class Block {
   int64_t* sums_;  // shared, one per warp
 };
 
-// Routed or predicted ids, `per_token` of each token; those of padding tokens count as -1. `real` is negative for
+// Routed ids, `per_token` of each token; those of padding tokens count as -1. `real` is negative for
 // padding: vLLM's slot mapping, which is on the device, also while a graph with more tokens than requests is replayed.
 template <class Id>
 struct TokenIds {
@@ -61,6 +61,20 @@ struct TokenIds {
   const int64_t* real;  // (tokens)
   int per_token;
   __device__ Id operator[](int i) const { return real[i / per_token] < 0 ? Id{-1} : ids[i]; }
+};
+
+// Predicted ids, laid out in the same way and read column by column: what each token wants most comes before what any
+// of them wants less.
+template <class Id>
+struct PredictedIds {
+  const Id* ids;
+  const int64_t* real;
+  int per_token;
+  int num_tokens;
+  __device__ Id operator[](int i) const {
+    const int token = i % num_tokens;
+    return real[token] < 0 ? Id{-1} : ids[token * per_token + i / num_tokens];
+  }
 };
 
 struct SlotWords {
@@ -177,7 +191,7 @@ __global__ void __launch_bounds__(kPlanThreads, 1)
 template <class Id>
 __global__ void __launch_bounds__(kPlanThreads, 1)
     plan_prefetch_kernel(int64_t* state, int32_t* words, const Id* predicted, const int64_t* real, int per_token,
-                         int num_entries, const volatile int32_t* wanted, int most, const Orders orders) {
+                         int num_tokens, const volatile int32_t* wanted, int most, const Orders orders) {
   extern __shared__ int64_t memory[];
   __shared__ int64_t sums[kPlanThreads / kWarp];
   __shared__ int budget;
@@ -187,9 +201,10 @@ __global__ void __launch_bounds__(kPlanThreads, 1)
   const Layer layer{state};
   const Room room = Room::of(memory, layer, orders.loads);
   SlotWords lane{words};
-  const TokenIds<Id> ids{predicted, real, per_token};
+  const PredictedIds<Id> ids{predicted, real, per_token, num_tokens};
   StepCounts step;
-  const int num_loads = plan_prefetch(team, layer, lane, ids, num_entries, budget, room.scratch, room.lists, &step);
+  const int num_loads = plan_prefetch(team, layer, lane, ids, num_tokens * per_token, budget, room.scratch, room.lists,
+                                      &step);
   for (int m = team.rank(); m < num_loads; m += team.size()) {
     orders.extra[m] = static_cast<int32_t>(enqueue(&words[orders.loads[2 * m + 1]]));
   }
@@ -321,7 +336,7 @@ void PlanPrefetch(TensorView state, TensorView words, TensorView predicted, Tens
     using Id = decltype(id);
     plan_prefetch_kernel<Id><<<1, kPlanThreads, shape.bytes, reinterpret_cast<cudaStream_t>(stream)>>>(
         cuda_data<int64_t>(state, "state"), cuda_data<int32_t>(words, "words"), cuda_data<Id>(predicted, "predicted"),
-        cuda_data<int64_t>(real, "real"), static_cast<int>(predicted.size(1)), static_cast<int>(predicted.numel()),
+        cuda_data<int64_t>(real, "real"), static_cast<int>(predicted.size(1)), static_cast<int>(predicted.size(0)),
         reinterpret_cast<const volatile int32_t*>(budget), static_cast<int>(most), orders);
   };
   predicted.dtype().bits == 64 ? launch(int64_t{}) : launch(int32_t{});

@@ -8,7 +8,7 @@ import torch
 from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig
 from vllm_expert_prefetch.experts import DeviceLayerCache
 from vllm_expert_prefetch.prediction import Prediction, Predictor, Signals
-from vllm_expert_prefetch.prediction.device_schedule import Outcomes
+from vllm_expert_prefetch.prediction.count_gate import Outcomes
 from vllm_expert_prefetch.prediction.truth import score
 from vllm_expert_prefetch.serving import lookahead
 from vllm_expert_prefetch.serving.device_lookahead import DeviceLookAhead
@@ -100,13 +100,25 @@ def test_each_layer_asks_for_the_next_ones_guesses_and_the_last_one_for_the_next
     assert predictor.seen == [0, 1, 2, 3]
 
 
-def test_padding_rows_are_asked_for_by_nobody():
+@pytest.mark.parametrize("real", [[8, -1], [-1, -1], [3]])
+def test_the_gpu_is_told_which_rows_are_padding(real):
     predictor, look_ahead, caches = make()
-    predictor.guesses[1] = Prediction(torch.tensor([[1, 2, 3], [4, 5, 6]]), torch.tensor([[0.5, 0.3, 0.1]] * 2))
-    look_ahead.after_staging(0, signals(2, torch.Generator()), torch.tensor([8, -1]))
-    (asked, some), *_ = caches[1].asked
-    assert set(asked.flatten().tolist()) == {1, 2, 3, -1}
-    assert int(some) >= 0
+    real = torch.tensor(real)
+    predictor.guesses[1] = Prediction(*random_rows(len(real), TOP_K + 1, torch.Generator()))
+    look_ahead.after_staging(0, signals(len(real), torch.Generator()), real)
+    (asked, told), *_ = caches[1].asked
+    assert torch.equal(asked, predictor.guesses[1].ids)
+    assert torch.equal(told, real)
+
+
+@pytest.mark.parametrize(("real", "is_anyone"), [([-1, 4, -1], True), ([-1, -1], False)])
+def test_one_guess_for_all_counts_where_any_row_is_real(real, is_anyone):
+    predictor, look_ahead, caches = make()
+    predictor.guesses[1] = Prediction(torch.tensor([[1, 2, 3]]), torch.ones(1, 3))
+    look_ahead.after_staging(0, signals(len(real), torch.Generator()), torch.tensor(real))
+    (_, told), *_ = caches[1].asked
+    assert told.shape == (1,)
+    assert (int(told) >= 0) == is_anyone
 
 
 def test_nobody_asks_for_a_layer_that_holds_everything_or_whose_step_is_wide():

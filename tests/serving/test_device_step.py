@@ -11,7 +11,7 @@ from vllm.model_executor.offloader.base import NoopOffloader, get_offloader, set
 
 from vllm_expert_prefetch.metrics.counters import layer_index
 from vllm_expert_prefetch.metrics.definitions import INDEX
-from vllm_expert_prefetch.prediction.device_schedule import Outcomes
+from vllm_expert_prefetch.prediction.count_gate import Outcomes
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.device_step import DeviceStep
 from vllm_expert_prefetch.serving.device_totals import DeviceTotals

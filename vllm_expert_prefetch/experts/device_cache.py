@@ -130,7 +130,8 @@ class DeviceLayerCache:
         """Bring what is predicted and absent, on the lane's stream; what the next `serve` does not need and has not
         started by then is cancelled.
 
-        `predicted` (R, P) int32 or int64, most wanted first, negative for none; `real` (R) int64, negative for padding.
+        `predicted` (R, P) int32 or int64, most wanted first, negative for none: what every row wants most comes first.
+        `real` (R) int64, negative for padding.
 
         A prefetch and the next one of this layer share lists: the first must be through. Captures join the lane before
         they end, and before vLLM captures or replays it joins what was sent outside: what was forked inside is never

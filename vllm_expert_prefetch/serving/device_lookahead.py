@@ -7,7 +7,7 @@ import torch
 
 from vllm_expert_prefetch.experts import HostMemory, HostMemoryOptions
 from vllm_expert_prefetch.prediction import Predictor, Signals
-from vllm_expert_prefetch.prediction.device_schedule import CountGate, Outcomes, most_wanted_of
+from vllm_expert_prefetch.prediction.count_gate import CountGate, Outcomes
 from vllm_expert_prefetch.prediction.truth import Score, sums_of_real
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ class DeviceLookAhead:
         self._caches = [None if layer.is_fully_resident else layer.device_cache for layer in layers]
         last_layer = max(number for number, cache in enumerate(self._caches) if cache is not None)
         self.truth = TruthSums(layers[0].accelerator, last_layer)
-        self._num_experts = [layer.num_experts for layer in layers]
         self._counts = [layer.top_k + over_fetch for layer in layers]
 
     @property
@@ -59,7 +58,8 @@ class DeviceLookAhead:
         guess = self.predictor.predict(layer, signals, self._counts[target])
         if guess is None:
             return
-        cache.prefetch(*most_wanted_of(guess, real, self._num_experts[target]))
+        for_all = len(guess.ids) == 1 < len(real)
+        cache.prefetch(guess.ids.contiguous(), real.amax(0, keepdim=True) if for_all else real)
         # The next token's may be computed by another graph, which must not hold this one's tensors.
         if target > layer and len(guess.ids) in (1, len(real)):
             self.truth.expect(target, guess.ids)

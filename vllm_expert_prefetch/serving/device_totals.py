@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from vllm_expert_prefetch.experts import DeviceLayerCache
 from vllm_expert_prefetch.metrics.counters import Counters, layer_start
 from vllm_expert_prefetch.metrics.definitions import INDEX, LAYER_INDEX
-from vllm_expert_prefetch.prediction.device_schedule import Outcomes
+from vllm_expert_prefetch.prediction.count_gate import Outcomes
 from vllm_expert_prefetch.prediction.truth import Score
 from vllm_expert_prefetch.serving.device_lookahead import DeviceLookAhead
 

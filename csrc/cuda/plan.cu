@@ -53,8 +53,8 @@ class Block {
   int64_t* sums_;  // shared, one per warp
 };
 
-// Routed ids, `per_token` of each token; those of padding tokens count as -1. `real` is negative for
-// padding: vLLM's slot mapping, which is on the device, also while a graph with more tokens than requests is replayed.
+// Routed ids, `per_token` of each token; those of padding tokens count as -1. `real` is negative for padding: vLLM's slot
+// mapping, which is on the device, also while a graph with more tokens than requests is replayed.
 template <class Id>
 struct TokenIds {
   const Id* ids;
@@ -234,7 +234,7 @@ __global__ void __launch_bounds__(kPlanThreads, 1)
   for (int expert = begin; expert < end; ++expert) {
     if (scratch.first[expert] == kNever) continue;
     const int64_t flags = layer.flags()[expert];
-    const bool resident = flags & kRanked;  // a prefetch that has not started may still be cancelled: it is not used yet
+    const bool resident = flags & kRanked;  // a prefetch that has not started may still be cancelled: not used yet
     mine += resident ? kKept : 1;
     mine += resident && (flags & kUntouched) ? kUse : 0;
     mine += flags & kDisplaced ? kLost : 0;
@@ -321,9 +321,9 @@ void PlanStep(TensorView state, TensorView words, TensorView ids, TensorView rea
   check_launch("plan_step");
 }
 
-// `predicted` (T, P): P expert ids of each token, most wanted first; negative ones are skipped. `budget`: the address, as
-// the GPU sees it, of an int32 that says how many loads there may be. Every run of the kernel reads it, so that the host
-// can change it while graphs are replayed; the room in the lists limits it.
+// `predicted` (T, P): P expert ids of each token, most wanted first; negative ones are skipped. `budget`: the address,
+// as the GPU sees it, of an int32 that says how many loads there may be. Every run of the kernel reads it, so that the
+// host can change it while graphs are replayed; the room in the lists limits it.
 void PlanPrefetch(TensorView state, TensorView words, TensorView predicted, TensorView real, int64_t budget,
                   TensorView loads, TensorView num_loads, TensorView tickets, int64_t stream) {
   const Shape shape = shape_of(state, words);

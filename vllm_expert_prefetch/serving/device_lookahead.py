@@ -22,9 +22,9 @@ _NUM_SUMS = len(Score._fields)
 class DeviceLookAhead:
     """One worker's look-ahead: a predictor, and a gate per MoE layer, which the totals of the GPU decide.
 
-    What a layer looks ahead for is the same in every replay of a step: whether it is copied, the budgets say, which the
-    GPU reads. Padding and dummy runs are told by the tensor `real`: they fetch nothing and count nothing. A predictor
-    that remembers (`observes`) remembers them as well: guesses are hints.
+    Every replay predicts and plans anew; how many records it may bring, each layer's budget says, a word that the GPU
+    reads. Padding and dummy runs are known by the tensor `real`: they fetch nothing and count nothing. A predictor that
+    remembers (`observes`) remembers them as well: guesses are hints.
     """
 
     def __init__(
@@ -45,8 +45,8 @@ class DeviceLookAhead:
         return sum(not gate.is_open for gate in self.gates)
 
     def after_staging(self, layer: int, signals: Signals, real: torch.Tensor) -> None:
-        """The experts of a narrow step of `layer` (its number) are ordered, its kernel is not launched yet: what is
-        copied ahead now has that kernel and the next attention to hide behind.
+        """The experts of a narrow step of `layer` (its number) are ordered, and its kernel is not launched yet: copies
+        that begin now have that kernel and the next attention to hide behind.
         """
         self.truth.compare(layer, signals, real)
         if self.predictor.observes:

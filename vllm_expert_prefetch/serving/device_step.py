@@ -26,7 +26,7 @@ class DeviceStep:
     ) -> torch.Tensor:
         """The routed output (T, H) for `x` (T, H), `topk_weights` (T, K) float32 and `topk_ids` (T, K), expert ids.
 
-        Only a step of one wave looks ahead: a wider one leaves no time on the link, and its layers share little.
+        Only a step of one wave looks ahead: wider ones leave the link no time.
         """
         topk_ids = topk_ids.contiguous()
         real = compat.slot_mapping(x.shape[0], x.device)

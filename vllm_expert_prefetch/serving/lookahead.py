@@ -215,9 +215,10 @@ def _sources_of(model: torch.nn.Module, layers: "Sequence[CachedRoutedExperts]")
 
 
 def _create(config: ExpertPrefetchConfig, gates: list[Any]) -> tuple[Predictor, Artifact | None]:
-    artifact = load_artifact(Path(config.artifact), fingerprint(gates)) if config.artifact else None
+    artifact = None
+    if config.artifact:
+        artifact = load_artifact(Path(config.artifact), fingerprint(gates)).on(gates[0].weight.device)
     name = config.predictor
     if name == AUTO:
         name = "hybrid" if artifact is not None and artifact.card.hybrid else "router"
-    ingredients = Ingredients(gates, artifact, config.lookahead_layers).on(gates[0].weight.device)
-    return create_predictor(name, ingredients), artifact
+    return create_predictor(name, Ingredients(gates, artifact, config.lookahead_layers)), artifact

@@ -197,10 +197,10 @@ def create_look_ahead(
     except (NotFound, ArtifactError) as error:
         compat.logger().warning("expert_prefetch: no look-ahead, serving goes on without it: %s", error)
         return None, f"off: {error}"
+    forced = config.prefetch == "on"
     if layers[0].device_cache is not None:
-        on_device = DeviceLookAhead(predictor, layers, config.over_fetch, forced=config.prefetch == "on")
-        return on_device, f"{config.prefetch}: {predictor.name}"
-    look_ahead = LookAhead(predictor, layers, config.over_fetch, forced=config.prefetch == "on")
+        return DeviceLookAhead(predictor, layers, config.over_fetch, forced), f"{config.prefetch}: {predictor.name}"
+    look_ahead = LookAhead(predictor, layers, config.over_fetch, forced)
     if config.execution == SPECULATIVE and artifact is not None:
         look_ahead.speculated_layers = allowed_layers(artifact.card, len(layers))
     return look_ahead, f"{config.prefetch}: {predictor.name}"

@@ -54,6 +54,7 @@ enum Word : int {
   kOutOfRange,  // routed ids >= num_experts, which are ignored
   kStreamSteps,   // of the steps, those that were streamed
   kStreamMisses,  // of the misses, those of streamed steps
+  kClaimed,       // of the late ones, those whose copy had not started: the step copied them (counted on a GPU only)
   kHeaderWords = 24,
 };
 

@@ -58,7 +58,7 @@ class ExpertPrefetchConfig:
     prefetch: str = _key(
         AUTO,
         "Copy experts before they are needed: `on`; `off`; `auto`: on, layer by layer where it pays. On the CPU "
-        "platform `auto` looks ahead over an emulated link only; on a GPU nothing looks ahead yet.",
+        "platform `auto` looks ahead over an emulated link only; a GPU needs `staging: native`.",
     )
     predictor: str = _key(
         AUTO,

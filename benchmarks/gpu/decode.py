@@ -91,6 +91,7 @@ class Cached:
         self.predicted = torch.zeros_like(self.routed)
         self.slot_ids = torch.arange(shape.top_k, dtype=torch.int32, device=DEVICE).repeat(shape.num_layers, 1)
         self.real = torch.ones(1, dtype=torch.int64, device=DEVICE)
+        self.budget = torch.full((1,), shape.top_k, dtype=torch.int32, device=DEVICE)
         self.states = [planner_state(shape.num_experts, num_slots, shape.top_k, LFRU) for _ in self.layers]
         for layer in self.layers if self.resident else ():
             layer.staging.copy((expert, expert) for expert in range(num_slots))
@@ -125,10 +126,10 @@ class Cached:
         if not self.prefetch:
             return
         layer, lists = self.layers[index], self.layers[index].ahead
-        top_k, stream = self.shape.top_k, torch.cuda.current_stream().cuda_stream
+        budget, stream = self.budget.data_ptr(), torch.cuda.current_stream().cuda_stream
         words, orders = layer.staging.slot_words, (lists.loads, lists.num_loads, lists.tickets)
         self.library.plan_prefetch(
-            self.states[index], words, self.predicted[index].view(1, -1), self.real, top_k, *orders, stream
+            self.states[index], words, self.predicted[index].view(1, -1), self.real, budget, *orders, stream
         )
         layer.staging.prefetch(lists)
 

@@ -7,6 +7,7 @@
 #include <cuda_runtime.h>
 #include <tvm/ffi/tvm_ffi.h>
 
+#include <algorithm>
 #include <cstdint>
 
 #include "../residency.h"
@@ -52,14 +53,28 @@ class Block {
   int64_t* sums_;  // shared, one per warp
 };
 
-// Routed or predicted ids, `per_token` of each token; those of padding tokens count as -1. `real` is negative for
-// padding: vLLM's slot mapping, which is on the device, also while a graph with more tokens than requests is replayed.
+// Routed ids, `per_token` of each token; those of padding tokens count as -1. `real` is negative for padding: vLLM's slot
+// mapping, which is on the device, also while a graph with more tokens than requests is replayed.
 template <class Id>
 struct TokenIds {
   const Id* ids;
   const int64_t* real;  // (tokens)
   int per_token;
   __device__ Id operator[](int i) const { return real[i / per_token] < 0 ? Id{-1} : ids[i]; }
+};
+
+// Predicted ids, laid out in the same way and read column by column: what each token wants most comes before what any
+// of them wants less.
+template <class Id>
+struct PredictedIds {
+  const Id* ids;
+  const int64_t* real;
+  int per_token;
+  int num_tokens;
+  __device__ Id operator[](int i) const {
+    const int token = i % num_tokens;
+    return real[token] < 0 ? Id{-1} : ids[token * per_token + i / num_tokens];
+  }
 };
 
 struct SlotWords {
@@ -131,6 +146,7 @@ __device__ void take_over_late(Block& team, const Layer& layer, int32_t* words, 
   if (team.rank() == 0) {
     *orders.num_loads = static_cast<int32_t>(step.num_misses + total % kWaits);
     *orders.num_extra = static_cast<int32_t>(total / kWaits);
+    layer.header[kClaimed] += total % kWaits;
   }
 }
 
@@ -175,16 +191,20 @@ __global__ void __launch_bounds__(kPlanThreads, 1)
 template <class Id>
 __global__ void __launch_bounds__(kPlanThreads, 1)
     plan_prefetch_kernel(int64_t* state, int32_t* words, const Id* predicted, const int64_t* real, int per_token,
-                         int num_entries, int budget, const Orders orders) {
+                         int num_tokens, const volatile int32_t* wanted, int most, const Orders orders) {
   extern __shared__ int64_t memory[];
   __shared__ int64_t sums[kPlanThreads / kWarp];
+  __shared__ int budget;
+  if (threadIdx.x == 0) budget = min(*wanted, most);  // by one thread: the host may change it in between
   Block team(sums);
+  team.sync();
   const Layer layer{state};
   const Room room = Room::of(memory, layer, orders.loads);
   SlotWords lane{words};
-  const TokenIds<Id> ids{predicted, real, per_token};
+  const PredictedIds<Id> ids{predicted, real, per_token, num_tokens};
   StepCounts step;
-  const int num_loads = plan_prefetch(team, layer, lane, ids, num_entries, budget, room.scratch, room.lists, &step);
+  const int num_loads = plan_prefetch(team, layer, lane, ids, num_tokens * per_token, budget, room.scratch, room.lists,
+                                      &step);
   for (int m = team.rank(); m < num_loads; m += team.size()) {
     orders.extra[m] = static_cast<int32_t>(enqueue(&words[orders.loads[2 * m + 1]]));
   }
@@ -214,10 +234,11 @@ __global__ void __launch_bounds__(kPlanThreads, 1)
   for (int expert = begin; expert < end; ++expert) {
     if (scratch.first[expert] == kNever) continue;
     const int64_t flags = layer.flags()[expert];
-    mine += flags & kRanked ? kKept : 1;
-    mine += flags & kUntouched ? kUse : 0;
+    const bool resident = flags & kRanked;  // a prefetch that has not started may still be cancelled: not used yet
+    mine += resident ? kKept : 1;
+    mine += resident && (flags & kUntouched) ? kUse : 0;
     mine += flags & kDisplaced ? kLost : 0;
-    layer.flags()[expert] &= ~static_cast<int64_t>(kUntouched | kDisplaced);
+    layer.flags()[expert] &= ~static_cast<int64_t>(resident ? kUntouched | kDisplaced : kDisplaced);
   }
   int64_t total = 0;
   int64_t before = team.sum(mine, &total);
@@ -300,22 +321,23 @@ void PlanStep(TensorView state, TensorView words, TensorView ids, TensorView rea
   check_launch("plan_step");
 }
 
-// `predicted` (T, P): P expert ids of each token, most wanted first.
+// `predicted` (T, P): P expert ids of each token, most wanted first; negative ones are skipped. `budget`: the address,
+// as the GPU sees it, of an int32 that says how many loads there may be. Every run of the kernel reads it, so that the
+// host can change it while graphs are replayed; the room in the lists limits it.
 void PlanPrefetch(TensorView state, TensorView words, TensorView predicted, TensorView real, int64_t budget,
                   TensorView loads, TensorView num_loads, TensorView tickets, int64_t stream) {
   const Shape shape = shape_of(state, words);
   check_tokens(predicted, real);
-  const int64_t most = budget < 0 ? 0 : budget < shape.num_slots ? budget : shape.num_slots;
-  check_room(loads, 2 * most, "loads");
-  check_room(tickets, most, "tickets");
+  TVM_FFI_CHECK(budget != 0, ValueError) << "budget must be an address that the GPU can read, it is 0";
+  const int64_t most = std::min({shape.num_slots, loads.numel() / 2, tickets.numel()});
   const Orders orders{cuda_data<int32_t>(loads, "loads"), cuda_data<int32_t>(num_loads, "num_loads"),
                       cuda_data<int32_t>(tickets, "tickets"), nullptr};
   const auto launch = [&](auto id) {
     using Id = decltype(id);
     plan_prefetch_kernel<Id><<<1, kPlanThreads, shape.bytes, reinterpret_cast<cudaStream_t>(stream)>>>(
         cuda_data<int64_t>(state, "state"), cuda_data<int32_t>(words, "words"), cuda_data<Id>(predicted, "predicted"),
-        cuda_data<int64_t>(real, "real"), static_cast<int>(predicted.size(1)), static_cast<int>(predicted.numel()),
-        static_cast<int>(most), orders);
+        cuda_data<int64_t>(real, "real"), static_cast<int>(predicted.size(1)), static_cast<int>(predicted.size(0)),
+        reinterpret_cast<const volatile int32_t*>(budget), static_cast<int>(most), orders);
   };
   predicted.dtype().bits == 64 ? launch(int64_t{}) : launch(int32_t{});
   check_launch("plan_prefetch");

@@ -54,15 +54,20 @@ class Walk:
         return len((running | needed) - {-1}) > self.num_slots
 
     def look_ahead(self):
-        predicted = [self.rng.randrange(-1, self.num_experts) for _ in range(self.rng.randrange(1, 2 * self.top_k))]
-        budget = self.rng.randrange(self.top_k + 1)
+        num_tokens, count = self.rng.randrange(1, 4), self.rng.randrange(1, 2 * self.top_k)
+        rows = [[self.rng.randrange(-1, self.num_experts) for _ in range(count)] for _ in range(num_tokens)]
+        real = [-1 if self.rng.random() < 0.2 else 3 for _ in rows]
+        predicted = [
+            expert for column in zip(*rows, strict=True) for expert, at in zip(column, real, strict=True) if at >= 0
+        ]
+        budget = self.rng.randrange(-1, self.top_k + 1)
         self.settle(None)
         unused = self.cache.num_unused
         plan = self.planner.plan_prefetch(predicted, budget)
-        ids = torch.tensor(predicted, dtype=torch.int32).cuda()
-        real = torch.ones(1, dtype=torch.int64).cuda()
+        ids = torch.tensor(rows, dtype=torch.int32).cuda()
+        budget_word = torch.full((1,), budget, dtype=torch.int32).cuda()
         cuda_library().plan_prefetch(
-            *(self.device_state, self.words, ids.view(1, -1), real, budget),
+            *(self.device_state, self.words, ids, torch.tensor(real).cuda(), budget_word.data_ptr()),
             *(self.loads, self.num_loads, self.extra, torch.cuda.current_stream().cuda_stream),
         )
         assert self.listed() == [(load.expert, load.slot) for load in plan.loads]

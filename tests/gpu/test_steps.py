@@ -24,6 +24,7 @@ class PlannedLayer(GpuLayer):
         self.predicted = torch.zeros_like(self.ids)
         self.slot_ids = torch.zeros_like(self.ids)
         self.real = torch.ones(NUM_TOKENS, dtype=torch.int64, device="cuda")
+        self.budget = torch.full((1,), BUDGET, dtype=torch.int32, device="cuda")
         self.seen = {
             name: torch.zeros(len(self.ids), t.shape[1], dtype=t.dtype).cuda() for name, t in self.truth.items()
         }
@@ -34,7 +35,7 @@ class PlannedLayer(GpuLayer):
             self.words,
             self.predicted.view(NUM_TOKENS, TOP_K),
             self.real,
-            BUDGET,
+            self.budget.data_ptr(),
             self.ahead.loads,
             self.ahead.num_loads,
             self.ahead.tickets,

@@ -64,3 +64,26 @@ def test_grids_out_of_range_are_refused(library, num_blocks):
     nothing = torch.zeros(2, dtype=torch.int32)
     with pytest.raises(ValueError, match=f"num_blocks is {num_blocks}, must be 1 to 1024"):
         library.gather_records(table(GOOD), 4, 2, *[nothing] * 6, num_blocks, 0)
+
+
+def plan_prefetch(library, state_words=44, predicted=(1, 3), num_real=1, budget=4096):
+    """A layer of 4 experts and 2 slots; every tensor on the CPU."""
+    ids, real = torch.zeros(predicted, dtype=torch.int32), torch.zeros(num_real, dtype=torch.int64)
+    state, words = torch.zeros(state_words, dtype=torch.int64), torch.zeros(2, dtype=torch.int32)
+    lists = [torch.zeros(number, dtype=torch.int32) for number in (4, 1, 2)]
+    library.plan_prefetch(state, words, ids, real, budget, *lists, 0)
+
+
+@pytest.mark.parametrize(
+    ("bad", "text"),
+    [
+        ({"state_words": 43}, "not a layer of at most 1024 experts"),
+        ({"predicted": (3,)}, "ids must have shape"),
+        ({"predicted": (2, 3)}, "real has room for 1, needs 2"),
+        ({"budget": 0}, "budget must be an address that the GPU can read"),
+        ({}, "must lie on a GPU"),
+    ],
+)
+def test_prefetch_plans_with_bad_input_are_refused(library, bad, text):
+    with pytest.raises(ValueError, match=text):
+        plan_prefetch(library, **bad)

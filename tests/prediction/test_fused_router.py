@@ -7,9 +7,11 @@ import sys
 
 import pytest
 import torch
+from toy_moe import make_gates, tokens
 
-from vllm_expert_prefetch.prediction import Routing
-from vllm_expert_prefetch.prediction.fused_router import FusedRouter, can_fuse, is_available
+from vllm_expert_prefetch.prediction import Routing, Signals, router
+from vllm_expert_prefetch.prediction.fused_router import FusedRouter, can_fuse, create_fused_router, is_available
+from vllm_expert_prefetch.prediction.router import RouterPredictor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IN_INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
@@ -20,7 +22,7 @@ needs_triton = pytest.mark.skipif(not is_available(), reason="Triton is not inst
 @pytest.mark.skipif(DEVICE == "cuda" or IN_INTERPRETER, reason="the tests below run here")
 def test_the_kernel_in_the_interpreter():
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", __file__, "-q", "-k", "kernel_gives or count_returns"]
+    command = [sys.executable, "-m", "pytest", __file__, "-q", "-k", "kernel_gives or count_returns or no_numbers"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "passed" in result.stdout
@@ -69,8 +71,41 @@ def test_the_count_returns_to_zero_so_that_calls_can_follow_each_other():
         assert torch.equal(fused.predict(rows, 4).ids, expected.ids)
 
 
+@runs_here
+def test_rows_that_are_no_numbers_give_ids_that_exist():
+    hidden, weight, _ = inputs(3, 5, 128, False)
+    hidden[1] = float("nan")
+    found = FusedRouter(weight, None, Routing(2), max_tokens=4).predict(hidden, 4)
+    assert int(found.ids.min()) >= 0
+    assert int(found.ids.max()) < 5
+    expected = Routing(2).choose(hidden[::2].float() @ weight.T, 4)
+    assert torch.equal(found.ids[::2], expected.ids)
+
+
 @pytest.mark.parametrize("routing", [Routing(2, "sigmoid"), Routing(2, correction_bias=torch.zeros(4))])
 def test_other_routing_is_left_to_torch(routing):
     assert not can_fuse(routing)
     with pytest.raises(ValueError, match="softmax"):
         FusedRouter(torch.zeros(4, 8), None, routing, 1)
+
+
+def test_nothing_is_fused_off_the_gpu():
+    assert create_fused_router(torch.zeros(4, 8), None, Routing(2)) is None
+
+
+def test_the_router_predictor_fuses_narrow_steps_only(monkeypatch):
+    asked = []
+
+    class Fused:
+        max_tokens = 2
+
+        def predict(self, hidden, count):
+            asked.append((len(hidden), count))
+            return "fused"
+
+    monkeypatch.setattr(router, "create_fused_router", lambda weight, bias, routing: Fused())
+    predictor = RouterPredictor(make_gates())
+    signals = [Signals(tokens(count), torch.zeros(count, 2), torch.zeros(count, 2)) for count in (2, 3)]
+    assert predictor.predict(0, signals[0], 3) == "fused"
+    assert predictor.predict(0, signals[1], 3).ids.shape == (3, 3)
+    assert asked == [(2, 3)]

@@ -10,12 +10,16 @@ from typing import Any
 
 import torch
 
-from vllm_expert_prefetch.experts.device_staging import DemandLists, DeviceLane, DeviceStaging
+from vllm_expert_prefetch.experts.device_staging import DemandLists, DeviceLane, DeviceStaging, PrefetchLists
 from vllm_expert_prefetch.experts.host_memory import HostMemory, HostMemoryOptions
 from vllm_expert_prefetch.experts.host_store import HostStore
 from vllm_expert_prefetch.experts.native_planner import HEADER_WORDS, NativePlanner
 from vllm_expert_prefetch.experts.slot_pool import SlotPool
 from vllm_expert_prefetch.native.library import cuda_library, host_library
+
+_MIRROR_BYTES, _BUDGET_BYTES = 8 * HEADER_WORDS, 4
+"""Of the host memory that a layer shares with the GPU: the totals, which the GPU writes, and then the budget of
+prefetches, which it reads."""
 
 
 class CopyEngine:
@@ -55,9 +59,14 @@ class DeviceLayerCache:
         self._library = library
         self._lane = lane
         self._demand = DemandLists(pool.num_slots, lane.device)
-        self._mirror = HostMemory(8 * HEADER_WORDS, HostMemoryOptions(pin=True, cuda=True))
-        self._mirror_address = library.device_pointer(self._mirror.bytes.data_ptr(), lane.device.index)
-        self._totals = self._mirror.bytes.view(torch.int64)
+        self._ahead = PrefetchLists(pool.num_slots, lane.device)
+        self._joins_when_sent = -1
+        shared = HostMemory(_MIRROR_BYTES + _BUDGET_BYTES, HostMemoryOptions(pin=True, cuda=True)).bytes
+        self._mirror_address = library.device_pointer(shared.data_ptr(), lane.device.index)
+        self._totals = shared[:_MIRROR_BYTES].view(torch.int64)
+        self._budget_address = self._mirror_address + _MIRROR_BYTES
+        self._budget = shared[_MIRROR_BYTES:].view(torch.int32)
+        self.set_prefetch_budget(pool.num_slots)
         self._buffer_from_store = DeviceStaging(store.views, buffer, lane) if buffer else None
         self._buffer_from_pool = DeviceStaging(pool.tensors, buffer, lane) if buffer else None
         self._absent = DemandLists(store.num_experts, lane.device)
@@ -116,6 +125,33 @@ class DeviceLayerCache:
         )
         self._buffer_from_store.stage(absent)
         self._buffer_from_pool.stage(kept)
+
+    def prefetch(self, predicted: torch.Tensor, real: torch.Tensor) -> None:
+        """Bring what is predicted and absent, on the lane's stream; what the next `serve` does not need and has not
+        started by then is cancelled.
+
+        `predicted` (R, P) int32 or int64, most wanted first, negative for none: what every row wants most comes first.
+        `real` (R) int64, negative for padding.
+
+        A prefetch and the next one of this layer share lists: the first must be through. Captures join the lane before
+        they end, and before vLLM captures or replays it joins what was sent outside: what was forked inside is never
+        joined outside, nor the other way round. In eager steps nobody joins, so the first layer whose lists are still
+        in use does, for all layers of the step.
+        """
+        if self._joins_when_sent == self._lane.num_joins:
+            self._lane.join()
+        ahead = self._ahead
+        self._library.plan_prefetch(
+            *(self._state, self.staging.slot_words, predicted, real, self._budget_address),
+            *(ahead.loads, ahead.num_loads, ahead.tickets),
+            torch.cuda.current_stream(self._lane.device).cuda_stream,
+        )
+        self.staging.prefetch(ahead)
+        self._joins_when_sent = self._lane.num_joins
+
+    def set_prefetch_budget(self, num_records: int) -> None:
+        """How many records a prefetch may bring from now on, 0 for none: also in graphs that were captured before."""
+        self._budget[0] = num_records
 
     def totals(self) -> list[int]:
         """The totals in front of the planner's state (csrc/residency.h), as the GPU has last written them.

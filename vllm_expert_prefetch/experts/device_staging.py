@@ -54,6 +54,7 @@ class DeviceLane:
 
     A prefetch is forked from the current stream and joined before the step ends. Joining is what vLLM's offloader hooks
     need: `sync_prev_onload` (before a capture or a replay) and `join_after_forward` (before a capture ends).
+    `num_joins` counts those that had something to wait for.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -63,6 +64,7 @@ class DeviceLane:
         self._forked = torch.cuda.Event()
         self._landed = torch.cuda.Event()
         self._is_ahead = False
+        self.num_joins = 0
 
     def fork(self) -> int:
         """Order the side stream after everything on the current one. Returns its handle."""
@@ -80,6 +82,7 @@ class DeviceLane:
             self._landed.record(self.stream)
             torch.cuda.current_stream(self.device).wait_event(self._landed)
             self._is_ahead = False
+            self.num_joins += 1
 
     def num_errors(self) -> int:
         """Loads and waits that kernels refused since the start (see gather_kernels.cuh). Synchronises: for reports."""

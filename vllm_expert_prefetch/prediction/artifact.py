@@ -67,6 +67,16 @@ class Artifact:
         """The same with other entries in its card."""
         return replace(self, card=replace(self.card, **changes))
 
+    def on(self, device: torch.device) -> "Artifact":
+        """The same, every tensor on `device`; the estimator itself moves there."""
+        return Artifact(
+            self.card,
+            None if self.defaults is None else self.defaults.to(device),
+            self.frequency.to(device),
+            self.transition.to(device),
+            None if self.estimator is None else self.estimator.to(device),
+        )
+
 
 def save_artifact(artifact: Artifact, directory: Path) -> None:
     """Write both files; the card last, so that a directory with a card is complete."""

@@ -60,15 +60,7 @@ class Ingredients:
 
     def on(self, device: torch.device) -> "Ingredients":
         """The same, moved to `device`."""
-        artifact = self.artifact
-        if artifact is not None:
-            artifact = Artifact(
-                artifact.card,
-                None if artifact.defaults is None else artifact.defaults.to(device),
-                artifact.frequency.to(device),
-                artifact.transition.to(device),
-                None if artifact.estimator is None else artifact.estimator.to(device),
-            )
+        artifact = None if self.artifact is None else self.artifact.on(device)
         trace = None if self.trace is None else [step.to(device) for step in self.trace]
         return Ingredients([gate.to(device) for gate in self.gates], artifact, self.distance, trace)
 

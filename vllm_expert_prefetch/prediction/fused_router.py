@@ -12,6 +12,8 @@ import torch
 from vllm_expert_prefetch.prediction.routing import Prediction, Routing
 
 _BLOCK_H = 256
+_MAX_TOKENS = 64
+"""Each token reads the matrix again: for more of them, a matrix product reads less."""
 _kernel: Any = None
 
 
@@ -29,6 +31,13 @@ def can_fuse(routing: Routing) -> bool:
     return routing.scoring == "softmax" and routing.is_monotonic
 
 
+def create_fused_router(weight: torch.Tensor, bias: torch.Tensor | None, routing: Routing) -> "FusedRouter | None":
+    """The router of these tensors as one kernel; None where it cannot be: not on a GPU, no Triton, another routing."""
+    if not (weight.is_cuda and can_fuse(routing) and is_available()):
+        return None
+    return FusedRouter(weight, bias, routing, _MAX_TOKENS)
+
+
 class FusedRouter:
     """`weight` (E, H) and `bias` (E,) or None as from `gates.fold`; at most `max_tokens` tokens per call."""
 
@@ -38,8 +47,8 @@ class FusedRouter:
         if not can_fuse(routing):
             raise ValueError(f"the fused router knows plain softmax top-k only, not {routing}")
         self._weight, self._bias, self._routing = weight.contiguous(), bias, routing
+        self.max_tokens = max_tokens
         self._block_experts = block_experts
-        self._logits = torch.empty(max_tokens, weight.shape[0], device=weight.device)
         self._finished = torch.zeros(max_tokens, dtype=torch.int32, device=weight.device)
 
     def predict(self, hidden: torch.Tensor, count: int) -> Prediction:
@@ -48,12 +57,13 @@ class FusedRouter:
         count = min(count, num_experts)
         ids = torch.empty(num_tokens, count, dtype=torch.int64, device=hidden.device)
         weights = torch.empty(num_tokens, count, device=hidden.device)
+        logits = torch.empty(num_tokens, num_experts, device=hidden.device)
         num_programs = -(-num_experts // self._block_experts)
         _load_kernel()[(num_tokens, num_programs)](
             hidden,
             self._weight,
             self._weight if self._bias is None else self._bias,
-            self._logits,
+            logits,
             self._finished,
             ids,
             weights,

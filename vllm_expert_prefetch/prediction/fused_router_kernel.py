@@ -53,7 +53,7 @@ def fused_router(  # type: ignore[no-untyped-def]  # Triton gives annotations a 
         chosen_mass = 0.0
         for place in tl.static_range(COUNT):
             best = tl.max(left, axis=0)
-            expert = tl.argmax(left, axis=0)
+            expert = tl.minimum(tl.argmax(left, axis=0), num_experts - 1)  # padding rows may hold NaN
             share = tl.exp(best - highest)
             if place < TOP_K:
                 chosen_mass += share

@@ -7,12 +7,13 @@ import torch.nn.functional as F
 
 from vllm_expert_prefetch.prediction.base import Predictor, Signals
 from vllm_expert_prefetch.prediction.defaults import DefaultVectors
+from vllm_expert_prefetch.prediction.fused_router import create_fused_router
 from vllm_expert_prefetch.prediction.gates import Gate, fold
 from vllm_expert_prefetch.prediction.routing import Prediction
 
 
 class RouterPredictor(Predictor):
-    """The target's gate on the quasi-hidden state with d = 0: one folded matrix per layer."""
+    """The target's gate on the quasi-hidden state with d = 0: one folded matrix per layer, one kernel on a GPU."""
 
     name = "router"
 
@@ -20,11 +21,18 @@ class RouterPredictor(Predictor):
         super().__init__(len(gates), distance)
         self._routing = [gate.routing for gate in gates]
         self._folded = [fold(source, gates[i + distance]) for i, source in enumerate(gates[: len(gates) - distance])]
+        self._fused = [
+            create_fused_router(*folded, routing)
+            for folded, routing in zip(self._folded, self._routing[distance:], strict=True)
+        ]
 
     def predict(self, source: int, signals: Signals, count: int) -> Prediction | None:
         target = self.target_of(source)
         if target is None:
             return None
+        fused = self._fused[source]
+        if fused is not None and len(signals.hidden) <= fused.max_tokens:
+            return fused.predict(signals.hidden, count)
         weight, bias = self._folded[source]
         return self._routing[target].choose(F.linear(signals.hidden.float(), weight, bias), count)
 

@@ -51,3 +51,20 @@ def quality(scores: list[Score]) -> Quality | None:
         return None
     recalls = (float(total.found / total.routed), float(total.found_all / total.routed))
     return Quality(*recalls, float(1 - total.mass / total.tokens))
+
+
+def sums_of_real(
+    guessed: torch.Tensor, topk_ids: torch.Tensor, topk_weights: torch.Tensor, real: torch.Tensor
+) -> torch.Tensor:
+    """The fields of `Score` in one tensor, float64, over the rows where `real` (T,) int64 is not negative.
+
+    `guessed` (T, P) and `topk_ids` (T, K) integers, `topk_weights` (T, K) float32. Other rows may hold anything.
+    """
+    top_k = topk_ids.shape[1]
+    same = guessed.unsqueeze(1) == topk_ids.unsqueeze(2)
+    found = same[:, :, :top_k].any(-1)
+    mass = (topk_weights * found).sum(-1) / topk_weights.sum(-1).clamp(min=1e-12)
+    ones = torch.ones_like(mass)
+    num_found, num_found_at_all = (hits.sum(-1, dtype=mass.dtype) for hits in (found, same.any(-1)))
+    rows = torch.stack([ones, top_k * ones, num_found, num_found_at_all, mass])
+    return torch.where(real >= 0, rows, 0.0).sum(-1, dtype=torch.float64)

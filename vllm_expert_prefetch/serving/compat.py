@@ -119,6 +119,13 @@ def install_offloader(join: Callable[[], None]) -> None:
     set_offloader(_Joining())
 
 
+def breaks_graphs() -> bool:
+    """Whether vLLM ends captures amid a step, without `join_after_forward`: the default for some architectures."""
+    from vllm import envs
+
+    return bool(getattr(envs, "VLLM_USE_BREAKABLE_CUDAGRAPH", False))
+
+
 def local_rank() -> int:
     """This worker's number among the workers of its host."""
     from vllm.distributed.parallel_state import get_world_group

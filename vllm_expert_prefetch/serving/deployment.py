@@ -3,6 +3,7 @@
 import re
 import time
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,8 +18,9 @@ from vllm_expert_prefetch.metrics.steps import StepClock
 from vllm_expert_prefetch.planning.sizing import GB, CacheSize, MemoryBudget, ModelShape, size_cache
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.cache_factory import CacheFactory
+from vllm_expert_prefetch.serving.device_lookahead import DeviceLookAhead
 from vllm_expert_prefetch.serving.device_totals import DeviceTotals
-from vllm_expert_prefetch.serving.lookahead import create_look_ahead
+from vllm_expert_prefetch.serving.lookahead import LookAhead, create_look_ahead
 from vllm_expert_prefetch.serving.speculation import describe_execution
 from vllm_expert_prefetch.serving.takeover import TakeoverError
 
@@ -98,15 +100,18 @@ class Deployment:
         self._verify_bytes()
         layers = self._live_layers()
         self._link_rate = self._measure_link()
-        has_link = self.caches.link is not None
+        has_link = self.caches.link is not None or self.host_memory.cuda
         look_ahead, self.prefetch = create_look_ahead(model, layers, self.config, has_link, self._link_rate)
-        speculated = frozenset() if look_ahead is None else look_ahead.speculated_layers
+        on_device = look_ahead if isinstance(look_ahead, DeviceLookAhead) else None
+        on_host = look_ahead if isinstance(look_ahead, LookAhead) else None
+        speculated = frozenset() if on_host is None else on_host.speculated_layers
         self._execution = describe_execution(self.config, speculated, len(layers), self.prefetch)
-        self._publish()
-        if look_ahead is not None:
-            look_ahead.counters, look_ahead.clock = self.counters, self.clock
-        for layer in layers:
-            layer.look_ahead = look_ahead
+        self._publish(on_device)
+        if on_host is not None:
+            on_host.counters, on_host.clock = self.counters, self.clock
+        for number, layer in enumerate(layers):
+            layer.look_ahead = on_host
+            layer.look_from = None if on_device is None else partial(on_device.after_staging, number)
         compat.logger().info("%s", self.describe())
 
     def _report_progress(self) -> None:
@@ -186,7 +191,7 @@ class Deployment:
     def _buffer_bytes(self) -> int:
         return sum(buffer.num_bytes for buffer in self._buffers.values())
 
-    def _publish(self) -> None:
+    def _publish(self, look_ahead: DeviceLookAhead | None) -> None:
         layers = self._live_layers()
         names = [_short_name(layer.layer_name, index) for index, layer in enumerate(layers)]
         self.counters = Counters(
@@ -208,7 +213,7 @@ class Deployment:
             self.counters.set(name, value)
         device_caches = [layer.device_cache for layer in layers if layer.device_cache is not None]
         if device_caches:
-            self._device_totals = DeviceTotals(device_caches, self.counters)
+            self._device_totals = DeviceTotals(device_caches, self.counters, look_ahead)
         self._refresh_gauges()
         if self.config.metrics_port is not None:
             serve_counters(self.counters, self.config.metrics_port + compat.local_rank())

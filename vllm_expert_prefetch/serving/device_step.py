@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from vllm_expert_prefetch.experts import DeviceLayerCache
+from vllm_expert_prefetch.prediction import Signals
 from vllm_expert_prefetch.serving import compat
+from vllm_expert_prefetch.serving.device_lookahead import LookFrom
 from vllm_expert_prefetch.serving.execution import Kernel
 
 
@@ -19,13 +21,21 @@ class DeviceStep:
     buffer_kernel: Kernel | None
     max_token_waves: int
 
-    def run(self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor) -> torch.Tensor:
-        """The routed output (T, H) for `x` (T, H), `topk_weights` (T, K) float32 and `topk_ids` (T, K), expert ids."""
+    def run(
+        self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, look_ahead: LookFrom | None = None
+    ) -> torch.Tensor:
+        """The routed output (T, H) for `x` (T, H), `topk_weights` (T, K) float32 and `topk_ids` (T, K), expert ids.
+
+        Only a step of one wave looks ahead: wider ones leave the link no time.
+        """
         topk_ids = topk_ids.contiguous()
         real = compat.slot_mapping(x.shape[0], x.device)
         num_waves = self.cache.num_waves(x.shape[0])
         if num_waves == 1:
-            return self.slot_kernel(x, topk_weights, self.cache.serve(topk_ids, real))
+            slot_ids = self.cache.serve(topk_ids, real)
+            if look_ahead is not None:
+                look_ahead(Signals(x, topk_ids, topk_weights), real)
+            return self.slot_kernel(x, topk_weights, slot_ids)
         if self.buffer_kernel is not None and num_waves > self.max_token_waves:
             self.cache.stream(topk_ids, real)
             return self.buffer_kernel(x, topk_weights, topk_ids)

@@ -18,6 +18,7 @@ from vllm_expert_prefetch.residency import Split
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.cache_factory import CacheFactory
 from vllm_expert_prefetch.serving.deployment import deployment_of
+from vllm_expert_prefetch.serving.device_lookahead import LookFrom
 from vllm_expert_prefetch.serving.device_step import DeviceStep
 from vllm_expert_prefetch.serving.execution import Executor, Kernel
 from vllm_expert_prefetch.serving.lookahead import LookAhead
@@ -75,6 +76,7 @@ class CachedRoutedExperts(RoutedExperts):
         self.is_taken_over = self.is_fully_resident = False
         self.device_cache: DeviceLayerCache | None = None
         self._device_step: DeviceStep | None = None
+        self.look_from: LookFrom | None = None
         self.look_ahead: LookAhead | None = None
         self.num_experts = self.local_num_experts
         self.expert_bytes = sum(p.nbytes for p in expert_parameters(self, self.num_experts).values())
@@ -186,7 +188,7 @@ class CachedRoutedExperts(RoutedExperts):
             return super().forward_modular(x, topk_weights, topk_ids)  # type: ignore[return-value]
         if self._device_step is not None:
             with self._tiles_as_if_resident(x.shape[0]):
-                return self._device_step.run(x, topk_weights, topk_ids)
+                return self._device_step.run(x, topk_weights, topk_ids, self.look_from)
         if torch.compiler.is_compiling():
             return torch.ops.expert_prefetch.routed_experts(x, topk_weights, topk_ids, self._handle)
         return self.run_step(x, topk_weights, topk_ids)
@@ -207,7 +209,9 @@ class CachedRoutedExperts(RoutedExperts):
             topk_weights, topk_ids = execute_instead(guess, topk_weights, topk_ids)
         step = self.cache.serve(topk_ids, num_tokens)
         if self.look_ahead is not None:
-            executed = Signals(x[:num_tokens], topk_ids[:num_tokens], topk_weights[:num_tokens])
+            executed = Signals(x, topk_ids, topk_weights)
+            if num_tokens < x.shape[0]:
+                executed = Signals(x[:num_tokens], topk_ids[:num_tokens], topk_weights[:num_tokens])
             self.look_ahead.after_staging(self._number, step, executed, routed)
         with self._tiles_as_if_resident(x.shape[0]):
             if step.slot_ids is not None:

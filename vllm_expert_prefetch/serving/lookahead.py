@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, OFF, SPECULATIVE, ConfigError, ExpertPrefetchConfig
-from vllm_expert_prefetch.experts import NativeLayerCache, Step
+from vllm_expert_prefetch.experts import DeviceLayerCache, NativeLayerCache, Step
 from vllm_expert_prefetch.metrics.counters import Counters
 from vllm_expert_prefetch.metrics.definitions import INDEX
 from vllm_expert_prefetch.metrics.steps import StepClock
@@ -27,6 +27,7 @@ from vllm_expert_prefetch.prediction import (
 from vllm_expert_prefetch.prediction.schedule import Budget, SelfGate, most_wanted
 from vllm_expert_prefetch.prediction.truth import score
 from vllm_expert_prefetch.serving import compat
+from vllm_expert_prefetch.serving.device_lookahead import DeviceLookAhead
 from vllm_expert_prefetch.serving.lookahead_sources import NotFound, Source, find_sources
 from vllm_expert_prefetch.serving.speculation import allowed_layers, covers
 
@@ -171,10 +172,12 @@ def why_not(config: ExpertPrefetchConfig, layers: "Sequence[CachedRoutedExperts]
     if config.prefetch == OFF:
         return "off"
     reason, speculates = None, config.execution == SPECULATIVE
-    if any(not isinstance(getattr(layer, "cache", None), NativeLayerCache) for layer in layers):
-        reason = "it needs native staging on the CPU platform, with the policy lru, lfu or lfru"
+    if any(not isinstance(getattr(layer, "residence", None), NativeLayerCache | DeviceLayerCache) for layer in layers):
+        reason = "it needs native staging, with the policy lru, lfu or lfru"
     elif all(layer.is_fully_resident for layer in layers):
         return "off: every expert has a slot"
+    elif layers[0].device_cache is not None and compat.breaks_graphs():
+        reason = "vLLM interrupts its CUDA graphs without joining other streams: VLLM_USE_BREAKABLE_CUDAGRAPH=0 helps"
     if config.lookahead_layers >= max(len(layers), 2):
         raise ConfigError(
             f"{CONFIG_KEY}: lookahead_layers is {config.lookahead_layers} and the model has {len(layers)} MoE layers: "
@@ -195,7 +198,7 @@ def create_look_ahead(
     config: ExpertPrefetchConfig,
     has_link: bool,
     link_bytes_per_second: float,
-) -> tuple[LookAhead | None, str]:
+) -> tuple[LookAhead | DeviceLookAhead | None, str]:
     """The look-ahead of a loaded model, and how it is called; or None, and why there is none (see `why_not`).
 
     A model or an artifact that does not allow it is served without: exactly, and the log says why.
@@ -212,6 +215,9 @@ def create_look_ahead(
         compat.logger().warning("expert_prefetch: no look-ahead, serving goes on without it: %s", error)
         return None, f"off: {error}"
     forced = config.prefetch == "on"
+    if layers[0].device_cache is not None:
+        on_device = DeviceLookAhead(predictor, layers, config.over_fetch, forced, link_bytes_per_second)
+        return on_device, f"{config.prefetch}: {predictor.name}"
     look_ahead = LookAhead(predictor, layers, config.over_fetch, forced, link_bytes_per_second)
     if config.execution == SPECULATIVE and artifact is not None:
         look_ahead.speculated_layers = allowed_layers(artifact.card, len(layers))
@@ -227,7 +233,9 @@ def _sources_of(model: torch.nn.Module, layers: "Sequence[CachedRoutedExperts]")
 
 
 def _create(config: ExpertPrefetchConfig, gates: list[Any]) -> tuple[Predictor, Artifact | None]:
-    artifact = load_artifact(Path(config.artifact), fingerprint(gates)) if config.artifact else None
+    artifact = None
+    if config.artifact:
+        artifact = load_artifact(Path(config.artifact), fingerprint(gates)).on(gates[0].weight.device)
     name = config.predictor
     if name == AUTO:
         name = "hybrid" if artifact is not None and artifact.card.hybrid else "router"

@@ -126,7 +126,7 @@ REFUSALS = (
     Refusal(
         "speculative execution on a GPU",
         "execution",
-        "set execution to exact: nothing looks ahead on a GPU yet",
+        "set execution to exact: on a GPU, guesses only decide what is copied",
         lambda vllm_config, config: config.execution == SPECULATIVE and not compat.on_cpu_platform(),
     ),
     Refusal(

@@ -8,6 +8,7 @@ from vllm_expert_prefetch.experts.host_store import HostStore
 from vllm_expert_prefetch.experts.layer_cache import LayerCache, NativeLayerCache, PythonLayerCache, Step, slot_ids_of
 from vllm_expert_prefetch.experts.link import EmulatedLink
 from vllm_expert_prefetch.experts.native_planner import POLICY_NUMBERS, NativePlanner
+from vllm_expert_prefetch.experts.native_predictor import NativePredictor, PredictorWeights, can_predict
 from vllm_expert_prefetch.experts.native_staging import NativeStaging, StagingLane
 from vllm_expert_prefetch.experts.slot_pool import SlotPool
 from vllm_expert_prefetch.experts.staging import TorchStaging
@@ -23,12 +24,15 @@ __all__ = [
     "LayerCache",
     "NativeLayerCache",
     "NativePlanner",
+    "NativePredictor",
     "NativeStaging",
+    "PredictorWeights",
     "PythonLayerCache",
     "SlotPool",
     "StagingLane",
     "Step",
     "TorchStaging",
+    "can_predict",
     "measure_bandwidth",
     "numa_node_of_gpu",
     "slot_ids_of",

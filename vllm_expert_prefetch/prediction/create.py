@@ -17,6 +17,7 @@ from vllm_expert_prefetch.prediction.baselines import (
 from vllm_expert_prefetch.prediction.defaults import DefaultVectors
 from vllm_expert_prefetch.prediction.estimator import EstimatorPredictor
 from vllm_expert_prefetch.prediction.gates import Gate
+from vllm_expert_prefetch.prediction.native_predict import natively
 from vllm_expert_prefetch.prediction.router import DefaultVectorPredictor, RouterPredictor
 from vllm_expert_prefetch.prediction.routing import Prediction
 
@@ -85,7 +86,8 @@ def _make_estimator(ingredients: Ingredients) -> Predictor:
     if artifact.estimator is None or artifact.card.estimator is None:
         raise ArtifactError("predictor estimator: the artifact holds no estimator; calibrate without --no-estimator")
     defaults = _defaults(ingredients, "estimator") if artifact.card.estimator["default_vectors"] else None
-    return EstimatorPredictor(ingredients.gates, artifact.estimator, defaults, ingredients.distance)
+    predictor = EstimatorPredictor(ingredients.gates, artifact.estimator, defaults, ingredients.distance)
+    return natively(predictor, ingredients.gates)
 
 
 def _make_hybrid(ingredients: Ingredients) -> Predictor:
@@ -101,9 +103,9 @@ def _make_oracle(ingredients: Ingredients) -> Predictor:
 
 
 _MAKERS: dict[str, Callable[[Ingredients], Predictor]] = {
-    "router": lambda given: RouterPredictor(given.gates, given.distance),
-    "router_defaults": lambda given: DefaultVectorPredictor(
-        given.gates, _defaults(given, "router_defaults"), given.distance
+    "router": lambda given: natively(RouterPredictor(given.gates, given.distance), given.gates),
+    "router_defaults": lambda given: natively(
+        DefaultVectorPredictor(given.gates, _defaults(given, "router_defaults"), given.distance), given.gates
     ),
     "estimator": _make_estimator,
     "hybrid": _make_hybrid,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from vllm_expert_prefetch.experts import PredictorWeights
 from vllm_expert_prefetch.prediction.base import Predictor, Signals
 from vllm_expert_prefetch.prediction.defaults import DefaultVectors
 from vllm_expert_prefetch.prediction.gates import Gate
@@ -69,3 +70,9 @@ class EstimatorPredictor(Predictor):
             return None
         logits = self._estimator(self._quasi_hidden.at(source, signals), self._sources[source])
         return self._routing[target].choose(logits, count)
+
+    def weights(self, source: int) -> PredictorWeights:
+        """What a prediction from layer `source` is computed with; the layer's embedding is part of a bias."""
+        tensors = self._estimator.state_dict()
+        tensors["reduce.bias"] = tensors["reduce.bias"] + tensors.pop("layer.weight")[source]
+        return self._quasi_hidden.weights(source).and_also(tensors, self._estimator.norm.eps)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from vllm_expert_prefetch.experts import PredictorWeights
 from vllm_expert_prefetch.prediction.base import Predictor, Signals
 from vllm_expert_prefetch.prediction.defaults import DefaultVectors
 from vllm_expert_prefetch.prediction.fused_router import create_fused_router
@@ -35,6 +36,11 @@ class RouterPredictor(Predictor):
             return fused.predict(signals.hidden, count)
         weight, bias = self._folded[source]
         return self._routing[target].choose(F.linear(signals.hidden.float(), weight, bias), count)
+
+    def weights(self, source: int) -> PredictorWeights:
+        """What a prediction from layer `source` is computed with."""
+        weight, bias = self._folded[source]
+        return PredictorWeights({"logits.weight": weight, "logits.bias": bias})
 
 
 class QuasiHidden:
@@ -67,6 +73,18 @@ class QuasiHidden:
         weights = signals.topk_weights.float().unsqueeze(1)
         return target.apply(torch.baddbmm(unchanged.unsqueeze(1), weights, executed).squeeze(1))
 
+    def weights(self, source: int) -> PredictorWeights:
+        """What `at` computes with, and nothing that comes after it."""
+        norm, target = self._gates[source].norm, self._gates[source + self._distance].norm
+        tensors = {
+            "factor": self._factors[source],
+            "source_shift": norm.shift,
+            "vectors": None if self._vectors is None else self._vectors[source],
+            "target_gain": target.gain,
+            "target_shift": target.shift,
+        }
+        return PredictorWeights(tensors, target.eps, target.centered)
+
 
 class DefaultVectorPredictor(Predictor):
     """The target's gate on the quasi-hidden state with default vectors."""
@@ -84,3 +102,8 @@ class DefaultVectorPredictor(Predictor):
             return None
         gate = self._gates[target]
         return gate.routing.choose(gate.logits(self._quasi_hidden.at(source, signals)), count)
+
+    def weights(self, source: int) -> PredictorWeights:
+        """What a prediction from layer `source` is computed with."""
+        gate, quasi_hidden = self._gates[source + self.distance], self._quasi_hidden.weights(source)
+        return quasi_hidden.and_also({"logits.weight": gate.weight, "logits.bias": gate.bias})

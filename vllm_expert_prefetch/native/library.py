@@ -1,7 +1,7 @@
 """The native libraries, found, checked and loaded when they are first asked for.
 
-`host_library()` holds the C++ planner and staging engine, `cuda_library()` the kernels. Where one is missing, it is
-None and `why_not_host()` or `why_not_cuda()` says why; the torch engine serves then.
+`host_library()` holds the C++ planner, staging engine and predictor, `cuda_library()` the kernels. Where one is
+missing, it is None and `why_not_host()` or `why_not_cuda()` says why; the torch engine serves then.
 """
 
 import functools

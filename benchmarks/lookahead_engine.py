@@ -49,9 +49,9 @@ class Variant:
 
 
 class Run(NamedTuple):
-    """One batch of requests: what a decode step took on average, and what was counted, per step."""
+    """One batch of requests: what each decode step took apart from stalls, and what was counted, per step."""
 
-    tpot_ms: float
+    rest_ms: tuple[float, ...]
     tokens: tuple[tuple[int, ...], ...]
     counted: dict[str, float]
 
@@ -171,21 +171,24 @@ class StudyEngine:
         sampling = SamplingParams(temperature=0, max_tokens=self._num_tokens, ignore_eos=True, detokenize=False)
         for number, prompt in enumerate(prompts):
             engine.add_request(str(number), prompt, sampling)
-        times: list[float] = []
+        rest: list[float] = []
         finished: dict[str, tuple[int, ...]] = {}
         before: dict[str, float] = {}
         while engine.has_unfinished_requests():
-            if len(times) == self._warm_up:
+            if len(rest) == self._warm_up:
                 before = self._counters()
-            started = time.perf_counter()
+            stalled, started = self._stalled(), time.perf_counter()
             outputs = engine.step()
-            times.append(time.perf_counter() - started)
+            rest.append(time.perf_counter() - started - self._stalled() + stalled)
             finished |= {output.request_id: tuple(output.outputs[0].token_ids) for output in outputs}
         after = self._counters()
-        measured = times[self._warm_up :]
+        measured = [1000 * seconds for seconds in rest[self._warm_up :]]
         per_step = {series: (after[series] - before[series]) / len(measured) for series in SERIES}
         tokens = tuple(finished[str(number)] for number in range(len(prompts)))
-        return Run(1000 * sum(measured) / len(measured), tokens, per_step)
+        return Run(tuple(measured), tokens, per_step)
+
+    def _stalled(self) -> float:
+        return float(self._deployment.counters.get("stall_seconds_total"))
 
     def _counters(self) -> dict[str, float]:
         return {series: self._deployment.counters.get(series) for series in SERIES}

@@ -31,9 +31,12 @@ inline void spin_until(Time deadline) {
   while (Clock::now() < deadline) relax_cpu();
 }
 
-// Returns at `deadline`, not before and hardly later: sleeps, and spins over what sleeping is too inexact for.
+// A thread that waits for the emulated link spins for so long before it sleeps: sleeping is inexact, and whoever sleeps
+// loses the core and its caches, while an accelerator that waits for its link loses nothing.
+constexpr nanoseconds kSpin{20'000'000};
+
+// Returns at `deadline`, not before and hardly later.
 inline void wait_until(Time deadline) {
-  constexpr nanoseconds kSpin{200'000};
   const Time wake = deadline - kSpin;
   if (Clock::now() < wake) {
     const auto since_epoch = std::chrono::duration_cast<nanoseconds>(wake.time_since_epoch()).count();

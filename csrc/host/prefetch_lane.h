@@ -96,7 +96,6 @@ class PrefetchLane {
 
   // Returns once the record that the lane copies into this slot has landed.
   void wait_for(const int32_t* word) {
-    constexpr nanoseconds kSpin{200'000};  // waking up takes longer than most rests of a copy
     const Time sleep_from = Clock::now() + kSpin;
     while (!is_ready(word)) {
       if (Clock::now() < sleep_from) {

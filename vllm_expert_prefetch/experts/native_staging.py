@@ -16,7 +16,7 @@ from vllm_expert_prefetch.native.library import host_library, why_not_host
 
 CHUNK_BYTES = 256 * 1024
 """A prefetch goes over the link in chunks of this size: what a demand waits for at most."""
-_CHUNK_SECONDS, _LEAST_CHUNK_BYTES = 50e-6, 1024
+_CHUNK_SECONDS, _LEAST_CHUNK_BYTES = 200e-6, 1024
 """Over a slow link, in chunks that last so long."""
 
 _NO_LOADS = torch.empty(0, 2, dtype=torch.int32)

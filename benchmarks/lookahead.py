@@ -2,7 +2,7 @@
 
 The link is emulated, and so fast that the copy of one expert takes `copy_compute` times as long as a layer does when it
 waits for nothing: what is predicted one layer ahead can be hidden up to a ratio of 1. Variants take turns, batch by
-batch. TPOT is the mean time that decode steps wait for experts, plus the median of the rest of a step: waiting is
+batch. TPOT is the mean time that decode steps wait for experts, plus the lower quartile of the rest of a step: waiting is
 irregular by nature, the rest only where other programs disturb. Exact variants must give the same tokens.
 
 `tpot_gain_best` is 1 - TPOT / TPOT_off at half residency and copy_compute 1 of the best predictor that needs no
@@ -113,8 +113,7 @@ def measure(job: dict[str, Any], result: dict[str, Any]) -> None:
 
 def needs_of(runs: list[Any]) -> tuple[float, float]:
     """Bytes that a step without look-ahead misses, and milliseconds that it takes apart from waiting for them."""
-    rest = statistics.median(step for run in runs for step in run.rest_ms)
-    return statistics.mean(run.counted["transfer_bytes_total/demand"] for run in runs), rest
+    return statistics.mean(run.counted["transfer_bytes_total/demand"] for run in runs), rest_ms(runs)
 
 
 def choose_variants(make: Any, ratio: float, job: dict[str, Any], engine: Any) -> list[Any]:
@@ -172,7 +171,12 @@ def recall_of(engine: Any, variants: list[Any], requests: list[tuple[str, ...]])
 
 def tpot_ms(runs: list[Any]) -> float:
     stall = statistics.mean(run.counted["stall_seconds_total"] for run in runs)
-    return 1000 * stall + statistics.median(step for run in runs for step in run.rest_ms)
+    return 1000 * stall + rest_ms(runs)
+
+
+def rest_ms(runs: list[Any]) -> float:
+    """What a step takes apart from stalls while nothing else disturbs."""
+    return statistics.quantiles((step for run in runs for step in run.rest_ms), n=4)[0]
 
 
 def describe(runs: list[Any], runs_off: list[Any]) -> dict[str, Any]:

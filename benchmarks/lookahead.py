@@ -2,8 +2,8 @@
 
 The link is emulated, and so fast that the copy of one expert takes `copy_compute` times as long as a layer does when it
 waits for nothing: what is predicted one layer ahead can be hidden up to a ratio of 1. Variants take turns, batch by
-batch. TPOT is the mean time that decode steps wait for experts, plus the lower quartile of the rest of a step: waiting is
-irregular by nature, the rest only where other programs disturb. Exact variants must give the same tokens.
+batch. TPOT is the mean time that decode steps wait for experts, plus the lower quartile of the rest of a step: waiting
+is irregular by nature, the rest only where other programs disturb. Exact variants must give the same tokens.
 
 `tpot_gain_best` is 1 - TPOT / TPOT_off at half residency and copy_compute 1 of the best predictor that needs no
 knowledge of the future, and `oracle_share` its share of the gain of one that has it: where they are lowest, over models

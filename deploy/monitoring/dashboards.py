@@ -228,7 +228,7 @@ OVERVIEW = Dashboard(
 LAYERS = Dashboard(
     "expert-prefetch-layers",
     "Expert prefetch: layers",
-    "Which layers miss. Empty unless the server runs with metrics_per_layer.",
+    "Which layers miss, and which are predicted badly. Empty unless the server runs with metrics_per_layer.",
     VARIABLES,
     (
         Panel(
@@ -266,6 +266,38 @@ LAYERS = Dashboard(
             "Lookups that had to be copied while the step waited.",
             [(rate("layer_lookups_total", by="layer", own='outcome="miss"'), "layer {{layer}}")],
             24,
+        ),
+        Panel(
+            "Prefetch recall of each layer",
+            "timeseries",
+            "percentunit",
+            "Share of the router's experts that the predictor had among its first top-k. Where it is low, calibrate.",
+            [
+                (
+                    share(
+                        rate("layer_recall_found_total", by="layer", own='among="top_k"'),
+                        rate("layer_recall_routed_total", by="layer"),
+                    ),
+                    "layer {{layer}}",
+                )
+            ],
+            maximum=1,
+        ),
+        Panel(
+            "Prefetch precision of each layer",
+            "timeseries",
+            "percentunit",
+            "Share of the prefetched experts that were needed before they were evicted.",
+            [
+                (
+                    share(
+                        rate("layer_predictions_total", by="layer", own='outcome="used"'),
+                        rate("layer_predictions_total", by="layer"),
+                    ),
+                    "layer {{layer}}",
+                )
+            ],
+            maximum=1,
         ),
     ),
 )

@@ -1,13 +1,29 @@
 """Look-ahead in a running engine: it changes how fast experts are there, and never which tokens come out."""
 
+import itertools
+
 import pytest
 import torch
 from engines import TINY_MODEL, counters, greedy, layers, open_engine, prompts
 
 from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig
-from vllm_expert_prefetch.prediction import Prediction, Predictor
+from vllm_expert_prefetch.metrics.counters import read_counters
+from vllm_expert_prefetch.prediction import (
+    PREDICTORS,
+    Artifact,
+    Card,
+    Estimator,
+    EstimatorShape,
+    Ingredients,
+    NextTokenPredictor,
+    Prediction,
+    Predictor,
+    create_predictor,
+)
+from vllm_expert_prefetch.prediction.defaults import DefaultVectors
 from vllm_expert_prefetch.serving import lookahead
-from vllm_expert_prefetch.serving.lookahead import why_not
+from vllm_expert_prefetch.serving.lookahead import LookAhead, why_not
+from vllm_expert_prefetch.serving.lookahead_sources import find_sources
 
 pytestmark = pytest.mark.engine
 
@@ -57,15 +73,64 @@ def check_conservation(counted, llm):
 
 @pytest.mark.parametrize("over_fetch", [0, 3])
 def test_the_router_predictor_is_bit_equal_and_saves_stalls(stock, over_fetch):
-    with open_engine(TINY_MODEL, LINK | {"prefetch": "on", "over_fetch": over_fetch}) as llm:
+    config = LINK | {"prefetch": "on", "over_fetch": over_fetch, "metrics_per_layer": True}
+    with open_engine(TINY_MODEL, config) as llm:
         assert generate(llm) == stock
         counted = counters(llm)
         assert check_conservation(counted, llm) > 100
+        by_layer = read_counters(layers(llm)[0].deployment.counters.path)
+    for series in ("predictions_total/used", "recall_routed_total", "recall_found_total/fetched"):
+        own = [by_layer.value(f"layer_{series}", layer) for layer in range(8)]
+        assert sum(own) == counted[series]
+        assert own[0] == 0, "nothing speaks of the first layer without an artifact"
+        assert all(own[1:])
     recall = counted["recall_found_total/top_k"] / counted["recall_routed_total"]
     assert 0.6 < recall <= counted["recall_found_total/fetched"] / counted["recall_routed_total"]
     assert counted["predictions_total/used"] > counted["predictions_total/unused"]
     assert counted["transfer_bytes_total/prefetch"] > 0
     assert 0 < counted["missing_gate_mass_total"] < counted["scored_tokens_total"]
+
+
+def untrained(gates):
+    """An artifact as calibration makes it, but of random numbers: guesses need not be good to be harmless."""
+    torch.manual_seed(0)
+    num_layers, (num_experts, hidden) = len(gates), gates[0].weight.shape
+    card = Card(
+        model="tiny",
+        fingerprint="",
+        layers=[gate.name for gate in gates],
+        distance=1,
+        versions={},
+        data={},
+        over_fetch=1,
+        recall={},
+        hybrid=["router", "router_defaults", "estimator", "router", "estimator", "router", "router"],
+        allow_list=[],
+        estimator={"m": 2, "n": 2, "default_vectors": True},
+    )
+    estimator = Estimator(EstimatorShape(hidden, num_experts, num_layers - 1))
+    defaults = DefaultVectors(torch.randn(num_layers, num_experts, hidden), torch.ones(num_layers))
+    tables = torch.rand(num_layers, num_experts), torch.rand(num_layers, num_experts, num_experts)
+    return Artifact(card, defaults, *tables, estimator)
+
+
+def test_every_predictor_is_bit_equal_with_every_over_fetch(stock):
+    names = [name for name in PREDICTORS if name != "oracle"]
+    with open_engine(TINY_MODEL, LINK | {"prefetch": "on"}) as llm:
+        model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
+        gates = [source.gate for source in find_sources(model)]
+        ingredients = Ingredients(gates, untrained(gates))
+        for name, over_fetch in itertools.product([*names, "hybrid across tokens"], (0, 1, 14)):
+            predictor = create_predictor(name.split()[0], ingredients)
+            if "across" in name:
+                predictor = NextTokenPredictor(predictor, create_predictor("transition", ingredients))
+            before = layers(llm)[0].look_ahead
+            look_ahead = LookAhead(predictor, layers(llm), over_fetch, True, 0.5e9)
+            look_ahead.counters, look_ahead.clock = before.counters, before.clock
+            for layer in layers(llm):
+                layer.look_ahead = look_ahead
+            assert greedy(llm, PROMPTS) == stock[0], (name, over_fetch)
+        check_conservation(counters(llm), llm)
 
 
 def test_garbage_predictions_change_no_token(stock, monkeypatch):

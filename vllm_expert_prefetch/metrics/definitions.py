@@ -61,6 +61,8 @@ def histogram_series(stem: str, buckets: tuple[float, ...]) -> list[str]:
 
 
 OUTCOMES = ("hit", "late", "miss", "speculated")
+PREDICTED = ("used", "unused", "cancelled")
+AMONG = ("top_k", "fetched")
 PHASES = ("prefill", "decode", "mixed")
 STEP_BUCKETS = (
     *(0.0005, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.005, 0.0075),
@@ -149,13 +151,52 @@ METRICS = (
         per_layer=True,
     ),
     Metric(
+        "layer_predictions_total",
+        Kind.COUNTER,
+        "predictions",
+        "The prefetched experts of each MoE layer; only with `metrics_per_layer`.",
+        "outcome",
+        PREDICTED,
+        per_layer=True,
+    ),
+    Metric(
+        "layer_recall_routed_total",
+        Kind.COUNTER,
+        "experts",
+        "`recall_routed_total` of each MoE layer; on the CPU platform, with `metrics_per_layer`.",
+        per_layer=True,
+    ),
+    Metric(
+        "layer_recall_found_total",
+        Kind.COUNTER,
+        "experts",
+        "`recall_found_total` of each MoE layer; on the CPU platform, with `metrics_per_layer`.",
+        "among",
+        AMONG,
+        per_layer=True,
+    ),
+    Metric(
+        "layer_scored_tokens_total",
+        Kind.COUNTER,
+        "tokens",
+        "`scored_tokens_total` of each MoE layer; on the CPU platform, with `metrics_per_layer`.",
+        per_layer=True,
+    ),
+    Metric(
+        "layer_missing_gate_mass_total",
+        Kind.COUNTER,
+        "ratio",
+        "`missing_gate_mass_total` of each MoE layer; on the CPU platform, with `metrics_per_layer`.",
+        per_layer=True,
+    ),
+    Metric(
         "predictions_total",
         Kind.COUNTER,
         "predictions",
         "Prefetched experts, by what became of them: needed before they were evicted, not needed, or cancelled before "
         "the copy had started.",
         "outcome",
-        ("used", "unused", "cancelled"),
+        PREDICTED,
     ),
     Metric(
         "displaced_lookups_total",
@@ -175,7 +216,7 @@ METRICS = (
         "experts",
         "Of these, those among the first top-k guesses, and among all that were fetched (top-k and `over_fetch`).",
         "among",
-        ("top_k", "fetched"),
+        AMONG,
     ),
     Metric("scored_tokens_total", Kind.COUNTER, "tokens", "Tokens of each layer that were compared with a prediction."),
     Metric(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vllm_expert_prefetch.experts import DeviceLayerCache
 from vllm_expert_prefetch.metrics.counters import Counters, layer_start
-from vllm_expert_prefetch.metrics.definitions import INDEX, LAYER_INDEX
+from vllm_expert_prefetch.metrics.definitions import INDEX, LAYER_INDEX, OUTCOMES, PREDICTED
 from vllm_expert_prefetch.prediction.count_gate import Outcomes
 from vllm_expert_prefetch.prediction.truth import Score
 from vllm_expert_prefetch.serving.device_lookahead import DeviceLookAhead
@@ -14,7 +14,12 @@ from vllm_expert_prefetch.serving.device_lookahead import DeviceLookAhead
 _PERIOD_SECONDS = 0.5
 _STEPS, _HITS, _LATE, _MISSES, _EVICTIONS, _USED, _UNUSED, _DISPLACED, _ISSUED, _CANCELLED = range(10, 20)
 _STREAM_STEPS, _STREAM_MISSES, _CLAIMED = 21, 22, 23
-_LAYER_LOOKUPS = {"hit": _HITS, "late": _LATE, "miss": _MISSES}
+_OF_LAYER = {
+    **{
+        f"layer_lookups_total/{outcome}": word for outcome, word in zip(OUTCOMES, (_HITS, _LATE, _MISSES), strict=False)
+    },
+    **{f"layer_predictions_total/{o}": word for o, word in zip(PREDICTED, (_USED, _UNUSED, _CANCELLED), strict=True)},
+}
 
 
 class DeviceTotals:
@@ -70,8 +75,8 @@ class DeviceTotals:
         add(INDEX["predictions_total/cancelled"], grown[_CANCELLED])
         add(INDEX["displaced_lookups_total"], grown[_DISPLACED])
         if self._counters.layers:
-            for outcome, word in _LAYER_LOOKUPS.items():
-                add(layer_start(layer) + LAYER_INDEX[f"layer_lookups_total/{outcome}"], grown[word])
+            for series, word in _OF_LAYER.items():
+                add(layer_start(layer) + LAYER_INDEX[series], grown[word])
 
     def _step_seconds(self) -> float | None:
         """What a decode step has taken since the last time; None when there was none."""

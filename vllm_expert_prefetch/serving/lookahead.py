@@ -9,8 +9,8 @@ import torch
 
 from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, OFF, SPECULATIVE, ConfigError, ExpertPrefetchConfig
 from vllm_expert_prefetch.experts import DeviceLayerCache, NativeLayerCache, Step
-from vllm_expert_prefetch.metrics.counters import Counters
-from vllm_expert_prefetch.metrics.definitions import INDEX
+from vllm_expert_prefetch.metrics.counters import Counters, layer_start
+from vllm_expert_prefetch.metrics.definitions import INDEX, LAYER_INDEX, PREDICTED
 from vllm_expert_prefetch.metrics.steps import StepClock
 from vllm_expert_prefetch.prediction import (
     Artifact,
@@ -34,7 +34,7 @@ from vllm_expert_prefetch.serving.speculation import allowed_layers, covers
 if TYPE_CHECKING:
     from vllm_expert_prefetch.serving.layer import CachedRoutedExperts
 
-_USED, _UNUSED, _CANCELLED = (INDEX[f"predictions_total/{outcome}"] for outcome in ("used", "unused", "cancelled"))
+_USED, _UNUSED, _CANCELLED = (INDEX[f"predictions_total/{outcome}"] for outcome in PREDICTED)
 _DISPLACED, _EVICTIONS = INDEX["displaced_lookups_total"], INDEX["evictions_total"]
 _PREFETCH_BYTES = INDEX["transfer_bytes_total/prefetch"]
 _ROUTED, _FOUND, _FOUND_ALL = (
@@ -43,6 +43,8 @@ _ROUTED, _FOUND, _FOUND_ALL = (
     INDEX["recall_found_total/fetched"],
 )
 _TOKENS, _MISSING_MASS = INDEX["scored_tokens_total"], INDEX["missing_gate_mass_total"]
+_OF_LAYER = {INDEX[series]: LAYER_INDEX[f"layer_{series}"] for series in INDEX if f"layer_{series}" in LAYER_INDEX}
+"""A series -> the same one of a single layer, where there is one."""
 
 
 class LookAhead:
@@ -124,7 +126,8 @@ class LookAhead:
             done = self._caches[target].prefetch(wanted.contiguous(), self.budgets[target].num_records)
             self._queued_at[target] = time.perf_counter()
             self.counters.add(_EVICTIONS, done.num_evictions)
-            self.counters.add(_UNUSED, done.num_unused)
+            if done.num_unused:
+                self._add(target, _UNUSED, done.num_unused)
         self._spent[target] += time.perf_counter() - started
 
     def _note_window(self, layer: int, step: Step) -> None:
@@ -133,22 +136,26 @@ class LookAhead:
         if queued_at is not None:
             self.budgets[layer].note(max(0.0, time.perf_counter() - step.stall_seconds - queued_at))
 
+    def _add(self, layer: int, index: int, amount: float) -> None:
+        self.counters.add(index, amount)
+        if self.counters.layers:
+            self.counters.add(layer_start(layer) + _OF_LAYER[index], amount)
+
     def _count(self, layer: int, step: Step) -> None:
-        add = self.counters.add
         if step.num_used:
-            add(_USED, step.num_used)
+            self._add(layer, _USED, step.num_used)
         if step.num_unused:
-            add(_UNUSED, step.num_unused)
+            self._add(layer, _UNUSED, step.num_unused)
         if step.num_displaced:
-            add(_DISPLACED, step.num_displaced)
+            self.counters.add(_DISPLACED, step.num_displaced)
         if step.num_cancelled:
-            add(_CANCELLED, step.num_cancelled)
+            self._add(layer, _CANCELLED, step.num_cancelled)
         if step.slot_ids is not None:
             self.gates[layer].note(step.stall_seconds + self._spent[layer])
         self._spent[layer] = 0.0
         if layer == 0 and self._num_steps % self.scored_every == 0:
             moved = int(self._caches[0].staging.lane.counters()["prefetch_bytes"])
-            add(_PREFETCH_BYTES, moved - self._lane_bytes)
+            self.counters.add(_PREFETCH_BYTES, moved - self._lane_bytes)
             self._lane_bytes = moved
             self.counters.set("gated_layers", sum(not gate.is_open for gate in self.gates))
 
@@ -157,12 +164,11 @@ class LookAhead:
         if guess is None or self._num_steps % self.scored_every or guess.ids.shape[0] not in (1, len(true.topk_ids)):
             return
         sums = score(guess, true)
-        add = self.counters.add
-        add(_TOKENS, float(sums.tokens))
-        add(_ROUTED, float(sums.routed))
-        add(_FOUND, float(sums.found))
-        add(_FOUND_ALL, float(sums.found_all))
-        add(_MISSING_MASS, float(sums.tokens - sums.mass))
+        self._add(layer, _TOKENS, float(sums.tokens))
+        self._add(layer, _ROUTED, float(sums.routed))
+        self._add(layer, _FOUND, float(sums.found))
+        self._add(layer, _FOUND_ALL, float(sums.found_all))
+        self._add(layer, _MISSING_MASS, float(sums.tokens - sums.mass))
 
 
 def why_not(config: ExpertPrefetchConfig, layers: "Sequence[CachedRoutedExperts]", has_link: bool) -> str | None:

@@ -10,7 +10,8 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 Row = dict[str, Any]
-LINES = ("off", "router", "hybrid+transition", "auto", "oracle")
+LINES = {"off": "C0", "router": "C1", "hybrid+transition": "C2", "auto": "C3", "oracle": "C4"}
+"""Variants drawn over something, and their colours."""
 
 
 def draw(rows: list[Row], folder: Path) -> None:
@@ -40,18 +41,18 @@ def _draw_predictors(axis: Any, rows: list[Row]) -> None:
     axis.set_yticks([place + 0.4 - height / 2 for place in range(len(names))], names)
     axis.invert_yaxis()
     axis.axvline(1, color="black", linewidth=1)
-    axis.set(title="Half resident, copy/compute 1", xlabel="TPOT / TPOT without look-ahead")
+    axis.set(title="Half resident, copy/compute 1", xlabel="TPOT / TPOT without look-ahead", xlim=(0, 1.5))
     axis.grid(axis="x", alpha=0.3)
-    axis.legend()
+    axis.legend(loc="center right")
 
 
 def _draw_ratios(axis: Any, rows: list[Row]) -> None:
     cell = [row for row in rows if row["residency"] == 0.5 and row["batch"] == 1]
-    for name in LINES:
+    for name, colour in LINES.items():
         points = sorted(
             (row["copy_compute"], row["tpot_ms"] / row["compute_ms"]) for row in cell if row["variant"] == name
         )
-        axis.plot(*zip(*points, strict=True), marker="o", label=name)
+        axis.plot(*zip(*points, strict=True), marker="o", color=colour, label=name)
     bound = sorted({(row["copy_compute"], row["bound_ms"] / row["compute_ms"]) for row in cell})
     axis.plot(*zip(*bound, strict=True), color="black", linestyle="--", label="max(compute, missed bytes / link)")
     axis.set(title="Half resident, batch 1", xlabel="copy/compute", ylabel="TPOT / compute", xscale="log", yscale="log")
@@ -61,9 +62,9 @@ def _draw_ratios(axis: Any, rows: list[Row]) -> None:
 
 def _draw_residency(axis: Any, rows: list[Row]) -> None:
     cell = [row for row in rows if row["copy_compute"] == 1 and row["batch"] == 1]
-    for name in LINES[1:]:
+    for name, colour in list(LINES.items())[1:]:
         points = sorted((100 * row["residency"], row["tpot_ratio"]) for row in cell if row["variant"] == name)
-        axis.plot(*zip(*points, strict=True), marker="o", label=name)
+        axis.plot(*zip(*points, strict=True), marker="o", color=colour, label=name)
     axis.axhline(1, color="black", linewidth=1)
     axis.set(title="Copy/compute 1, batch 1", xlabel="experts with a slot, %", ylabel="TPOT / TPOT without look-ahead")
     axis.grid(alpha=0.3)

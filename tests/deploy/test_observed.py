@@ -181,12 +181,14 @@ def test_scraping_ten_times_a_second_gives_no_error_and_no_total_that_runs_backw
 
 
 def test_scrapes_are_quick_under_load(observed):
-    """The 99th percentile is under 50 ms, beyond what a busy machine makes an empty answer wait."""
+    """The 99th percentile is under 50 ms, beyond what a busy machine makes an empty answer wait; the 95th where the
+    machine itself stops now and then, which an empty answer shows.
+    """
     scrapes, empty = (
-        statistics.quantiles(seconds, n=100)[98]
-        for seconds in (observed.scrapes.seconds, observed.scrapes.empty_seconds)
+        statistics.quantiles(seconds, n=100) for seconds in (observed.scrapes.seconds, observed.scrapes.empty_seconds)
     )
-    assert scrapes < 0.05 + empty, f"{1000 * scrapes:.1f} ms, an empty answer {1000 * empty:.1f} ms"
+    at = 98 if empty[98] < 0.02 else 94
+    assert scrapes[at] < 0.05 + empty[at], f"{1000 * scrapes[at]:.1f} ms, an empty answer {1000 * empty[at]:.1f} ms"
 
 
 def test_no_token_is_missing_from_the_totals(observed):

@@ -31,13 +31,13 @@ inline void spin_until(Time deadline) {
   while (Clock::now() < deadline) relax_cpu();
 }
 
-// A thread that waits for the emulated link spins for so long before it sleeps: sleeping is inexact, and whoever sleeps
-// loses the core and its caches, while an accelerator that waits for its link loses nothing.
-constexpr nanoseconds kSpin{20'000'000};
+// A step that waits for its records spins for so long before it sleeps: sleeping is inexact, and whoever sleeps loses the
+// core and its caches, while an accelerator that waits for its link loses nothing.
+constexpr nanoseconds kStepSpin{20'000'000};
 
 // Returns at `deadline`, not before and hardly later.
 inline void wait_until(Time deadline) {
-  const Time wake = deadline - kSpin;
+  const Time wake = deadline - kStepSpin;
   if (Clock::now() < wake) {
     const auto since_epoch = std::chrono::duration_cast<nanoseconds>(wake.time_since_epoch()).count();
     const timespec at{static_cast<time_t>(since_epoch / 1'000'000'000), static_cast<long>(since_epoch % 1'000'000'000)};

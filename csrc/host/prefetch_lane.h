@@ -96,7 +96,7 @@ class PrefetchLane {
 
   // Returns once the record that the lane copies into this slot has landed.
   void wait_for(const int32_t* word) {
-    const Time sleep_from = Clock::now() + kSpin;
+    const Time sleep_from = Clock::now() + kStepSpin;
     while (!is_ready(word)) {
       if (Clock::now() < sleep_from) {
         relax_cpu();

@@ -225,6 +225,12 @@ OVERVIEW = Dashboard(
     (*AT_A_GLANCE, *CACHE, row("Link"), *LINK, row("Prefetch"), *PREFETCH, row("Steps"), *STEPS),
 )
 
+
+def _share_by_layer(title: str, description: str, part: str, whole: str) -> Panel:
+    expression = share(part, whole)
+    return Panel(title, "timeseries", "percentunit", description, [(expression, "layer {{layer}}")], maximum=1)
+
+
 LAYERS = Dashboard(
     "expert-prefetch-layers",
     "Expert prefetch: layers",
@@ -267,37 +273,17 @@ LAYERS = Dashboard(
             [(rate("layer_lookups_total", by="layer", own='outcome="miss"'), "layer {{layer}}")],
             24,
         ),
-        Panel(
+        _share_by_layer(
             "Prefetch recall of each layer",
-            "timeseries",
-            "percentunit",
             "Share of the router's experts that the predictor had among its first top-k. Where it is low, calibrate.",
-            [
-                (
-                    share(
-                        rate("layer_recall_found_total", by="layer", own='among="top_k"'),
-                        rate("layer_recall_routed_total", by="layer"),
-                    ),
-                    "layer {{layer}}",
-                )
-            ],
-            maximum=1,
+            rate("layer_recall_found_total", by="layer", own='among="top_k"'),
+            rate("layer_recall_routed_total", by="layer"),
         ),
-        Panel(
+        _share_by_layer(
             "Prefetch precision of each layer",
-            "timeseries",
-            "percentunit",
             "Share of the prefetched experts that were needed before they were evicted.",
-            [
-                (
-                    share(
-                        rate("layer_predictions_total", by="layer", own='outcome="used"'),
-                        rate("layer_predictions_total", by="layer"),
-                    ),
-                    "layer {{layer}}",
-                )
-            ],
-            maximum=1,
+            rate("layer_predictions_total", by="layer", own='outcome="used"'),
+            rate("layer_predictions_total", by="layer"),
         ),
     ),
 )

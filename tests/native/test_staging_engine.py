@@ -344,6 +344,11 @@ def test_bad_input_is_refused_with_the_numbers_and_changes_nothing(call, argumen
     assert counted(layer, "demand_records", "cancelled_records") == [0, 2]
 
 
+@pytest.mark.parametrize(("gbps", "chunk_bytes"), [(None, 262_144), (50, 262_144), (0.05, 10_000), (0.001, 1024)])
+def test_a_demand_waits_for_a_chunk_of_200_microseconds_at_most_unless_the_link_is_very_slow(gbps, chunk_bytes):
+    assert StagingLane(None if gbps is None else EmulatedLink(gbps, 0)).chunk_bytes == chunk_bytes
+
+
 @pytest.mark.parametrize(
     ("gbps", "latency_us", "chunk_bytes"), [(-1, 0, 1), (float("nan"), 0, 1), (0, 5, 1), (1, -1, 1), (1, 0, 0)]
 )

@@ -1,12 +1,17 @@
 """Look-ahead in a running engine: it changes how fast experts are there, and never which tokens come out."""
 
 import itertools
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from engines import TINY_MODEL, counters, greedy, layers, open_engine, prompts
+from toy_moe import EXPERTS, TOP_K, make_gates, tokens
 
 from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig
+from vllm_expert_prefetch.experts import Step
+from vllm_expert_prefetch.experts.layer_cache import Prefetch
 from vllm_expert_prefetch.metrics.counters import read_counters
 from vllm_expert_prefetch.prediction import (
     PREDICTORS,
@@ -18,7 +23,10 @@ from vllm_expert_prefetch.prediction import (
     NextTokenPredictor,
     Prediction,
     Predictor,
+    Signals,
     create_predictor,
+    fingerprint,
+    save_artifact,
 )
 from vllm_expert_prefetch.prediction.defaults import DefaultVectors
 from vllm_expert_prefetch.serving import lookahead
@@ -95,23 +103,14 @@ def untrained(gates):
     """An artifact as calibration makes it, but of random numbers: guesses need not be good to be harmless."""
     torch.manual_seed(0)
     num_layers, (num_experts, hidden) = len(gates), gates[0].weight.shape
-    card = Card(
-        model="tiny",
-        fingerprint="",
-        layers=[gate.name for gate in gates],
-        distance=1,
-        versions={},
-        data={},
-        over_fetch=1,
-        recall={},
-        hybrid=["router", "router_defaults", "estimator", "router", "estimator", "router", "router"],
-        allow_list=[],
-        estimator={"m": 2, "n": 2, "default_vectors": True},
-    )
-    estimator = Estimator(EstimatorShape(hidden, num_experts, num_layers - 1))
+    names = [gate.name for gate in gates]
+    choices = [("router", "router_defaults", "estimator")[layer % 3] for layer in range(num_layers - 1)]
+    estimator = {"m": 2, "n": 2, "default_vectors": True}
+    card = Card("tiny", fingerprint(gates), names, 1, {}, {}, 1, {}, hybrid=choices, estimator=estimator)
+    network = Estimator(EstimatorShape(hidden, num_experts, num_layers - 1))
     defaults = DefaultVectors(torch.randn(num_layers, num_experts, hidden), torch.ones(num_layers))
     tables = torch.rand(num_layers, num_experts), torch.rand(num_layers, num_experts, num_experts)
-    return Artifact(card, defaults, *tables, estimator)
+    return Artifact(card, defaults, *tables, network)
 
 
 def test_every_predictor_is_bit_equal_with_every_over_fetch(stock):
@@ -191,3 +190,50 @@ def test_an_artifact_that_is_not_there_leaves_exact_serving_and_says_so(stock, t
         described = layers(llm)[0].deployment._info()["prefetch"]
     assert described.startswith("off: ")
     assert "missing" in described
+
+
+class Asked:
+    """A cache that notes what it is asked to prefetch, and how many of it."""
+
+    num_slots = 8
+    staging = SimpleNamespace(record_bytes=1000, lane=SimpleNamespace(counters=lambda: {"prefetch_bytes": 0}))
+
+    def __init__(self):
+        self.asked = []
+
+    def prefetch(self, wanted, budget):
+        self.asked.append((len(wanted), budget))
+        return Prefetch(0, 0, 0)
+
+
+@pytest.mark.parametrize(("link_bytes_per_second", "expected"), [(1e9, (5, 8)), (1.0, (2, 1))])
+def test_what_the_link_can_begin_in_time_is_asked_for_and_over_fetch_only_where_a_record_fits(
+    link_bytes_per_second, expected
+):
+    gates = make_gates()
+    made = [SimpleNamespace(cache=Asked(), num_experts=EXPERTS, top_k=TOP_K) for _ in gates]
+    predictor = create_predictor("router", Ingredients(gates))
+    look_ahead = LookAhead(predictor, made, over_fetch=3, forced=True, link_bytes_per_second=link_bytes_per_second)
+    look_ahead.counters = SimpleNamespace(layers=(), add=lambda index, amount: None, set=lambda series, value: None)
+    look_ahead.clock = SimpleNamespace(num_one_token_each=0)
+    narrow = Step(0, 1, TOP_K, *[0] * 8, 0.0, 0.0, torch.zeros(1, TOP_K), ())
+    for _ in range(3):
+        for layer in range(len(gates)):
+            look_ahead.after_staging(layer, narrow, Signals(tokens(1), torch.tensor([[0, 1]]), torch.ones(1, TOP_K)))
+            time.sleep(0.001)
+    asked = made[1].cache.asked
+    assert asked[0] == (5, 8), "nothing is known of the time yet: the slots are the budget"
+    assert asked[-1] == expected
+
+
+def test_with_an_artifact_the_last_layer_speaks_of_the_next_tokens_first(tmp_path):
+    gates = make_gates()
+    save_artifact(untrained(gates), tmp_path / "artifact")
+    for config, name in (
+        ({}, "router"),
+        ({"artifact": str(tmp_path / "artifact")}, "hybrid, next token by transition"),
+        ({"artifact": str(tmp_path / "artifact"), "predictor": "previous"}, "previous"),
+    ):
+        predictor, _ = lookahead._create(ExpertPrefetchConfig(**config), gates)
+        assert predictor.name == name
+        assert predictor.target_of(len(gates) - 1) == (None if name == "router" else 0)

@@ -51,7 +51,8 @@ class StagingLane:
             raise RuntimeError(f"native staging needs the native host library: {why_not_host()}")
         self.library = library
         gbps, latency_us = (link.gbps, link.latency_us) if link else (0.0, 0.0)
-        self.engine = library.staging_create(gbps, latency_us, _chunk_for(link) if chunk_bytes is None else chunk_bytes)
+        self.chunk_bytes = _chunk_for(link) if chunk_bytes is None else chunk_bytes
+        self.engine = library.staging_create(gbps, latency_us, self.chunk_bytes)
         self._kept: list[Sequence[torch.Tensor]] = []
         self._close = weakref.finalize(self, library.staging_close, self.engine)
 

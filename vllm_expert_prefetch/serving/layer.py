@@ -118,7 +118,10 @@ class CachedRoutedExperts(RoutedExperts):
         deployment.layer_taken_over()
 
     def start_cache(self, caches: CacheFactory, size: CacheSize) -> None:
-        """Begin with the first experts in the slots, as `caches` plans and stages; whatever was there is given up."""
+        """Begin with the first experts in the slots, as `caches` plans and stages.
+
+        Whatever was there is given up: a lane that may still copy into the slots must be closed before.
+        """
         deployment = self.deployment
         buffer = deployment.stream_buffer(self.store, self.accelerator) if size.stream_buffer else None
         buffer_kernel = self._kernel_on(buffer) if buffer else None

@@ -59,12 +59,6 @@ class Ingredients:
             )
         return self.artifact
 
-    def on(self, device: torch.device) -> "Ingredients":
-        """The same, moved to `device`."""
-        artifact = None if self.artifact is None else self.artifact.on(device)
-        trace = None if self.trace is None else [step.to(device) for step in self.trace]
-        return Ingredients([gate.to(device) for gate in self.gates], artifact, self.distance, trace)
-
 
 def create_predictor(name: str, ingredients: Ingredients) -> Predictor:
     """The predictor called `name`, one of PREDICTORS.

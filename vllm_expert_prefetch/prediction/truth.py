@@ -32,14 +32,8 @@ class Quality(NamedTuple):
 
 def score(prediction: Prediction, true: Signals) -> Score:
     """`prediction` has one row per token of `true`, or one for all. No host synchronisation."""
-    ids = true.topk_ids.long()
-    same = prediction.ids.unsqueeze(1) == ids.unsqueeze(2)
-    top_k = ids.shape[1]
-    found = same[:, :, :top_k].any(-1)
-    weights = true.topk_weights.double()
-    mass = ((weights * found).sum(-1) / weights.sum(-1).clamp(min=1e-12)).sum()
-    tokens = torch.tensor(ids.shape[0], dtype=torch.float64, device=ids.device)
-    return Score(tokens, tokens * top_k, found.sum().double(), same.any(-1).sum().double(), mass)
+    every = torch.zeros(len(true.topk_ids), dtype=torch.int64, device=true.topk_ids.device)
+    return Score(*sums_of_real(prediction.ids, true.topk_ids, true.topk_weights.double(), every))
 
 
 def quality(scores: list[Score]) -> Quality | None:
@@ -58,7 +52,8 @@ def sums_of_real(
 ) -> torch.Tensor:
     """The fields of `Score` in one tensor, float64, over the rows where `real` (T,) int64 is not negative.
 
-    `guessed` (T, P) and `topk_ids` (T, K) integers, `topk_weights` (T, K) float32. Other rows may hold anything.
+    `guessed` (T or 1, P) and `topk_ids` (T, K) integers, `topk_weights` (T, K) floating point, which is computed in.
+    Other rows may hold anything.
     """
     top_k = topk_ids.shape[1]
     same = guessed.unsqueeze(1) == topk_ids.unsqueeze(2)

@@ -1,20 +1,22 @@
 """Does the plugin give the tokens of plain vLLM? Greedy decoding, stock against plugin, stock against stock as control.
 
-A token that differs counts, except where the plugin split a step by experts and stock's own margin between its two best
-tokens is below the measured deviation of the log-probabilities: there stock itself has no clear answer. Such places are
-reported as `near_ties`. A sequence is compared up to its first difference. Log-probabilities must be bit-equal in every
-configuration in which no step was split by experts.
+Tokens and log-probabilities must be equal to the last bit, in every configuration. A sequence is compared up to its first
+difference. A configuration counts only if its cache was at work: lookups, and where steps are wide, overflow rows.
+Models of two and three layers are the tiny one's first layers.
 """
 
 import itertools
+import json
 import sys
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from harness import TINY_MODEL, Engine, counters, engine_job, finish, job_output, load_prompts, parser, run_in_process
 
-Sequence = list[tuple[int, float, float]]
-"""Per generated token: id, its log-probability, the margin to the runner-up."""
+Sequence = list[tuple[int, float]]
+"""Per generated token: id and its log-probability."""
 
 
 @dataclass
@@ -23,32 +25,24 @@ class Comparison:
 
     compared_tokens: int = 0
     differing_tokens: int = 0
-    near_ties: int = 0
     max_deviation: float = 0.0
 
     @property
     def bit_equal(self) -> bool:
         """No token and no log-probability differs."""
-        return self.differing_tokens == self.near_ties == 0 and self.max_deviation == 0.0
+        return self.differing_tokens == 0 and self.max_deviation == 0.0
 
 
-def compare(reference: list[Sequence], other: list[Sequence], rounding_allowed: bool) -> Comparison:
-    """Compare sequences up to their first difference. `rounding_allowed`: near ties of `reference` do not count."""
+def compare(reference: list[Sequence], other: list[Sequence]) -> Comparison:
+    """Compare sequences up to their first difference."""
     result = Comparison()
-    first_differences = []
     for ours, theirs in zip(reference, other, strict=True):
-        for (token, logprob, margin), (other_token, other_logprob, _) in zip(ours, theirs, strict=True):
+        for (token, logprob), (other_token, other_logprob) in zip(ours, theirs, strict=True):
             result.compared_tokens += 1
             if token != other_token:
-                first_differences.append(margin)
+                result.differing_tokens += 1
                 break
             result.max_deviation = max(result.max_deviation, abs(logprob - other_logprob))
-    for margin in first_differences:
-        # Two log-probabilities deviate, hence twice the deviation of one.
-        if rounding_allowed and margin <= 2 * result.max_deviation:
-            result.near_ties += 1
-        else:
-            result.differing_tokens += 1
     return result
 
 
@@ -60,35 +54,49 @@ def generate(job: dict[str, Any], result: dict[str, Any]) -> None:
     prompts = load_prompts(job["num_prompts"])
     sampling = SamplingParams(temperature=0, max_tokens=job["num_tokens"], logprobs=2, ignore_eos=True)
     for batch in job["batches"]:
-        before = counters().get("waves_total/experts", 0)
-        groups = itertools.batched(prompts, batch) if sys.version_info >= (3, 12) else _batched(prompts, batch)
-        outputs = [output for group in groups for output in llm.generate(list(group), sampling, use_tqdm=False)]
+        before = counters()
+        groups = [prompts[start : start + batch] for start in range(0, len(prompts), batch)]
+        outputs = [output for group in groups for output in llm.generate(group, sampling, use_tqdm=False)]
+        grown = {name: value - before.get(name, 0) for name, value in counters().items()}
         result[str(batch)] = {
             "sequences": [_sequence(output.outputs[0]) for output in outputs],
-            "expert_waves": counters().get("waves_total/experts", 0) - before,
+            "lookups": sum(value for name, value in grown.items() if name.startswith("lookups_total")),
+            "wide_steps": grown.get("layer_steps_total/wide", 0),
+            "overflow_bytes": grown.get("transfer_bytes_total/overflow", 0),
             "texts": [output.outputs[0].text for output in outputs[:4]],
         }
 
 
-def _batched(items: list[str], size: int) -> list[list[str]]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
-
-
 def _sequence(completion: Any) -> Sequence:
-    sequence = []
-    for token, candidates in zip(completion.token_ids, completion.logprobs, strict=True):
-        best, second, *_ = sorted((candidate.logprob for candidate in candidates.values()), reverse=True)
-        sequence.append((token, candidates[token].logprob, best - second))
-    return sequence
+    pairs = zip(completion.token_ids, completion.logprobs, strict=True)
+    return [(token, candidates[token].logprob) for token, candidates in pairs]
+
+
+def first_layers(model: str, num_layers: int, folder: Path) -> str:
+    """A checkpoint in `folder` that is `model` without its later layers."""
+    from safetensors.torch import load_file, save_file
+
+    target = folder / f"{Path(model).name}-{num_layers}-layers"
+    target.mkdir()
+    for path in Path(model).iterdir():
+        if path.suffix == ".json" and path.name != "config.json":
+            (target / path.name).write_bytes(path.read_bytes())
+    config = json.loads((Path(model) / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps({**config, "num_hidden_layers": num_layers}))
+    tensors = load_file(Path(model) / "model.safetensors")
+    kept = {name: t for name, t in tensors.items() if ".layers." not in name or int(name.split(".")[2]) < num_layers}
+    save_file(kept, target / "model.safetensors", {"format": "pt"})
+    return str(target)
 
 
 def main() -> int:
-    """Run every configuration; 0 when no token differs."""
+    """Run every configuration; 0 when nothing differs and every cache was at work."""
     arguments = parser(__doc__)
     arguments.add_argument("--model", default=str(TINY_MODEL))
-    arguments.add_argument("--residency", default="0.25,0.5,0.75,1.0", help="shares of the experts with a slot")
+    arguments.add_argument("--residency", default="0.25,0.5,0.75,0.9,0.95,1.0", help="shares of the experts with a slot")
     arguments.add_argument("--modes", default="eager,compiled")
     arguments.add_argument("--batches", default="1,16")
+    arguments.add_argument("--layers", default="2,3", help="also models of so many layers, at half and 0.9 residency")
     arguments.add_argument("--prompts", type=int, default=64)
     arguments.add_argument("--tokens", type=int, default=64)
     arguments.add_argument("--name", default="exactness", help="file name of the result")
@@ -98,58 +106,55 @@ def main() -> int:
             generate(job, result)
         return 0
     if options.quick:
-        options.residency, options.modes, options.prompts, options.tokens = "0.25,0.5", "eager", 16, 16
-    result = run(options)
+        options.residency, options.modes, options.layers = "0.25,0.9", "eager", ""
+        options.prompts, options.tokens = 16, 16
+    with tempfile.TemporaryDirectory() as folder:
+        shares = options.residency.split(",")
+        models = {options.model: shares}
+        for num_layers in filter(None, options.layers.split(",")):
+            models[first_layers(options.model, int(num_layers), Path(folder))] = ["0.5", "0.9"]
+        rows = [row for model, shares in models.items() for row in run(options, model, shares)]
+    plugin_rows = [row for row in rows if row["residency"] != "control"]
+    result = {
+        "model": Path(options.model).name,
+        "configurations": len(plugin_rows),
+        "compared_tokens": sum(row["compared_tokens"] for row in plugin_rows),
+        "differing_tokens": sum(row["differing_tokens"] for row in plugin_rows),
+        "bit_equal_logprobs": all(row["bit_equal"] for row in plugin_rows),
+        "caches_at_work": all(row["at_work"] for row in plugin_rows),
+        "max_deviation": max(row["max_deviation"] for row in plugin_rows),
+        "rows": rows,
+    }
     finish(options.name, result, options)
-    return 0 if result["differing_tokens"] == 0 and result["bit_equal_logprobs"] else 1
+    return 0 if result["bit_equal_logprobs"] and result["caches_at_work"] else 1
 
 
-def run(options: Any) -> dict[str, Any]:
-    """All configurations, compared; the benchmark's JSON."""
+def run(options: Any, model: str, shares: list[str]) -> list[dict[str, Any]]:
+    """Every configuration of one model, compared with stock in the same mode."""
     batches = [int(batch) for batch in options.batches.split(",")]
     rows = []
-    sample_texts: list[str] = []
     for mode in options.modes.split(","):
         job = {"batches": batches, "num_prompts": options.prompts, "num_tokens": options.tokens}
 
-        def sequences(config: dict[str, Any] | None, mode: str = mode, job: dict[str, Any] = job) -> dict[str, Any]:
-            engine = Engine(options.model, mode == "eager", config, max_num_seqs=max(batches))
+        def generated(config: dict[str, Any] | None, mode: str = mode, job: dict[str, Any] = job) -> dict[str, Any]:
+            engine = Engine(model, mode == "eager", config, max_num_seqs=max(batches))
             return run_in_process(__file__, engine_job(engine, **job))
 
-        stock = sequences(None)
-        runs: list[tuple[str, dict[str, Any]]] = [] if options.quick else [("control", sequences(None))]
-        runs += [(share, sequences({"cache_fraction": float(share)})) for share in options.residency.split(",")]
+        stock = generated(None)
+        runs: list[tuple[str, dict[str, Any]]] = [] if options.quick else [("control", generated(None))]
+        runs += [(share, generated({"cache_fraction": float(share)})) for share in shares]
         for (label, measured), batch in itertools.product(runs, batches):
-            ours, theirs = stock[str(batch)], measured[str(batch)]
-            comparison = compare(ours["sequences"], theirs["sequences"], theirs["expert_waves"] > 0)
-            rows.append(_row(mode, label, batch, comparison, theirs["expert_waves"]))
+            theirs = measured[str(batch)]
+            comparison = compare(stock[str(batch)]["sequences"], theirs["sequences"])
+            row = {"model": Path(model).name, "mode": mode, "residency": label, "batch": batch, **vars(comparison)}
+            row |= {"bit_equal": comparison.bit_equal, **{name: theirs[name] for name in ("lookups", "overflow_bytes")}}
+            has_cache = label not in ("control", "1.0")
+            wide_without_overflow = theirs["wide_steps"] > 0 and theirs["overflow_bytes"] == 0
+            row["at_work"] = not has_cache or (theirs["lookups"] > 0 and not wide_without_overflow)
+            rows.append(row)
             if not options.json:
                 print(rows[-1])
-        sample_texts = sample_texts or stock[str(batches[0])]["texts"]
-    plugin_rows = [row for row in rows if row["residency"] != "control"]
-    must_be_equal = [row for row in plugin_rows if not row["expert_waves"]]
-    return {
-        "model": options.model.rstrip("/").split("/")[-1],
-        "compared_tokens": sum(row["compared_tokens"] for row in plugin_rows),
-        "differing_tokens": sum(row["differing_tokens"] for row in plugin_rows),
-        "near_ties": sum(row["near_ties"] for row in plugin_rows),
-        "bit_equal_logprobs": all(row["bit_equal"] for row in must_be_equal),
-        "bit_equal_configurations": f"{len(must_be_equal)} of {len(plugin_rows)} had to be",
-        "max_deviation": max(row["max_deviation"] for row in plugin_rows),
-        "rows": rows,
-        "sample_texts": sample_texts,
-    }
-
-
-def _row(mode: str, label: str, batch: int, comparison: Comparison, expert_waves: float) -> dict[str, Any]:
-    return {
-        "mode": mode,
-        "residency": label,
-        "batch": batch,
-        **vars(comparison),
-        "bit_equal": comparison.bit_equal,
-        "expert_waves": int(expert_waves),
-    }
+    return rows
 
 
 if __name__ == "__main__":

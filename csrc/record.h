@@ -8,29 +8,28 @@ namespace vep {
 inline constexpr int kMaxSegments = 16;
 inline constexpr int64_t kVectorBytes = 16;
 
-// One expert tensor (w13, w2, scales...). Expert e's row is at store + e * store_stride, slot c's at pool +
-// c * pool_stride. All five are multiples of kVectorBytes where the GPU copies; addresses are valid on the device.
+// One expert tensor (w13, w2, scales...). Expert e's row in the host store is at store + e * store_stride; row r of the row
+// space is at rows + r * row_bytes. All are multiples of kVectorBytes where the GPU copies; addresses are valid there.
 struct Segment {
   const char* store;
   int64_t store_stride;
-  char* pool;
-  int64_t pool_stride;
+  char* rows;
   int64_t row_bytes;
 };
+constexpr int kSegmentWords = 4;  // of one segment in a table of int64
 
 // Passed to kernels by value: it lands in constant memory, and a graph keeps it, so addresses must not change.
 struct RecordLayout {
   Segment segments[kMaxSegments];
   int32_t num_segments;
-  int32_t num_experts;
-  int32_t num_slots;
+  int32_t num_experts;  // and rows
   int32_t record_vectors;  // 16-byte vectors of one record, all segments
 };
 
 // One record to copy. Lists of them are int32 (n, 2) tensors.
 struct alignas(8) Load {
   int32_t expert;
-  int32_t slot;
+  int32_t row;
 };
 
 // A list that a kernel reads: `count` lies on the device, `max_count` is the room behind `items`.
@@ -41,20 +40,20 @@ struct DeviceList {
   int32_t max_count;
 };
 
-// Per layer, int32 on the device, zero at first, in this order in memory.
+// Per layer, int32 on the device, zero at first, in this order in memory. E: experts, and rows.
 struct Board {
-  int32_t* states;             // (C) words of slot_state.h
-  int32_t* demand_progress;    // (C) vectors copied, by position in the demand list; zero between launches
-  int32_t* prefetch_progress;  // (C) the same for the prefetch list
+  int32_t* states;             // (E) words of slot_state.h, one per row
+  int32_t* demand_progress;    // (E) vectors copied, by position in the demand list; zero between launches
+  int32_t* prefetch_progress;  // (E) the same for the prefetch list
   int32_t* next_chunk;         // (1) the prefetch blocks' ticket; zero between launches
   int32_t* num_left;           // (1) prefetch blocks that have ended; zero between launches
 };
 
-constexpr int64_t board_ints(int64_t num_slots) { return 3 * num_slots + 2; }
+constexpr int64_t board_ints(int64_t num_experts) { return 3 * num_experts + 2; }
 
-inline Board board_at(int32_t* memory, int64_t num_slots) {
-  int32_t* tail = memory + 3 * num_slots;
-  return {memory, memory + num_slots, memory + 2 * num_slots, tail, tail + 1};
+inline Board board_at(int32_t* memory, int64_t num_experts) {
+  int32_t* tail = memory + 3 * num_experts;
+  return {memory, memory + num_experts, memory + 2 * num_experts, tail, tail + 1};
 }
 
 // Per device, shared by its layers, int32 on the device, zero at first.

@@ -3,7 +3,8 @@
 //
 // Every function here is run by a team: one thread on the host, a block of threads on a GPU. Lanes of a team see each
 // other's writes after `sync()`, and results do not depend on the team's size. A team has
-//   rank(), size(), sync(), sum(value, &total): the exclusive prefix sum over lanes, and the total for everyone.
+//   rank(), size(), sync(); sum(value, &total): the exclusive prefix sum over lanes, and the total for everyone;
+//   lower(place, value), raise(place, value): the minimum or maximum of both stays in `place`, whoever else does so.
 #pragma once
 
 #include <cstdint>
@@ -22,44 +23,55 @@ namespace vep {
 
 constexpr int kNone = -1;
 constexpr int kNever = 0x7fffffff;
+constexpr int kPaddingRow = -1;
+constexpr int kStaleRounds = 8;  // residency.STALE_ROUNDS
 
 enum class Policy : int64_t { kLru = 0, kLfu = 1, kLfru = 2 };
 
-// How a step is served; negative: not planned. The values are those of residency.Split.
-enum Split : int { kSplitNone = 0, kSplitTokens = 1, kSplitExperts = 2, kSplitStream = 3, kMustSettle = -1, kWide = -2 };
+// The words in front of a layer's state, by the names that Python knows them by (cache/words.py).
+#define VEP_WORDS(WORD)                                                                       \
+  WORD(kNumExperts, num_experts)                                                              \
+  WORD(kNumSlots, num_slots)                                                                  \
+  WORD(kTopK, top_k)                                                                          \
+  WORD(kPolicy, policy)                                                                       \
+  WORD(kTick, tick)             /* touches so far */                                          \
+  WORD(kColdTick, cold_tick)    /* minus the number of experts that came cold */              \
+  WORD(kNumFree, num_free)                                                                    \
+  WORD(kNumInFlight, num_in_flight)                                                           \
+  /* Totals since the start. */                                                               \
+  WORD(kSteps, steps)           /* that needed an expert */                                   \
+  WORD(kWideSteps, wide_steps)  /* of these, those that needed more experts than slots */     \
+  WORD(kHits, hits)                                                                           \
+  WORD(kLate, late)                                                                           \
+  WORD(kMisses, misses)                                                                       \
+  WORD(kSpeculated, speculated) /* lookups of steps that executed a guess */                  \
+  WORD(kOverflow, overflow)     /* records copied into overflow rows */                       \
+  WORD(kEvictions, evictions)                                                                 \
+  WORD(kUsed, used)                                                                           \
+  WORD(kUnused, unused)                                                                       \
+  WORD(kDisplaced, displaced)   /* misses on experts that a prefetch had evicted */           \
+  WORD(kIssued, issued)                                                                       \
+  WORD(kCancelled, cancelled)                                                                 \
+  WORD(kClaimed, claimed)       /* late ones whose copy had not started: the step copied them */ \
+  WORD(kDemanded, demanded)     /* records that steps copied, claimed ones included */        \
+  WORD(kOutOfRange, out_of_range) /* routed ids >= num_experts, which are ignored */          \
+  WORD(kStallNs, stall_ns)      /* that steps waited for records; on the host only */         \
+  WORD(kLateNs, late_ns)        /* of these, for prefetches whose copy ran */
 
-// The words in front of a layer's state.
 enum Word : int {
-  kNumExperts,
-  kNumSlots,
-  kTopK,
-  kPolicy,
-  kMaxTokenWaves,
-  kHasStream,
-  kTick,      // touches so far
-  kColdTick,  // minus the number of cold insertions so far
-  kNumFree,
-  kNumInFlight,
-  // Totals since the start.
-  kSteps,
-  kHits,
-  kLate,
-  kMisses,
-  kEvictions,
-  kUsed,
-  kUnused,
-  kDisplacedHits,  // misses on experts that a prefetch had evicted
-  kIssued,
-  kCancelled,
-  kOutOfRange,  // routed ids >= num_experts, which are ignored
-  kStreamSteps,   // of the steps, those that were streamed
-  kStreamMisses,  // of the misses, those of streamed steps
-  kClaimed,       // of the late ones, those whose copy had not started: the step copied them (counted on a GPU only)
-  kHeaderWords = 24,
+#define VEP_WORD(constant, name) constant,
+  VEP_WORDS(VEP_WORD)
+#undef VEP_WORD
+  kHeaderWords,
 };
 
-// kUntouched: brought by a prefetch, needed by no step yet. kDisplaced: evicted by a prefetch, not needed since.
-enum Flag : int64_t { kRanked = 1, kCold = 2, kInFlight = 4, kUntouched = 8, kDisplaced = 16 };
+#define VEP_WORD(constant, name) #name " "
+constexpr const char* kWordNames = VEP_WORDS(VEP_WORD);
+#undef VEP_WORD
+
+// kUntouched: brought by a prefetch, needed by no step yet. kWasDisplaced: evicted by a
+// prefetch, not needed since.
+enum Flag : int64_t { kRanked = 1, kCold = 2, kInFlight = 4, kUntouched = 8, kWasDisplaced = 16 };
 
 // A view of one layer's state: `words(E, C)` int64 words, all of it in one allocation.
 struct Layer {
@@ -78,14 +90,21 @@ struct Layer {
   VEP_HD int64_t* expert_in() const { return count() + header[kNumExperts]; }   // (C): expert or -1
   VEP_HD int64_t* free_slots() const { return expert_in() + header[kNumSlots]; }  // (C): a stack of num_free slots
 
+  // The order-th of several experts that come cold at once.
   VEP_HD void rank_cold(int64_t expert, int64_t order) const {
-    // lru puts a cold expert in front of all others; the frequency policies note the tick.
-    last()[expert] = policy() == Policy::kLru ? header[kColdTick] - 1 - order : header[kTick];
+    last()[expert] = header[kColdTick] - 1 - order;
     flags()[expert] = (flags()[expert] & kUntouched) | kRanked | kCold;
   }
+  // The order-th of several experts that a narrow step touches at once.
   VEP_HD void rank_hot(int64_t expert, int64_t order) const {
     last()[expert] = header[kTick] + 1 + order;
     count()[expert] += 1;
+    flags()[expert] = kRanked;
+  }
+  // An expert with a slot that a wide step of `num_needed` needs: as hot as before, or as a touched one if it was cold.
+  VEP_HD void keep_hot(int64_t expert, int64_t num_needed) const {
+    const bool is_hot = (flags()[expert] & (kRanked | kCold)) == kRanked;
+    last()[expert] = (is_hot ? last()[expert] : header[kTick]) + num_needed;
     flags()[expert] = kRanked;
   }
 };
@@ -114,7 +133,7 @@ VEP_HD inline VictimKey victim_key(const Layer& layer, int64_t slot) {
   const int64_t expert = layer.expert_in()[slot];
   const int64_t last = layer.last()[expert];
   if (layer.policy() == Policy::kLru) {
-    return {static_cast<uint64_t>(last) ^ (1ull << 63), 0, slot};
+    return {static_cast<uint64_t>(last) ^ (1ull << 63), static_cast<uint64_t>(expert), slot};
   }
   double weight = static_cast<double>(layer.count()[expert]);
   if (layer.policy() == Policy::kLfru) {
@@ -135,27 +154,25 @@ VEP_HD inline int power_of_two_from(int value) {
 
 // What a step works with: on the GPU, shared memory. `keys` has room for power_of_two_from(C).
 struct Scratch {
-  int32_t* first;   // (E): index of the first entry that asks for the expert, or kNever
+  int32_t* first;    // (E): index of the first entry that asks for the expert, or kNever
+  int32_t* last;     // (E): index of the last one; then the overflow row of an expert that has no slot
+  int32_t* missing;  // (E): experts without a slot, in order of first appearance
+  int32_t* late;     // (E): needed experts whose prefetch has not landed
   int32_t* settled;  // (C): what became of the prefetch in that slot
+  int32_t* entry;    // (1): index of the first entry that asks for any expert, or kNever
   VictimKey* keys;
 
   VEP_HD static int64_t bytes(int num_experts, int num_slots) {
     return static_cast<int64_t>(sizeof(VictimKey)) * power_of_two_from(num_slots) +
-           static_cast<int64_t>(sizeof(int32_t)) * (num_experts + num_slots);
+           static_cast<int64_t>(sizeof(int32_t)) * (4 * num_experts + num_slots + 1);
   }
   VEP_HD static Scratch at(void* memory, int num_experts, int num_slots) {
     auto* keys = static_cast<VictimKey*>(memory);
-    auto* first = reinterpret_cast<int32_t*>(keys + power_of_two_from(num_slots));
-    return {first, first + num_experts, keys};
+    auto* ints = reinterpret_cast<int32_t*>(keys + power_of_two_from(num_slots));
+    int32_t* settled = ints + 4 * num_experts;
+    return {ints,    ints + num_experts, ints + 2 * num_experts, ints + 3 * num_experts,
+            settled, settled + num_slots, keys};
   }
-};
-
-// The lists of one wave. Every array has room for min(entries, E) items; `loads` holds (expert, slot) pairs.
-struct WaveLists {
-  int32_t* experts;
-  int32_t* loads;
-  int32_t* victims;
-  int32_t* late;
 };
 
 struct StepCounts {
@@ -163,10 +180,12 @@ struct StepCounts {
   int num_hits = 0;
   int num_late = 0;
   int num_misses = 0;
+  int num_overflow = 0;
   int num_evictions = 0;
   int num_used = 0;
   int num_unused = 0;
   int num_displaced = 0;
+  bool is_wide = false;
 };
 
 // The lanes' share of `count` items in their order: lane by lane, contiguous.
@@ -175,16 +194,6 @@ VEP_HD void share_of(const Team& team, int count, int* begin, int* end) {
   const int each = (count + team.size() - 1) / team.size();
   *begin = team.rank() * each < count ? team.rank() * each : count;
   *end = *begin + each < count ? *begin + each : count;
-}
-
-VEP_HD inline void atomic_min(int32_t* place, int32_t value) {
-#ifdef __CUDA_ARCH__
-  atomicMin(place, value);
-#else
-  int32_t seen = __atomic_load_n(place, __ATOMIC_RELAXED);
-  while (value < seen && !__atomic_compare_exchange_n(place, &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-  }
-#endif
 }
 
 // Sorts the first `count` keys so far that the smallest `wanted` stand in front, in order. Bitonic, for any team.
@@ -220,6 +229,8 @@ struct Alone {
     *total = value;
     return 0;
   }
+  VEP_HD void lower(int32_t* place, int32_t value) const { *place = value < *place ? value : *place; }
+  VEP_HD void raise(int32_t* place, int32_t value) const { *place = value > *place ? value : *place; }
 };
 
 #if !defined(__CUDA_ARCH__)
@@ -228,12 +239,16 @@ inline void smallest_first(Alone&, VictimKey* keys, int count, int wanted) {
 }
 #endif
 
-// Notes in `scratch.first` which experts are asked for, and where first. `ids` here and below: a pointer to integers, or
-// whatever else has [].
+// Notes in `scratch` which experts are asked for, and where first and last. `ids` here and below: a pointer to integers,
+// or whatever else has []; negative ids are padding.
 template <class Team, class Ids>
 VEP_HD void find_first(Team& team, const Layer& layer, const Ids& ids, int num_ids, const Scratch& scratch) {
   const int num_experts = layer.num_experts();
-  for (int expert = team.rank(); expert < num_experts; expert += team.size()) scratch.first[expert] = kNever;
+  for (int expert = team.rank(); expert < num_experts; expert += team.size()) {
+    scratch.first[expert] = kNever;
+    scratch.last[expert] = kNone;
+  }
+  if (team.rank() == 0) *scratch.entry = kNever;
   team.sync();
   int64_t out_of_range = 0;
   for (int i = team.rank(); i < num_ids; i += team.size()) {
@@ -241,7 +256,9 @@ VEP_HD void find_first(Team& team, const Layer& layer, const Ids& ids, int num_i
     if (expert >= num_experts) {
       ++out_of_range;
     } else if (expert >= 0) {
-      atomic_min(&scratch.first[expert], i);
+      team.lower(&scratch.first[expert], i);
+      team.raise(&scratch.last[expert], i);
+      team.lower(scratch.entry, i);
     }
   }
   int64_t total = 0;
@@ -302,49 +319,77 @@ VEP_HD void settle(Team& team, const Layer& layer, CopyLane& lane, const Scratch
   team.sync();
 }
 
-// Puts the `wanted` slots to leave first in front of `scratch.keys`, none of an expert that is asked for.
+// Puts the slots to leave first in front of `scratch.keys`, at most `wanted`, none of an expert that is asked for;
+// `only_cold_or_stale`: nor of one that is hot and was needed not long ago. Returns how many.
 template <class Team>
-VEP_HD void choose_victims(Team& team, const Layer& layer, const Scratch& scratch, int wanted) {
+VEP_HD int choose_victims(Team& team, const Layer& layer, const Scratch& scratch, int64_t wanted,
+                          bool only_cold_or_stale) {
+  if (wanted <= 0) return 0;
+  const int64_t stale = layer.header[kTick] - static_cast<int64_t>(kStaleRounds) * layer.num_slots();
+  int64_t mine = 0;
   for (int slot = team.rank(); slot < layer.num_slots(); slot += team.size()) {
     const int64_t expert = layer.expert_in()[slot];
-    const bool may_leave = expert != kNone && (layer.flags()[expert] & kRanked) && scratch.first[expert] == kNever;
+    bool may_leave = expert != kNone && (layer.flags()[expert] & kRanked) && scratch.first[expert] == kNever;
+    if (may_leave && only_cold_or_stale) {
+      may_leave = (layer.flags()[expert] & kCold) || layer.last()[expert] < stale;
+    }
     scratch.keys[slot] = may_leave ? victim_key(layer, slot) : kNoVictim;
+    mine += may_leave;
   }
+  int64_t found = 0;
+  team.sum(mine, &found);
+  const int chosen = static_cast<int>(found < wanted ? found : wanted);
   team.sync();
-  smallest_first(team, scratch.keys, layer.num_slots(), wanted);
+  if (chosen) smallest_first(team, scratch.keys, layer.num_slots(), chosen);
+  return chosen;
 }
 
 // Gives load number `m` its slot: a free one, else that of victim number m - num_free, which is left with the flags
 // `evicted`. Returns whether the victim was a prefetch that no step has needed. Each lane calls it for its own loads.
-VEP_HD inline bool place(const Layer& layer, const Scratch& scratch, const WaveLists& lists, int m,
-                         int64_t evicted = 0) {
+VEP_HD inline bool place(const Layer& layer, const Scratch& scratch, int32_t* loads, int m, int64_t evicted = 0) {
   const int64_t num_free = layer.header[kNumFree];
-  const int64_t expert = lists.loads[2 * m];
+  const int64_t expert = loads[2 * m];
   bool unused = false;
-  int64_t slot, victim = kNone;
+  int64_t slot;
   if (m < num_free) {
     slot = layer.free_slots()[num_free - 1 - m];
   } else {
     slot = scratch.keys[m - num_free].slot;
-    victim = layer.expert_in()[slot];
+    const int64_t victim = layer.expert_in()[slot];
     unused = (layer.flags()[victim] & kUntouched) != 0;
     layer.slot_of()[victim] = kNone;
     layer.flags()[victim] = evicted;
   }
   layer.slot_of()[expert] = slot;
   layer.expert_in()[slot] = expert;
-  lists.loads[2 * m + 1] = static_cast<int32_t>(slot);
-  lists.victims[m] = static_cast<int32_t>(victim);
+  loads[2 * m + 1] = static_cast<int32_t>(slot);
   return unused;
 }
 
-// Plans one step that needs at most C experts, and does its bookkeeping as if its copies had landed: whoever runs the
-// step makes sure of it before the kernel. `ids`: `num_ids` routed ids, negative ones are padding. `slot_ids` (num_ids)
-// receives a valid slot for every entry. Returns kSplitNone, or kWide or kMustSettle, and then only prefetches that
-// have landed or could be cancelled are settled.
-template <class Team, class Ids, class Id, class CopyLane>
-VEP_HD Split plan_narrow(Team& team, const Layer& layer, CopyLane& lane, const Ids& ids, int num_ids, Id* slot_ids,
-                         const Scratch& scratch, const WaveLists& lists, StepCounts* counts) {
+// Writes the `num_misses` experts of `scratch.missing` into `loads`, those first that get a slot first: a wide step's by
+// their last appearance, the latest first.
+template <class Team>
+VEP_HD void order_misses(Team& team, const Scratch& scratch, int num_misses, bool is_wide, int32_t* loads) {
+  for (int m = team.rank(); m < num_misses; m += team.size()) {
+    const int32_t expert = scratch.missing[m];
+    int place = m;
+    if (is_wide) {
+      place = 0;
+      for (int other = 0; other < num_misses; ++other) {
+        place += scratch.last[scratch.missing[other]] > scratch.last[expert];
+      }
+    }
+    loads[2 * place] = expert;
+  }
+  team.sync();
+}
+
+// Plans one step, and does its bookkeeping as if its copies had landed: whoever runs the step makes sure of it before the
+// kernel. `ids`: `num_ids` routed ids. `loads`: room for min(num_ids, E) pairs (expert, row), written; rows below C are
+// slots, the others overflow rows. `scratch.late` receives the needed experts whose prefetch has not landed.
+template <class Team, class Ids, class CopyLane>
+VEP_HD StepCounts plan_step(Team& team, const Layer& layer, CopyLane& lane, const Ids& ids, int num_ids,
+                            const Scratch& scratch, int32_t* loads) {
   find_first(team, layer, ids, num_ids, scratch);
   settle(team, layer, lane, scratch, true);
   constexpr int64_t kMiss = 1ll << 15, kWait = 1ll << 30, kUse = 1ll << 45, kField = kMiss - 1;
@@ -365,75 +410,120 @@ VEP_HD Split plan_narrow(Team& team, const Layer& layer, CopyLane& lane, const I
   step.num_late = static_cast<int>(total / kWait & kField);
   step.num_used = static_cast<int>(total / kUse & kField);
   step.num_needed = step.num_hits + step.num_misses + step.num_late;
-  if (step.num_needed > layer.num_slots()) return kWide;
-  if (step.num_needed + layer.header[kNumInFlight] - step.num_late > layer.num_slots()) return kMustSettle;
+  step.is_wide = step.num_needed > layer.num_slots();
 
-  const int hits = step.num_hits, late = step.num_late;
   constexpr int64_t kDisplacedOne = 1ll << 32;
   int64_t unused = 0;
   for (int i = begin; i < end; ++i) {
     if (!is_first(layer, ids, i, scratch)) continue;
     const int expert = static_cast<int>(ids[i]);
-    const int hit = static_cast<int>(before & kField), miss = static_cast<int>(before / kMiss & kField),
-              wait = static_cast<int>(before / kWait & kField);
-    lists.experts[hit + miss + wait] = expert;
     const int64_t flags = layer.flags()[expert];
     if (flags & kRanked) {
-      layer.rank_hot(expert, hit);
+      if (step.is_wide) {
+        layer.keep_hot(expert, step.num_needed);
+      } else {
+        layer.rank_hot(expert, before & kField);
+      }
       before += 1;
     } else if (flags & kInFlight) {
-      lists.late[wait] = expert;
-      layer.rank_hot(expert, hits + wait);
+      const int64_t wait = before / kWait & kField;
+      scratch.late[wait] = expert;
+      if (step.is_wide) {
+        layer.keep_hot(expert, step.num_needed);
+      } else {
+        layer.rank_hot(expert, step.num_hits + wait);
+      }
       before += kWait;
     } else {
-      lists.loads[2 * miss] = expert;
-      unused += flags & kDisplaced ? kDisplacedOne : 0;
+      scratch.missing[before / kMiss & kField] = expert;
+      unused += flags & kWasDisplaced ? kDisplacedOne : 0;
+      layer.flags()[expert] = 0;
       before += kMiss;
     }
   }
   team.sync();
-  if (team.rank() == 0) layer.header[kTick] += hits;  // the age of a victim counts this step's hits
+  // The age of a victim counts what this step has touched so far.
+  if (team.rank() == 0) layer.header[kTick] += step.is_wide ? step.num_needed : step.num_hits;
   team.sync();
-  const int num_free = static_cast<int>(layer.header[kNumFree]);
-  step.num_evictions = step.num_misses > num_free ? step.num_misses - num_free : 0;
-  if (step.num_evictions) choose_victims(team, layer, scratch, step.num_evictions);
-  for (int m = team.rank(); m < step.num_misses; m += team.size()) unused += place(layer, scratch, lists, m);
+  order_misses(team, scratch, step.num_misses, step.is_wide, loads);
+  const int64_t num_free = layer.header[kNumFree];
+  step.num_evictions = choose_victims(team, layer, scratch, step.num_misses - num_free, step.is_wide);
+  const int64_t num_places = num_free + step.num_evictions;
+  const int num_in_slots = static_cast<int>(step.num_misses < num_places ? step.num_misses : num_places);
+  step.num_overflow = step.num_misses - num_in_slots;
+  team.sync();
+  for (int m = team.rank(); m < step.num_misses; m += team.size()) {
+    if (m < num_in_slots) {
+      unused += place(layer, scratch, loads, m);
+    } else {
+      const int row = layer.num_slots() + m - num_in_slots;
+      loads[2 * m + 1] = row;
+      scratch.last[loads[2 * m]] = row;
+    }
+  }
   team.sum(unused, &total);
   step.num_unused = static_cast<int>(total % kDisplacedOne);
   step.num_displaced = static_cast<int>(total / kDisplacedOne);
-  for (int m = team.rank(); m < step.num_misses; m += team.size()) layer.rank_hot(lists.loads[2 * m], late + m);
+  for (int m = team.rank(); m < num_in_slots; m += team.size()) {
+    if (step.is_wide) {
+      layer.rank_cold(loads[2 * m], m);
+    } else {
+      layer.rank_hot(loads[2 * m], step.num_late + m);
+    }
+  }
   team.sync();
   if (team.rank() == 0) {
-    layer.header[kTick] += late + step.num_misses;
-    layer.header[kNumFree] -= step.num_misses - step.num_evictions;
-    layer.header[kNumInFlight] -= late;
+    layer.header[step.is_wide ? kColdTick : kTick] += step.is_wide ? -num_in_slots : step.num_late + num_in_slots;
+    layer.header[kNumFree] -= num_in_slots - step.num_evictions;
+    layer.header[kNumInFlight] -= step.num_late;
   }
-  for (int i = team.rank(); i < num_ids; i += team.size()) {
-    const int64_t expert = static_cast<int64_t>(ids[i]);
-    const bool known = expert >= 0 && expert < layer.num_experts() && layer.slot_of()[expert] != kNone;
-    slot_ids[i] = static_cast<Id>(known ? layer.slot_of()[expert] : 0);
-  }
-  *counts = step;
-  return kSplitNone;
+  team.sync();
+  return step;
 }
 
-// Adds a step to the totals; one lane calls it.
-VEP_HD inline void count_step(const Layer& layer, const StepCounts& step) {
+// The rows of a planned step: `ids` as they were planned, `routed` the same with the ids of padding. A negative routed id
+// stays -1, as in plain vLLM; other padding takes the row of the first needed expert, or row 0: nothing more is read.
+template <class Team, class Ids, class Id>
+VEP_HD void write_rows(Team& team, const Layer& layer, const Ids& ids, const Id* routed, int num_ids, Id* rows,
+                       const Scratch& scratch) {
+  const auto row_of = [&](int64_t expert) {
+    const int64_t slot = layer.slot_of()[expert];
+    return static_cast<Id>(slot != kNone ? slot : scratch.last[expert]);
+  };
+  const int32_t entry = *scratch.entry;
+  const Id spare = entry == kNever ? Id{0} : row_of(static_cast<int64_t>(ids[entry]));
+  for (int i = team.rank(); i < num_ids; i += team.size()) {
+    const int64_t expert = static_cast<int64_t>(ids[i]);
+    const bool is_known = expert >= 0 && expert < layer.num_experts();
+    rows[i] = routed[i] < 0 ? Id{kPaddingRow} : is_known ? row_of(expert) : spare;
+  }
+}
+
+// Adds a step to the totals; one lane calls it. `is_speculated`: it executed a guess.
+VEP_HD inline void count_step(const Layer& layer, const StepCounts& step, bool is_speculated = false) {
   layer.header[kSteps] += step.num_needed > 0;
-  layer.header[kHits] += step.num_hits;
-  layer.header[kLate] += step.num_late;
-  layer.header[kMisses] += step.num_misses;
+  layer.header[kWideSteps] += step.is_wide;
+  if (is_speculated) {
+    layer.header[kSpeculated] += step.num_needed;
+  } else {
+    layer.header[kHits] += step.num_hits;
+    layer.header[kLate] += step.num_late;
+    layer.header[kMisses] += step.num_misses;
+  }
+  layer.header[kDemanded] += step.num_misses;
+  layer.header[kOverflow] += step.num_overflow;
   layer.header[kEvictions] += step.num_evictions;
   layer.header[kUsed] += step.num_used;
   layer.header[kUnused] += step.num_unused;
-  layer.header[kDisplacedHits] += step.num_displaced;
+  layer.header[kDisplaced] += step.num_displaced;
 }
 
 // Plans copies for `predicted` experts, most wanted first, at most `budget` of them, and marks them in flight.
-// Prefetches that have landed are settled first, none is cancelled. Returns the number of loads.
+// Prefetches that have landed are settled first, none is cancelled. `loads`: room for min(num_predicted, E) pairs
+// (expert, slot), written. Returns their number.
 template <class Team, class Ids, class CopyLane>
 VEP_HD int plan_prefetch(Team& team, const Layer& layer, CopyLane& lane, const Ids& predicted, int num_predicted,
-                         int budget, const Scratch& scratch, const WaveLists& lists, StepCounts* counts) {
+                         int budget, const Scratch& scratch, int32_t* loads) {
   find_first(team, layer, predicted, num_predicted, scratch);
   settle(team, layer, lane, scratch, false);
   int begin, end;
@@ -444,42 +534,31 @@ VEP_HD int plan_prefetch(Team& team, const Layer& layer, CopyLane& lane, const I
   }
   int64_t num_absent = 0;
   int64_t before = team.sum(mine, &num_absent);
-  int64_t may_leave = 0;
-  for (int slot = team.rank(); slot < layer.num_slots(); slot += team.size()) {
-    const int64_t expert = layer.expert_in()[slot];
-    may_leave += expert != kNone && (layer.flags()[expert] & kRanked) && scratch.first[expert] == kNever;
-  }
-  int64_t num_may_leave = 0;
-  team.sum(may_leave, &num_may_leave);
   const int64_t num_free = layer.header[kNumFree];
-  int64_t num_loads = num_absent < budget ? num_absent : budget > 0 ? budget : 0;
-  if (num_loads > num_free + num_may_leave) num_loads = num_free + num_may_leave;
+  const int64_t num_wanted = num_absent < budget ? num_absent : budget > 0 ? budget : 0;
+  const int num_evictions = choose_victims(team, layer, scratch, num_wanted - num_free, false);
+  const int64_t num_places = num_free + num_evictions;
+  const int64_t num_loads = num_wanted < num_places ? num_wanted : num_places;
   for (int i = begin; i < end && before < num_loads; ++i) {
     if (is_first(layer, predicted, i, scratch) && layer.slot_of()[predicted[i]] == kNone) {
-      lists.loads[2 * before++] = static_cast<int32_t>(predicted[i]);
+      loads[2 * before++] = static_cast<int32_t>(predicted[i]);
     }
   }
   team.sync();
-  StepCounts step;
-  step.num_misses = static_cast<int>(num_loads);
-  step.num_evictions = static_cast<int>(num_loads > num_free ? num_loads - num_free : 0);
-  if (step.num_evictions) choose_victims(team, layer, scratch, step.num_evictions);
   int64_t unused = 0, total = 0;
   for (int m = team.rank(); m < num_loads; m += team.size()) {
-    unused += place(layer, scratch, lists, m, kDisplaced);
-    layer.flags()[lists.loads[2 * m]] = kInFlight | kUntouched;
+    unused += place(layer, scratch, loads, m, kWasDisplaced);
+    layer.flags()[loads[2 * m]] = kInFlight | kUntouched;
   }
   team.sum(unused, &total);
-  step.num_unused = static_cast<int>(total);
   if (team.rank() == 0) {
-    layer.header[kNumFree] -= num_loads - step.num_evictions;
+    layer.header[kNumFree] -= num_loads - num_evictions;
     layer.header[kNumInFlight] += num_loads;
     layer.header[kIssued] += num_loads;
-    layer.header[kEvictions] += step.num_evictions;
-    layer.header[kUnused] += step.num_unused;
+    layer.header[kEvictions] += num_evictions;
+    layer.header[kUnused] += total;
   }
   team.sync();
-  *counts = step;
   return static_cast<int>(num_loads);
 }
 

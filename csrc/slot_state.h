@@ -126,4 +126,12 @@ VEP_HD inline void finish(int32_t* word) {
   store_word(word, word_of(ticket_of(load_word(word)), SlotState::kReady));
 }
 
+// Where the prefetches of one layer stand, for a planner: one word per row.
+struct SlotWords {
+  int32_t* words;
+  VEP_HD bool landed(int slot) const { return is_ready(&words[slot]); }
+  // Cancels the copy into `slot` unless it has started; whether it was in time.
+  VEP_HD bool drop(int slot) const { return vep::drop(&words[slot]); }
+};
+
 }  // namespace vep

@@ -1,7 +1,7 @@
 """A synthetic decoder, one token per step, each step one replay of a CUDA graph: what residency and prefetch save.
 
 Attention, norms and projections have the model's shapes and random weights; routing comes from a trace. One host store
-serves all layers (the same bytes cross the link), while every layer has slots of its own.
+serves all layers (the same bytes cross the link), while every layer has slots of its own and shares overflow rows.
 """
 
 import gc
@@ -10,15 +10,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from layers import DEVICE, Layer, make_store, planner_state
+from layers import DEVICE, ask, layer_of, make_caches, make_store
 from moe import MoeKernel, find_kernel
 from routing import Trace, bound_ms, missed_bytes, variants, warm_up_steps
 from shapes import MoeShape, Plan
 
-from vllm_expert_prefetch.experts.device_staging import DeviceLane, DeviceStagingOptions
-from vllm_expert_prefetch.native.library import cuda_library
-
-LFRU = 2
+from vllm_expert_prefetch.cache.device import DeviceCache
+from vllm_expert_prefetch.cache.words import Words
 
 
 class Backbone:
@@ -54,11 +52,11 @@ def _random_matrix(rows: int, columns: int) -> torch.Tensor:
 
 @dataclass
 class Decoder:
-    """`slots_of(layer)` stages what the layer needs and returns (slot ids, w13, w2); `ahead(layer)` looks ahead."""
+    """`rows_of(layer)` brings what the layer needs and returns (row ids, w13, w2); `ahead(layer)` looks ahead."""
 
     backbone: Backbone
     kernel: MoeKernel
-    slots_of: Callable[[int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    rows_of: Callable[[int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     ahead: Callable[[int], None]
     join: Callable[[], None]
 
@@ -70,73 +68,61 @@ class Decoder:
             x = self.backbone.attend(layer, x)
             if layer + 1 < shape.num_layers:
                 self.ahead(layer + 1)
-            slot_ids, w13, w2 = self.slots_of(layer)
+            row_ids, w13, w2 = self.rows_of(layer)
             normed = torch.nn.functional.rms_norm(x, (shape.hidden,))
-            x = x + self.kernel(normed, w13, w2, weights, slot_ids.view(1, -1))
+            x = x + self.kernel(normed, w13, w2, weights, row_ids)
         self.join()
         return x
 
 
 class Cached:
-    """Slots in every layer: one per expert; or planned as a cache (`cached`); or top_k, filled anew each step."""
+    """Every expert in a row of its own; or planned as a cache (`cached`); or top-k slots, filled anew each step."""
 
     def __init__(self, shape: MoeShape, store: Any, num_slots: int, cached: bool, prefetch: bool, blocks: int) -> None:
         self.shape = shape
-        self.lane = DeviceLane(DEVICE)
-        self.library: Any = cuda_library()
         self.resident, self.cached, self.prefetch = num_slots == shape.num_experts, cached, prefetch
-        options = DeviceStagingOptions(num_demand_blocks=blocks)
-        self.layers = [Layer(store, num_slots, self.lane, options) for _ in range(shape.num_layers)]
-        self.routed = torch.zeros(shape.num_layers, shape.top_k, dtype=torch.int32, device=DEVICE)
+        self.caches = make_caches(store, shape.num_layers, num_slots, shape.top_k, num_blocks=blocks)
+        self.layers = [layer_of(self.caches, number) for number in range(shape.num_layers)]
+        self.routed = torch.zeros(shape.num_layers, 1, shape.top_k, dtype=torch.int32, device=DEVICE)
         self.predicted = torch.zeros_like(self.routed)
-        self.slot_ids = torch.arange(shape.top_k, dtype=torch.int32, device=DEVICE).repeat(shape.num_layers, 1)
-        self.real = torch.ones(1, dtype=torch.int64, device=DEVICE)
-        self.budget = torch.full((1,), shape.top_k, dtype=torch.int32, device=DEVICE)
-        self.states = [planner_state(shape.num_experts, num_slots, shape.top_k, LFRU) for _ in self.layers]
-        for layer in self.layers if self.resident else ():
-            layer.staging.copy((expert, expert) for expert in range(num_slots))
+        self.first_rows = torch.arange(shape.top_k, dtype=torch.int32, device=DEVICE).view(1, -1)
+        self.rows = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+        for layer in self.layers:
+            layer.set_budget(shape.top_k)
+            if self.resident:
+                ask(layer, [(expert, expert) for expert in range(num_slots)])
+                layer.gather()
 
-    def weights(self, layer: Layer) -> tuple[torch.Tensor, torch.Tensor]:
-        """w13 (C, 2I, H) and w2 (C, H, I) in bfloat16, over the layer's slots."""
+    def weights(self, layer: DeviceCache) -> tuple[torch.Tensor, torch.Tensor]:
+        """w13 (E, 2I, H) and w2 (E, H, I) in bfloat16, over the layer's rows."""
         hidden, intermediate = self.shape.hidden, self.shape.intermediate
-        w13, w2 = layer.pool.tensors.values()
+        w13, w2 = layer.tensors.values()
         return w13.view(-1, 2 * intermediate, hidden), w2.view(-1, hidden, intermediate)
 
-    def slots_of(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Stage what the layer needs: its slot ids and weights."""
-        layer, demand = self.layers[index], self.layers[index].demand
+    def rows_of(self, index: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Bring what the layer needs: its row ids and weights."""
+        layer, routed = self.layers[index], self.routed[index]
         if self.resident:
-            return self.routed[index], *self.weights(layer)
+            return routed, *self.weights(layer)
         if self.cached:
-            lists = (demand.loads, demand.num_loads, demand.late, demand.num_late)
-            stream = torch.cuda.current_stream().cuda_stream
-            routed, slot_ids = self.routed[index], self.slot_ids[index]
-            self.library.plan_step(
-                self.states[index], layer.staging.slot_words, routed.view(1, -1), self.real, slot_ids, *lists, 0, stream
-            )
-        else:
-            demand.loads[:, 0].copy_(self.routed[index])
-            demand.loads[:, 1].copy_(self.slot_ids[index])
-            demand.num_loads.fill_(self.shape.top_k)
-        layer.staging.stage(demand)
-        return self.slot_ids[index], *self.weights(layer)
+            return layer.serve(routed, self.rows), *self.weights(layer)
+        orders = layer.demand
+        orders.loads[: self.shape.top_k, 0].copy_(routed[0])
+        orders.loads[: self.shape.top_k, 1].copy_(self.first_rows[0])
+        orders.num_loads.fill_(self.shape.top_k)
+        layer.gather()
+        return self.first_rows, *self.weights(layer)
 
     def ahead(self, index: int) -> None:
         """Plan and start the prefetch of a layer."""
-        if not self.prefetch:
-            return
-        layer, lists = self.layers[index], self.layers[index].ahead
-        budget, stream = self.budget.data_ptr(), torch.cuda.current_stream().cuda_stream
-        words, orders = layer.staging.slot_words, (lists.loads, lists.num_loads, lists.tickets)
-        self.library.plan_prefetch(
-            self.states[index], words, self.predicted[index].view(1, -1), self.real, budget, *orders, stream
-        )
-        layer.staging.prefetch(lists)
+        if self.prefetch:
+            self.layers[index].prefetch(self.predicted[index], self.rows)
 
     def totals(self) -> dict[str, int]:
-        """Totals of the planners since the start (residency.h's header words)."""
-        headers = torch.stack([state[:17] for state in self.states]).sum(0).tolist()
-        return dict(zip(("hits", "late", "misses", "evictions", "used", "unused"), headers[11:17], strict=True))
+        """Sums over the layers since the start."""
+        sums = self.caches.mirror.sum(0).tolist()
+        words = Words._make(sums)
+        return {name: getattr(words, name) for name in ("hits", "late", "misses", "evictions", "used", "unused")}
 
 
 def measure(plan: Plan, trace: Trace, peak_gbps: float, blocks: int) -> dict[str, Any]:
@@ -150,7 +136,7 @@ def measure(plan: Plan, trace: Trace, peak_gbps: float, blocks: int) -> dict[str
     reference: torch.Tensor | None = None
     for label, slots, cached, prefetch in variants(shape, plan.cache_fractions):
         state = Cached(shape, store, slots, cached, prefetch, blocks)
-        decoder = Decoder(backbone, kernel, state.slots_of, state.ahead, state.lane.join)
+        decoder = Decoder(backbone, kernel, state.rows_of, state.ahead, state.caches.join)
         outputs, ms = _run(decoder, state, trace, start)
         reference = outputs if reference is None else reference
         compute_ms = rows[0]["ms_per_token"] if rows else ms
@@ -163,7 +149,7 @@ def measure(plan: Plan, trace: Trace, peak_gbps: float, blocks: int) -> dict[str
                 "missed_mb_per_token": round(missed / 1e6, 2),
                 "bound_ms": round(bound_ms(compute_ms, missed, peak_gbps), 3),
                 "differing_values": int((outputs != reference).sum().item()),
-                "kernel_errors": state.lane.num_errors(),
+                "kernel_errors": state.caches.num_errors(),
                 "totals": state.totals() if cached else {},
             }
         )
@@ -184,7 +170,7 @@ def _fitting(shape: MoeShape) -> MoeShape:
 def _run(decoder: Decoder, state: Cached, trace: Trace, start: torch.Tensor) -> tuple[torch.Tensor, float]:
     """Outputs (steps, H), and milliseconds per token after the warm-up, one replay per token."""
     routed, predicted = (torch.tensor(ids, dtype=torch.int32).to(DEVICE) for ids in (trace.routed, trace.predicted))
-    routed, predicted = routed[:, : state.shape.num_layers], predicted[:, : state.shape.num_layers]
+    routed, predicted = (ids[:, : state.shape.num_layers].unsqueeze(2) for ids in (routed, predicted))
     x = start.clone()
     state.routed.copy_(routed[0])
     state.predicted.copy_(predicted[0])

@@ -43,7 +43,7 @@ def run_checkpoint(job: "Job") -> dict[str, Any]:
 def run_exact(job: "Job") -> dict[str, Any]:
     import exact
 
-    return exact.measure(job.serving, job.on_gpu, job.quick)
+    return exact.measure(job.serving, job.scratch, job.on_gpu, job.quick)
 
 
 def run_side(residency: float, job: "Job") -> dict[str, Any]:

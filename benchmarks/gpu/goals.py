@@ -50,8 +50,11 @@ def _exact(exact: dict[str, Any], rows: list[Row]) -> Goal:
         return _goal("tokens exact", 0, None)
     differing = sum(row["differing_tokens"] for row in [*exact["rows"], *rows])
     unequal = sum(not row["bit_equal"] for row in exact["rows"])
-    text = f"{differing} tokens differ, {unequal} of {len(exact['rows'])} configurations not bit-equal"
-    return _goal("tokens exact", text, differing == unequal == 0)
+    idle = sum(not row["at_work"] for row in exact["rows"])
+    text = (
+        f"{differing} tokens differ, {unequal} of {len(exact['rows'])} configurations not bit-equal, {idle} not at work"
+    )
+    return _goal("tokens exact", text, differing == unequal == idle == 0)
 
 
 def _gather(gather: dict[str, Any]) -> Goal:

@@ -7,6 +7,7 @@ import argparse
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -73,27 +74,34 @@ def run_steps(arguments: argparse.Namespace) -> None:
             say(f"== {name}: for the next call")
             continue
         say(f"== {name}")
-        run_apart(arguments, name)
+        left = 60 * arguments.minutes - elapsed if arguments.minutes else STEP_SECONDS
+        run_apart(arguments, name, left)
+        if result := read(arguments, name):
+            say(f"   {result['status']} after {result['seconds']} s")
+            if result["status"] == FAILED:
+                say(str(result.get("error") or result.get("tail") or result)[-2500:])
 
 
-def run_apart(arguments: argparse.Namespace, name: str) -> None:
-    """A step in a process of its own: one that dies or hangs takes nothing with it."""
+def run_apart(arguments: argparse.Namespace, name: str, seconds: float) -> None:
+    """A step in a process group of its own: one that dies, or hangs for `seconds`, takes nothing with it."""
     command = [sys.executable, __file__, "--step", name, "--device", arguments.device, "--out", str(arguments.out)]
     # This checkout's package, whatever else is installed, also in the engines that a step starts.
     path = os.pathsep.join(filter(None, [str(machine.ROOT), os.environ.get("PYTHONPATH")]))
     before = time.monotonic()
+    step = subprocess.Popen(
+        [*command, *(["--quick"] if arguments.quick else [])],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
     try:
-        done = subprocess.run(
-            [*command, *(["--quick"] if arguments.quick else [])],
-            env={**os.environ, "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-            timeout=STEP_SECONDS,
-            check=False,
-        )
-        error = "" if done.returncode == 0 else f"exit code {done.returncode}: {(done.stdout + done.stderr)[-3000:]}"
+        output, _ = step.communicate(timeout=seconds)
+        error = "" if step.returncode == 0 else f"exit code {step.returncode}: {output[-3000:]}"
     except subprocess.TimeoutExpired:
-        error = f"not finished after {STEP_SECONDS} s"
+        os.killpg(step.pid, signal.SIGKILL)
+        error = f"not finished after {seconds:.0f} s: {step.communicate()[0][-3000:]}"
     if error:
         write(arguments, name, {"status": FAILED, "error": error, "seconds": round(time.monotonic() - before, 1)})
 

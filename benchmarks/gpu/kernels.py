@@ -3,15 +3,15 @@
 from typing import Any
 
 import torch
-from layers import DEVICE, Layer, make_store, planner_state
+from layers import DEVICE, ask, layer_of, make_caches, make_store, plan_only
 from shapes import MB, Plan
 from timing import captured, gbps, median_ms
 
-from vllm_expert_prefetch.experts.device_staging import DeviceLane, DeviceStagingOptions
-from vllm_expert_prefetch.native.library import cuda_library
-
 NUM_IN_GRAPH = 100
 """Launches per replay, so that a replay's own cost does not count."""
+TOP_K = 8
+PLANNED = (128, 64, 1), (128, 96, 8), (512, 256, 8), (128, 64, 256), (128, 64, 8192)
+"""Experts, slots, tokens."""
 
 
 def measure_gather(plan: Plan, peak_gbps: float) -> dict[str, Any]:
@@ -37,17 +37,20 @@ def measure_gather(plan: Plan, peak_gbps: float) -> dict[str, Any]:
 def _measure_records(plan: Plan, store: Any, num_records: int) -> list[dict[str, Any]]:
     rows = []
     loads = [(expert, num_records - 1 - expert) for expert in range(num_records)]
+    record_bytes = sum(view[0].nbytes for view in store.views.values())
+    calls = max(1, min(50, 200 * MB // (num_records * record_bytes)))
     for num_blocks in plan.num_blocks:
-        layer = Layer(store, num_records, DeviceLane(DEVICE), DeviceStagingOptions(num_demand_blocks=num_blocks))
-        layer.ask(loads)
-        num_bytes = num_records * layer.record_bytes
-        calls = max(1, min(50, 200 * MB // num_bytes))
-        ms = median_ms(captured(lambda it=layer: it.staging.stage(it.demand)).replay, plan.repeats, calls)  # type: ignore[misc]
-        rows.append(_row("gather", num_blocks, layer.record_bytes, num_records, ms))
-    for name, batched in (("copy engine", False), ("copy engine, batched", True)):
-        with torch.cuda.stream(torch.cuda.Stream()):
-            ms = median_ms(lambda it=batched: layer.staging.copy(loads, it), plan.repeats, calls)  # type: ignore[misc]
-        rows.append(_row(name, 0, layer.record_bytes, num_records, ms))
+        cache = layer_of(make_caches(store, 1, store.num_experts, 1, num_blocks=num_blocks), 0)
+        ask(cache, loads)
+        ms = median_ms(captured(cache.gather).replay, plan.repeats, calls)
+        rows.append(_row("gather", num_blocks, record_bytes, num_records, ms))
+
+    def copy() -> None:
+        for expert, row in loads:
+            for name, view in store.views.items():
+                cache.tensors[name][row].copy_(view[expert], non_blocking=True)
+
+    rows.append(_row("copy engine", 0, record_bytes, num_records, median_ms(copy, plan.repeats, calls)))
     return rows
 
 
@@ -63,39 +66,48 @@ def _row(by: str, blocks: int, record_bytes: int, num_records: int, ms: float) -
 
 
 def measure_plans(plan: Plan) -> dict[str, Any]:
-    """Microseconds in a graph, launch included, of a plan with fresh random ids each time, and of an empty gather."""
+    """Microseconds in a graph, launch included: of a plan with fresh random ids each time, its words written to the
+    host; of a step that finds everything in its slots; and of a prefetch that finds everything there."""
     results: dict[str, Any] = {}
-    for num_experts, num_slots, num_ids in ((128, 64, 8), (128, 96, 64), (512, 256, 64)):
-        for policy, name in ((0, "lru"), (2, "lfru")):
-            key = f"plan_us_{num_ids}_of_{num_experts}_{name}"
-            results[key] = _plan_us(num_experts, num_slots, num_ids, policy, plan.repeats)
-    layer = Layer(make_store((4096,), 8), 8, DeviceLane(DEVICE), DeviceStagingOptions())
-    layer.ask([])
+    for num_experts, num_slots, num_tokens in PLANNED:
+        for policy in ("lru", "lfru"):
+            key = f"plan_us_{num_tokens * TOP_K}_of_{num_experts}_{policy}"
+            results[key] = _plan_us(num_experts, num_slots, num_tokens, policy, plan.repeats)
+    return {**results, **_hit_us(plan)}
+
+
+def _plan_us(num_experts: int, num_slots: int, num_tokens: int, policy: str, repeats: int) -> float:
+    caches = make_caches(make_store((4096,), num_experts), 1, num_slots, TOP_K, policy)
+    cache = layer_of(caches, 0)
+    rows = torch.zeros(num_tokens, dtype=torch.int64, device=DEVICE)
+    ids = torch.rand(NUM_IN_GRAPH, num_tokens, num_experts, device=DEVICE).topk(TOP_K).indices.int()
 
     def run() -> None:
-        for _ in range(NUM_IN_GRAPH):
-            layer.staging.stage(layer.demand)
-
-    results["empty_gather_us"] = round(median_ms(captured(run).replay, plan.repeats) * 1e3 / NUM_IN_GRAPH, 2)
-    return results
-
-
-def _plan_us(num_experts: int, num_slots: int, num_ids: int, policy: int, repeats: int) -> float:
-    top_k = 8
-    state = planner_state(num_experts, num_slots, top_k, policy)
-    words = torch.zeros(num_slots, dtype=torch.int32, device=DEVICE)
-    real = torch.ones(num_ids // top_k, dtype=torch.int64, device=DEVICE)
-    ids = torch.rand(NUM_IN_GRAPH, num_ids // top_k, num_experts, device=DEVICE).topk(top_k).indices.int()
-    lists = [torch.zeros(n, dtype=torch.int32, device=DEVICE) for n in (2 * num_ids, 1, num_ids, 1)]
-    slot_ids = torch.zeros(num_ids, dtype=torch.int32, device=DEVICE)
-    library: Any = cuda_library()
-
-    def run() -> None:
-        stream = torch.cuda.current_stream().cuda_stream
         for routed in ids:
-            library.plan_step(state, words, routed, real, slot_ids, *lists, 0, stream)
+            plan_only(cache, caches, routed, rows)
 
     return round(median_ms(captured(run).replay, repeats) * 1e3 / NUM_IN_GRAPH, 2)
+
+
+def _hit_us(plan: Plan) -> dict[str, float]:
+    caches = make_caches(make_store((4096,), 128), 1, 64, TOP_K)
+    cache = layer_of(caches, 0)
+    rows, ids = torch.zeros(1, dtype=torch.int64, device=DEVICE), torch.arange(TOP_K, device=DEVICE).int().view(1, -1)
+    works = {
+        "empty_gather_us": cache.gather,
+        "serve_us": lambda: cache.serve(ids, rows),
+        "prefetch_us": lambda: cache.prefetch(ids, rows),
+    }
+    found = {}
+    for name, work in works.items():
+
+        def run(work: Any = work) -> None:
+            for _ in range(NUM_IN_GRAPH):
+                work()
+            caches.join()
+
+        found[name] = round(median_ms(captured(run).replay, plan.repeats) * 1e3 / NUM_IN_GRAPH, 2)
+    return found
 
 
 def _num_sms() -> int:

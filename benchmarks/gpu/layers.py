@@ -1,17 +1,14 @@
-"""A layer for measurements: records of any size in page-locked memory, slots, and lists filled from the host."""
+"""Layers for measurements: records of any size in page-locked memory, and caches whose orders the host may write."""
+
+from typing import Any
 
 import torch
 
-from vllm_expert_prefetch.experts.device_staging import (
-    DemandLists,
-    DeviceLane,
-    DeviceStaging,
-    DeviceStagingOptions,
-    PrefetchLists,
-)
-from vllm_expert_prefetch.experts.host_memory import HostMemoryOptions
-from vllm_expert_prefetch.experts.host_store import HostStore
-from vllm_expert_prefetch.experts.slot_pool import SlotPool
+from vllm_expert_prefetch.cache.device import DeviceCache, DeviceCaches, DeviceOptions
+from vllm_expert_prefetch.memory.device_rows import DeviceSharedRows
+from vllm_expert_prefetch.memory.host_memory import HostMemoryOptions
+from vllm_expert_prefetch.memory.host_store import HostStore
+from vllm_expert_prefetch.native.library import cuda_library
 
 DEVICE = torch.device("cuda")
 
@@ -25,30 +22,38 @@ def make_store(row_bytes: tuple[int, ...], num_experts: int) -> HostStore:
     return HostStore(rows, HostMemoryOptions(pin=True, cuda=True))
 
 
-class Layer:
-    """One layer's slots on `store`, its lists, and its planner's state when `policy` is given (0 lru, 2 lfru)."""
-
-    def __init__(self, store: HostStore, num_slots: int, lane: DeviceLane, options: DeviceStagingOptions) -> None:
-        self.store, self.num_slots = store, num_slots
-        self.pool = SlotPool(store.views, num_slots, lane.device)
-        self.staging = DeviceStaging(store.views, self.pool, lane, options)
-        self.demand = DemandLists(num_slots, lane.device)
-        self.ahead = PrefetchLists(num_slots, lane.device)
-        self.record_bytes = self.staging.record_bytes
-
-    def ask(self, loads: list[tuple[int, int]]) -> None:
-        """Write a demand plan that never changes."""
-        self.demand.loads[: len(loads)] = torch.tensor(loads, dtype=torch.int32).to(self.demand.loads.device)
-        self.demand.num_loads.fill_(len(loads))
+def make_caches(
+    store: HostStore, num_layers: int, num_slots: int, top_k: int, policy: str = "lfru", num_blocks: int | None = None
+) -> DeviceCaches:
+    """Layers that all bring records from `store`, with overflow rows in common. `num_blocks`: of demand copies."""
+    options = DeviceOptions() if num_blocks is None else DeviceOptions(num_demand_blocks=num_blocks)
+    caches = DeviceCaches(num_layers, DEVICE, options)
+    shared = DeviceSharedRows(store.views, num_slots, 1, DEVICE)
+    for number in range(num_layers):
+        caches.add(number, store, shared.row_space(0), num_slots, top_k, policy)
+    return caches
 
 
-def planner_state(num_experts: int, num_slots: int, top_k: int, policy: int) -> torch.Tensor:
-    """A device planner's state with all slots free (csrc/residency.h)."""
-    from vllm_expert_prefetch.native.library import host_library
+def layer_of(caches: DeviceCaches, number: int) -> DeviceCache:
+    """The cache of a layer that there is."""
+    cache = caches.layers[number]
+    assert isinstance(cache, DeviceCache)
+    return cache
 
-    host = host_library()
-    if host is None:
-        raise RuntimeError("libvep_host.so is needed to initialise planners")
-    state = torch.zeros(host.planner_words(num_experts, num_slots), dtype=torch.int64)
-    host.planner_init(state, num_experts, num_slots, top_k, policy, 2, False)
-    return state.to(DEVICE)
+
+def ask(cache: DeviceCache, loads: list[tuple[int, int]]) -> None:
+    """Write a demand plan of (expert, row) pairs that stays until the next step is planned."""
+    cache.demand.loads[: len(loads)] = torch.tensor(loads, dtype=torch.int32).reshape(-1, 2).to(DEVICE)
+    cache.demand.num_loads.fill_(len(loads))
+    cache.demand.num_late.zero_()
+
+
+def plan_only(cache: DeviceCache, caches: DeviceCaches, ids: torch.Tensor, rows: torch.Tensor) -> None:
+    """A step's plan without its copies; `ids` (T, K) int32, `rows` (T) int64."""
+    library: Any = cuda_library()
+    orders = cache.demand
+    library.plan_step(
+        *(cache.state, cache.row_words, ids, rows, torch.empty_like(ids)),
+        *(orders.loads, orders.num_loads, orders.late, orders.num_late),
+        *(caches.mirror_address(cache.number), False, torch.cuda.current_stream().cuda_stream),
+    )

@@ -7,7 +7,7 @@ from typing import Any
 
 from shapes import MoeShape
 
-from vllm_expert_prefetch.residency import ExpertCache, Planner, create_policy
+from vllm_expert_prefetch.residency import POLICIES, ExpertCache
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,11 @@ def cache_misses(trace: Trace, shape: MoeShape, num_slots: int, policy: str, war
     """Misses of all layers per step after `warm_up` steps, by the specification itself, slots empty at first."""
     misses = [0] * (len(trace.routed) - warm_up)
     for layer in range(shape.num_layers):
-        cache = ExpertCache(shape.num_experts, num_slots, create_policy(policy))
-        planner = Planner(cache, shape.top_k, 2)
+        cache = ExpertCache(shape.num_experts, num_slots, POLICIES[policy])
         for step, layers in enumerate(trace.routed):
-            plan = planner.plan(layers[layer])
-            planner.complete(plan)
+            num_misses = len(cache.plan(layers[layer]).loads)
             if step >= warm_up:
-                misses[step - warm_up] += plan.num_misses
+                misses[step - warm_up] += num_misses
     return misses
 
 

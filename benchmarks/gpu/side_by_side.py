@@ -20,9 +20,7 @@ LOGPROB_SEQUENCES, LOGPROB_TOKENS = 2, 16
 
 def measure(model: Path, plan: ServingPlan, residency: float, link_gbps: float, on_gpu: bool) -> dict[str, Any]:
     """One residency: what each engine is, and a row per variant and batch size."""
-    plugin: dict[str, Any] = {"staging": "native"}
-    if plan.emulated_gbps is not None:
-        plugin["emulated_link_gbps"] = plan.emulated_gbps
+    plugin = {} if plan.emulated_gbps is None else {"emulated_link_gbps": plan.emulated_gbps}
     found = [v for v in variants(plan.shape, residency, plugin) if v.name in plan.variants or not plan.variants]
     engines: dict[str, Any] = {v.name: {"status": "needs a GPU"} for v in found if v.needs_gpu and not on_gpu}
     rows: list[dict[str, Any]] = []

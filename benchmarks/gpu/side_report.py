@@ -76,10 +76,11 @@ def _routing(side: dict[str, Any]) -> str:
 
 
 def exact_lines(exact: dict[str, Any]) -> list[str]:
-    """One line per configuration of the trained tiny model."""
+    """One line per model, mode and batch size."""
     return [
-        f"exact: {row['mode']}, staging {row['staging']}, batch {row['batch']}: {row['compared_tokens']} tokens, "
-        f"{row['differing_tokens']} differ, largest deviation {row['max_deviation']:g}"
+        f"exact: {row['model']}, {row['mode']}, batch {row['batch']}: {row['compared_tokens']} tokens, "
+        f"{row['differing_tokens']} differ, largest deviation {row['max_deviation']:g}; {row['lookups']:.0f} lookups, "
+        f"{row['overflow_mb']:.1f} MB into overflow rows, {row['shared_mb']:.1f} MB shared"
         for row in exact.get("rows", [])
     ]
 

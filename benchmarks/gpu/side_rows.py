@@ -82,7 +82,7 @@ def _missed_bytes(contestant: Contestant, batch: int) -> float | None:
     if contestant.variant.config is None:
         return contestant.variant.moved_bytes
     results = contestant.rounds[batch]
-    moved = _total(results, "transfer_bytes_total/demand", "transfer_bytes_total/stream")
+    moved = _total(results, "transfer_bytes_total/demand", "transfer_bytes_total/overflow")
     return moved / sum(result["num_steps"] for result in results)
 
 

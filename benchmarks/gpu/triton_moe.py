@@ -1,4 +1,4 @@
-"""Matrix rows of one slot times one vector: enough of a grouped GEMM for batches of a few tokens."""
+"""Matrix rows of one expert times one vector: enough of a grouped GEMM for batches of a few tokens."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ import triton.language as tl
 def rows_times_vector(
     x: Any,
     weights: Any,
-    slot_ids: Any,
+    row_ids: Any,
     out: Any,
     num_rows: Any,
     width: Any,
@@ -18,12 +18,12 @@ def rows_times_vector(
     ROWS: tl.constexpr,
     WIDTH: tl.constexpr,
 ) -> None:
-    """out (P, N)[p] = weights (C, N, K)[slot_ids[p]] @ x (P // per_row, K)[p // per_row], summed in float32."""
+    """out (P, N)[p] = weights (E, N, K)[row_ids[p]] @ x (P // per_row, K)[p // per_row], summed in float32."""
     pair = tl.program_id(0)
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, WIDTH)
-    slot = tl.load(slot_ids + pair).to(tl.int64)
-    matrix = weights + slot * num_rows * width + rows[:, None] * width + columns[None, :]
+    expert = tl.load(row_ids + pair).to(tl.int64)
+    matrix = weights + expert * num_rows * width + rows[:, None] * width + columns[None, :]
     vector = x + (pair // per_row) * width + columns
     total = tl.zeros((ROWS,), tl.float32)
     for start in range(0, width, WIDTH):

@@ -31,7 +31,7 @@ class Variant:
 def variants(shape: MoeShape, residency: float, plugin: dict[str, Any]) -> list[Variant]:
     """All that is compared at one residency. `plugin`: keys that every plugin variant gets.
 
-    What the plugin's slots and its stream buffer take together is what vLLM's offloaders may keep on the GPU.
+    What the plugin's slots and overflow rows take together is what vLLM's offloaders may keep on the GPU.
     """
     layer_bytes = shape.num_experts * shape.record_bytes
     every = shape.num_layers * layer_bytes
@@ -61,10 +61,8 @@ def variants(shape: MoeShape, residency: float, plugin: dict[str, Any]) -> list[
 
 
 def _plugin_bytes(shape: MoeShape, slots: int) -> int:
-    """Slots of all layers and the stream buffer, where the plugin has one (planning/sizing.py)."""
-    rows, every = slots * shape.num_layers, shape.num_experts * shape.num_layers
-    buffer = shape.num_experts if rows + shape.num_experts < every else 0
-    return (rows + buffer) * shape.record_bytes
+    """Slots of all layers, and the overflow rows that they share (planning/sizing.py)."""
+    return (slots * shape.num_layers + shape.num_experts - slots) * shape.record_bytes
 
 
 def _uva(every: int, room: int) -> Variant:

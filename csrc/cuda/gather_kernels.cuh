@@ -1,13 +1,13 @@
-// Records travel from mapped host memory into slots: on demand, or ahead on a side stream.
+// Records travel from mapped host memory into rows: on demand, or ahead on a side stream.
 //
-// A load whose expert or slot is out of range is skipped, a count outside its list is cut to it, and a wait for a slot
+// A load whose expert or row is out of range is skipped, a count outside its list is cut to it, and a wait for a slot
 // that nobody copies is refused; each adds one to lane.errors (with VEP_DEBUG, the kernel traps). No other memory is
 // touched. No kernel here triggers a programmatic launch, so a consumer never starts before its records are visible.
 //
 // Why nothing can hang, whatever runs beside whatever:
 //  1. A demand block copies first and waits for nothing meanwhile. It counts in demand_active only while it copies, so
 //     a prefetch block that yields to it waits for a block that is running and cannot be held up.
-//  2. Only then does demand block 0 (or await_kernel) wait, and only for slots that are COPYING or URGENT. The prefetch
+//  2. Only then does demand block 0 wait, and only for slots that are COPYING or URGENT. The prefetch
 //     block that started such a record is running. Chunks are handed out in order, so what is left of the record was
 //     taken by blocks that are running too, or is the next thing that this very block takes. Prefetch blocks that never
 //     become resident are not needed, and prefetch blocks never wait for each other.
@@ -89,7 +89,7 @@ __device__ void copy_part(const RecordLayout& layout, const Load& load, int32_t 
     const int32_t to = min(last - start, length);
     if (from < to) {
       const char* source = segment.store + load.expert * segment.store_stride;
-      char* target = segment.pool + load.slot * segment.pool_stride;
+      char* target = segment.rows + load.row * segment.row_bytes;
       copy_vectors(reinterpret_cast<const uint4*>(source) + from, reinterpret_cast<uint4*>(target) + from, to - from);
     }
     start += length;
@@ -109,7 +109,7 @@ __device__ void note_copied(int32_t count, int32_t record_vectors, int32_t* prog
 }
 
 __device__ bool in_range(const RecordLayout& layout, const Load& load) {
-  return load.expert >= 0 && load.expert < layout.num_experts && load.slot >= 0 && load.slot < layout.num_slots;
+  return load.expert >= 0 && load.expert < layout.num_experts && load.row >= 0 && load.row < layout.num_experts;
 }
 
 template <typename Item>
@@ -125,19 +125,19 @@ __device__ bool is_coming(int32_t word) {
 }
 
 // By one block, before it copies: late records pass although a demand is active.
-__device__ void hurry_late(const DeviceList<int32_t>& late, int32_t num_late, int32_t num_slots, const Board& board) {
+__device__ void hurry_late(const DeviceList<int32_t>& late, int32_t num_late, int32_t num_rows, const Board& board) {
   for (int32_t i = threadIdx.x; i < num_late; i += kThreads) {
     const int32_t slot = late.items[i];
-    if (slot >= 0 && slot < num_slots) request(&board.states[slot]);
+    if (slot >= 0 && slot < num_rows) request(&board.states[slot]);
   }
 }
 
 // By one block. A record that is neither here nor coming is an error: nobody can be trusted to bring it.
-__device__ void wait_for_late(const DeviceList<int32_t>& late, int32_t num_late, int32_t num_slots, const Board& board,
+__device__ void wait_for_late(const DeviceList<int32_t>& late, int32_t num_late, int32_t num_rows, const Board& board,
                               const Lane& lane) {
   for (int32_t i = threadIdx.x; i < num_late; i += kThreads) {
     const int32_t slot = late.items[i];
-    if (slot < 0 || slot >= num_slots) {
+    if (slot < 0 || slot >= num_rows) {
       report_error(lane);
       continue;
     }
@@ -165,7 +165,7 @@ __device__ void copy_share(const RecordLayout& layout, const Load* loads, int32_
     const Load load = loads[index];
     if (in_range(layout, load)) {
       copy_part(layout, load, first, last);
-      note_copied(last - first, layout.record_vectors, &board.demand_progress[index], &board.states[load.slot]);
+      note_copied(last - first, layout.record_vectors, &board.demand_progress[index], &board.states[load.row]);
     } else if (first == 0 && threadIdx.x == 0) {
       report_error(lane);
     }
@@ -180,19 +180,12 @@ __global__ void __launch_bounds__(kThreads)
   const int32_t num_late = blockIdx.x == 0 ? count_of(lists.late, lane) : 0;
   if (num_loads > 0) {
     if (threadIdx.x == 0) DeviceInt(*lane.demand_active).fetch_add(1, cuda::memory_order_relaxed);
-    hurry_late(lists.late, num_late, layout.num_slots, board);
+    hurry_late(lists.late, num_late, layout.num_experts, board);
     copy_share(layout, lists.loads.items, num_loads, board, lane);
     __syncthreads();
     if (threadIdx.x == 0) DeviceInt(*lane.demand_active).fetch_sub(1, cuda::memory_order_relaxed);
   }
-  wait_for_late(lists.late, num_late, layout.num_slots, board, lane);
-}
-
-__global__ void __launch_bounds__(kThreads)
-    await_kernel(const DeviceList<int32_t> late, const int32_t num_slots, const Board board, const Lane lane) {
-  const int32_t num_late = count_of(late, lane);
-  hurry_late(late, num_late, num_slots, board);
-  wait_for_late(late, num_late, num_slots, board, lane);
+  wait_for_late(lists.late, num_late, layout.num_experts, board, lane);
 }
 
 struct Chunk {
@@ -230,7 +223,7 @@ __device__ Chunk take_chunk(const RecordLayout& layout, const PrefetchLists& lis
     if (index >= num_loads) return {{0, 0}, -1, 0, 0};
     const Load load = lists.loads.items[index];
     if (in_range(layout, load)) {
-      int32_t* state = &board.states[load.slot];
+      int32_t* state = &board.states[load.row];
       yield_to_demand(lane, state);
       if (is_ours(state, static_cast<uint32_t>(lists.tickets[index]))) {
         const int32_t first = number % per_record * chunk_vectors;
@@ -256,7 +249,7 @@ __global__ void __launch_bounds__(kThreads)
     if (chunk.index < 0) break;
     copy_part(layout, chunk.load, chunk.first, chunk.last);
     note_copied(chunk.last - chunk.first, layout.record_vectors, &board.prefetch_progress[chunk.index],
-                &board.states[chunk.load.slot]);
+                &board.states[chunk.load.row]);
   }
   if (num_loads > 0 && threadIdx.x == 0) {
     DeviceInt left(*board.num_left);

@@ -1,369 +1,138 @@
-// The planner on the GPU: one block per plan, a layer's state in device memory, nothing decided on the host.
-//
-// A plan is bookkeeping as if its copies had landed. Three things make that true before the layer's kernel runs: the
-// gather kernel, next on the same stream, copies `loads`; it waits for `late`; and slots of prefetches that have not
-// landed are never given away.
+// The plan kernels for Python. Tensors are on the GPU, and every launch can be captured.
 
 #include <cuda_runtime.h>
+#include <tvm/ffi/extra/cuda/device_guard.h>
 #include <tvm/ffi/tvm_ffi.h>
 
 #include <algorithm>
-#include <cstdint>
 
-#include "../residency.h"
-#include "../slot_state.h"
+#include "plan_kernels.cuh"
 #include "tensors.cuh"
 
 namespace vep {
 namespace {
 
+using tvm::ffi::String;
 using tvm::ffi::TensorView;
 
-constexpr int kPlanThreads = 256;
-constexpr int kWarp = 32;
-constexpr int kMaxExperts = 1024;  // what fits 48 KB of shared memory
+constexpr int kFewThreads = 256, kManyThreads = 1024;
+constexpr int64_t kFewIds = 1024;
 
-// The lanes are the threads of a block.
-class Block {
- public:
-  __device__ explicit Block(int64_t* sums) : sums_(sums) {}
-  __device__ int rank() const { return static_cast<int>(threadIdx.x); }
-  __device__ int size() const { return kPlanThreads; }
-  __device__ void sync() const { __syncthreads(); }
-  __device__ int64_t sum(int64_t value, int64_t* total) const {
-    const int lane = rank() % kWarp, warp = rank() / kWarp;
-    int64_t inclusive = value;
-    for (int distance = 1; distance < kWarp; distance *= 2) {
-      const int64_t other = __shfl_up_sync(~0u, inclusive, distance);
-      if (lane >= distance) inclusive += other;
-    }
-    __syncthreads();
-    if (lane == kWarp - 1) sums_[warp] = inclusive;
-    __syncthreads();
-    int64_t before = 0, all = 0;
-    for (int i = 0; i < kPlanThreads / kWarp; ++i) {
-      before += i < warp ? sums_[i] : 0;
-      all += sums_[i];
-    }
-    *total = all;
-    return before + inclusive - value;
+String WordNames() { return kWordNames; }
+
+// A layer, whose numbers lie on the device: `rows` tells E, and with it the state's size tells C.
+struct PlannedLayer {
+  PlannedLayer(const TensorView& state, const TensorView& rows, int64_t mirror)
+      : num_experts(rows.numel()), num_slots((state.numel() - kHeaderWords - 4 * num_experts) / 2),
+        shared(shared_bytes(num_experts, num_slots)) {
+    TVM_FFI_CHECK(num_slots > 0 && num_slots <= num_experts && num_experts <= kMaxExperts &&
+                      state.numel() == Layer::words(num_experts, num_slots),
+                  ValueError)
+        << "state of " << state.numel() << " words and " << num_experts << " row words: not a layer of at most "
+        << kMaxExperts << " experts";
+    memory = {cuda_data<int64_t>(state, 0, "state"), static_cast<int>(state.numel()),
+              cuda_data<int32_t>(rows, 0, "row words"), reinterpret_cast<int64_t*>(mirror)};
   }
 
- private:
-  int64_t* sums_;  // shared, one per warp
+  const int64_t num_experts, num_slots, shared;
+  LayerMemory memory;
 };
-
-// Routed ids, `per_token` of each token; those of padding tokens count as -1. `real` is negative for padding: vLLM's slot
-// mapping, which is on the device, also while a graph with more tokens than requests is replayed.
-template <class Id>
-struct TokenIds {
-  const Id* ids;
-  const int64_t* real;  // (tokens)
-  int per_token;
-  __device__ Id operator[](int i) const { return real[i / per_token] < 0 ? Id{-1} : ids[i]; }
-};
-
-// Predicted ids, laid out in the same way and read column by column: what each token wants most comes before what any
-// of them wants less.
-template <class Id>
-struct PredictedIds {
-  const Id* ids;
-  const int64_t* real;
-  int per_token;
-  int num_tokens;
-  __device__ Id operator[](int i) const {
-    const int token = i % num_tokens;
-    return real[token] < 0 ? Id{-1} : ids[token * per_token + i / num_tokens];
-  }
-};
-
-struct SlotWords {
-  int32_t* words;
-  __device__ bool landed(int slot) const { return is_ready(&words[slot]); }
-  __device__ bool drop(int slot) const { return vep::drop(&words[slot]); }
-};
-
-// What a plan leaves for the kernels that copy.
-struct Orders {
-  int32_t* loads;      // pairs (expert, slot)
-  int32_t* num_loads;  // (1)
-  int32_t* extra;      // demand: late slots to wait for; prefetch: the tickets of `loads`
-  int32_t* num_extra;  // (1), demand only
-};
-
-// Shared memory, in the order in which it is laid out.
-struct Room {
-  Scratch scratch;
-  WaveLists lists;
-
-  __device__ static Room of(void* memory, const Layer& layer, int32_t* loads) {
-    const int num_experts = layer.num_experts(), num_slots = layer.num_slots();
-    auto* list = reinterpret_cast<int32_t*>(static_cast<char*>(memory) + Scratch::bytes(num_experts, num_slots));
-    return {Scratch::at(memory, num_experts, num_slots),
-            {list, loads, list + num_experts, list + 2 * num_experts}};
-  }
-};
-
-int64_t shared_bytes(int64_t num_experts, int64_t num_slots) {
-  return Scratch::bytes(static_cast<int>(num_experts), static_cast<int>(num_slots)) + 12 * num_experts;
-}
-
-__device__ void mirror_totals(const Layer& layer, volatile int64_t* mirror) {
-  __syncthreads();
-  if (mirror && threadIdx.x < kHeaderWords) mirror[threadIdx.x] = layer.header[threadIdx.x];
-}
-
-// Records that the plan needs and that a prefetch brings: one that has not started becomes a load of ours, any other
-// is waited for. `num_misses` loads stand in the list already.
-__device__ void take_over_late(Block& team, const Layer& layer, int32_t* words, const Room& room,
-                               const StepCounts& step, const Orders& orders) {
-  constexpr int64_t kWaits = 1ll << 32;
-  int begin, end;
-  share_of(team, step.num_late, &begin, &end);
-  int64_t mine = 0;
-  for (int i = begin; i < end; ++i) {
-    const int64_t slot = layer.slot_of()[room.lists.late[i]];
-    const bool ours = claim(&words[slot]);
-    if (!ours) request(&words[slot]);
-    room.scratch.settled[i] = ours;
-    mine += ours ? 1 : kWaits;
-  }
-  int64_t total = 0;
-  int64_t before = team.sum(mine, &total);
-  for (int i = begin; i < end; ++i) {
-    const int32_t expert = room.lists.late[i];
-    const auto slot = static_cast<int32_t>(layer.slot_of()[expert]);
-    if (room.scratch.settled[i]) {
-      const int64_t m = step.num_misses + before % kWaits;
-      orders.loads[2 * m] = expert;
-      orders.loads[2 * m + 1] = slot;
-      before += 1;
-    } else {
-      orders.extra[before / kWaits] = slot;
-      before += kWaits;
-    }
-  }
-  if (team.rank() == 0) {
-    *orders.num_loads = static_cast<int32_t>(step.num_misses + total % kWaits);
-    *orders.num_extra = static_cast<int32_t>(total / kWaits);
-    layer.header[kClaimed] += total % kWaits;
-  }
-}
-
-__device__ void wait_for_lane(Block& team, const Layer& layer, int32_t* words) {
-  for (int slot = team.rank(); slot < layer.num_slots(); slot += team.size()) {
-    while (request(&words[slot])) __nanosleep(200);
-  }
-  team.sync();
-}
-
-template <class Id>
-__global__ void __launch_bounds__(kPlanThreads, 1)
-    plan_step_kernel(int64_t* state, int32_t* words, const Id* routed, const int64_t* real, Id* slot_ids,
-                     int num_entries, const Orders orders, int64_t* mirror) {
-  extern __shared__ int64_t memory[];
-  __shared__ int64_t sums[kPlanThreads / kWarp];
-  Block team(sums);
-  const Layer layer{state};
-  const Room room = Room::of(memory, layer, orders.loads);
-  SlotWords lane{words};
-  const TokenIds<Id> ids{routed, real, static_cast<int>(layer.header[kTopK])};
-  StepCounts step;
-  Split split = kMustSettle;
-  while (true) {
-    split = plan_narrow(team, layer, lane, ids, num_entries, slot_ids, room.scratch, room.lists, &step);
-    if (split != kMustSettle) break;
-    wait_for_lane(team, layer, words);  // only records that are being copied are in the way, and they land
-  }
-  if (split == kWide) {  // the caller promised a narrow step: no slot id may be out of range all the same
-    for (int i = team.rank(); i < num_entries; i += team.size()) slot_ids[i] = 0;
-    if (team.rank() == 0) layer.header[kOutOfRange] += num_entries;
-  }
-  for (int m = team.rank(); m < step.num_misses; m += team.size()) begin_load(&words[orders.loads[2 * m + 1]]);
-  take_over_late(team, layer, words, room, step, orders);
-  for (int i = team.rank(); i < num_entries; i += team.size()) {  // padding: any valid slot, but not all the same one
-    if (ids[i] < 0) slot_ids[i] = static_cast<Id>(i % layer.num_slots());
-  }
-  if (team.rank() == 0) count_step(layer, step);
-  mirror_totals(layer, mirror);
-}
-
-template <class Id>
-__global__ void __launch_bounds__(kPlanThreads, 1)
-    plan_prefetch_kernel(int64_t* state, int32_t* words, const Id* predicted, const int64_t* real, int per_token,
-                         int num_tokens, const volatile int32_t* wanted, int most, const Orders orders) {
-  extern __shared__ int64_t memory[];
-  __shared__ int64_t sums[kPlanThreads / kWarp];
-  __shared__ int budget;
-  if (threadIdx.x == 0) budget = min(*wanted, most);  // by one thread: the host may change it in between
-  Block team(sums);
-  team.sync();
-  const Layer layer{state};
-  const Room room = Room::of(memory, layer, orders.loads);
-  SlotWords lane{words};
-  const PredictedIds<Id> ids{predicted, real, per_token, num_tokens};
-  StepCounts step;
-  const int num_loads = plan_prefetch(team, layer, lane, ids, num_tokens * per_token, budget, room.scratch, room.lists,
-                                      &step);
-  for (int m = team.rank(); m < num_loads; m += team.size()) {
-    orders.extra[m] = static_cast<int32_t>(enqueue(&words[orders.loads[2 * m + 1]]));
-  }
-  if (team.rank() == 0) *orders.num_loads = num_loads;
-}
-
-// A step too wide for the slots: what is absent goes from the host to its place in the stream buffer (`loads`, pairs
-// (expert, expert)), what is resident from its slot (`kept`, pairs (slot, expert)). Residency does not change.
-template <class Id>
-__global__ void __launch_bounds__(kPlanThreads, 1)
-    plan_stream_kernel(int64_t* state, int32_t* words, const Id* routed, const int64_t* real, int num_entries,
-                       int32_t* loads, int32_t* num_loads, int32_t* kept, int32_t* num_kept, int64_t* mirror) {
-  extern __shared__ int64_t memory[];
-  __shared__ int64_t sums[kPlanThreads / kWarp];
-  Block team(sums);
-  const Layer layer{state};
-  const Scratch scratch = Scratch::at(memory, layer.num_experts(), layer.num_slots());
-  SlotWords lane{words};
-  const TokenIds<Id> ids{routed, real, static_cast<int>(layer.header[kTopK])};
-  find_first(team, layer, ids, num_entries, scratch);
-  wait_for_lane(team, layer, words);
-  settle(team, layer, lane, scratch, true);
-  constexpr int64_t kKept = 1ll << 15, kUse = 1ll << 30, kLost = 1ll << 45, kField = kKept - 1;
-  int begin, end;
-  share_of(team, layer.num_experts(), &begin, &end);
-  int64_t mine = 0;
-  for (int expert = begin; expert < end; ++expert) {
-    if (scratch.first[expert] == kNever) continue;
-    const int64_t flags = layer.flags()[expert];
-    const bool resident = flags & kRanked;  // a prefetch that has not started may still be cancelled: not used yet
-    mine += resident ? kKept : 1;
-    mine += resident && (flags & kUntouched) ? kUse : 0;
-    mine += flags & kDisplaced ? kLost : 0;
-    layer.flags()[expert] &= ~static_cast<int64_t>(resident ? kUntouched | kDisplaced : kDisplaced);
-  }
-  int64_t total = 0;
-  int64_t before = team.sum(mine, &total);
-  for (int expert = begin; expert < end; ++expert) {
-    if (scratch.first[expert] == kNever) continue;
-    const bool resident = layer.flags()[expert] & kRanked;
-    int32_t* pair = resident ? kept + 2 * (before / kKept & kField) : loads + 2 * (before & kField);
-    pair[0] = resident ? static_cast<int32_t>(layer.slot_of()[expert]) : expert;
-    pair[1] = expert;
-    before += resident ? kKept : 1;
-  }
-  if (team.rank() == 0) {
-    StepCounts step;
-    step.num_misses = static_cast<int>(total & kField);
-    step.num_hits = static_cast<int>(total / kKept & kField);
-    step.num_needed = step.num_misses + step.num_hits;
-    step.num_used = static_cast<int>(total / kUse & kField);
-    step.num_displaced = static_cast<int>(total / kLost & kField);
-    *num_loads = step.num_misses;
-    *num_kept = step.num_hits;
-    count_step(layer, step);
-    layer.header[kStreamSteps] += step.num_needed > 0;
-    layer.header[kStreamMisses] += step.num_misses;
-  }
-  mirror_totals(layer, mirror);
-}
-
-struct Shape {
-  int64_t num_experts;
-  int64_t num_slots;
-  int64_t bytes;
-};
-
-Shape shape_of(const TensorView& state, const TensorView& words) {
-  // words tells C, and with it the state's size tells E: the numbers themselves lie on the device.
-  const int64_t num_slots = words.numel();
-  const int64_t num_experts = (state.numel() - kHeaderWords - 2 * num_slots) / 4;
-  TVM_FFI_CHECK(num_slots > 0 && num_experts >= num_slots && num_experts <= kMaxExperts &&
-                    state.numel() == Layer::words(num_experts, num_slots),
-                ValueError)
-      << "state of " << state.numel() << " words and " << num_slots << " slot words: not a layer of at most "
-      << kMaxExperts << " experts";
-  return {num_experts, num_slots, shared_bytes(num_experts, num_slots)};
-}
-
-void check_room(const TensorView& list, int64_t needed, const char* what) {
-  TVM_FFI_CHECK(list.numel() >= needed, ValueError) << what << " has room for " << list.numel() << ", needs " << needed;
-}
 
 // The tokens of (tokens, per token) ids; `real` must tell for each whether it is one.
 int64_t check_tokens(const TensorView& ids, const TensorView& real) {
   TVM_FFI_CHECK(ids.ndim() == 2, ValueError) << "ids must have shape (tokens, k), they have " << ids.ndim()
                                              << " dimensions";
-  check_room(real, ids.size(0), "real");
+  TVM_FFI_CHECK(real.numel() >= ids.size(0), ValueError) << "real has " << real.numel() << " items, needs "
+                                                         << ids.size(0);
   return ids.size(0);
 }
 
-// `ids` (T, K) int32 or int64, `real` (>= T) int64, negative for padding; K must be the planner's top-k.
-void PlanStep(TensorView state, TensorView words, TensorView ids, TensorView real, TensorView slot_ids,
-              TensorView loads, TensorView num_loads, TensorView late, TensorView num_late, int64_t mirror,
+// Calls `launch` with the kernel for so many ids, and its threads.
+template <class Launch, class Kernel>
+void launch_for(int64_t num_ids, Kernel few, Kernel many, Launch launch) {
+  num_ids > kFewIds ? launch(many, kManyThreads) : launch(few, kFewThreads);
+}
+
+// `ids` (T, K) int32 or int64, `real` (>= T) int64, negative for padding. `row_ids`: like `ids`, written. `loads`:
+// int32 (E, 2) and `late`: int32 (E) receive what is to be copied and waited for. `mirror`: where the words go in host
+// memory, as the GPU sees it, or 0.
+void PlanStep(TensorView state, TensorView rows, TensorView ids, TensorView real, TensorView row_ids, TensorView loads,
+              TensorView num_loads, TensorView late, TensorView num_late, int64_t mirror, bool is_speculated,
               int64_t stream) {
-  const Shape shape = shape_of(state, words);
+  const PlannedLayer layer(state, rows, mirror);
   check_tokens(ids, real);
-  const int64_t entries = ids.numel();
-  TVM_FFI_CHECK(entries <= shape.num_slots, ValueError)
-      << entries << " routed ids may need more than " << shape.num_slots << " slots: split the step, or stream it";
-  check_room(slot_ids, entries, "slot_ids");
-  check_room(loads, 2 * entries, "loads");
-  check_room(late, entries, "late");
-  const Orders orders{cuda_data<int32_t>(loads, "loads"), cuda_data<int32_t>(num_loads, "num_loads"),
-                      cuda_data<int32_t>(late, "late"), cuda_data<int32_t>(num_late, "num_late")};
-  const auto launch = [&](auto id) {
+  const int64_t num_ids = ids.numel();
+  const Orders orders{cuda_data<int32_t>(loads, 2 * layer.num_experts, "loads"),
+                      cuda_data<int32_t>(num_loads, 1, "num_loads"),
+                      cuda_data<int32_t>(late, layer.num_experts, "late"),
+                      cuda_data<int32_t>(num_late, 1, "num_late")};
+  const auto plan_as = [&](auto id) {
     using Id = decltype(id);
-    plan_step_kernel<Id><<<1, kPlanThreads, shape.bytes, reinterpret_cast<cudaStream_t>(stream)>>>(
-        cuda_data<int64_t>(state, "state"), cuda_data<int32_t>(words, "words"), cuda_data<Id>(ids, "ids"),
-        cuda_data<int64_t>(real, "real"), cuda_data<Id>(slot_ids, "slot_ids"), static_cast<int>(entries), orders,
-        reinterpret_cast<int64_t*>(mirror));
+    const TokenIds<Id> tokens{cuda_data<Id>(ids, 0, "ids"), cuda_data<int64_t>(real, 0, "real"),
+                              static_cast<int>(ids.size(1))};
+    Id* out = cuda_data<Id>(row_ids, num_ids, "row_ids");
+    tvm::ffi::CUDADeviceGuard guard(state.device().device_id);
+    launch_for(num_ids, plan_step_kernel<kFewThreads, Id>, plan_step_kernel<kManyThreads, Id>,
+               [&](auto kernel, int threads) {
+                 kernel<<<1, threads, layer.shared, reinterpret_cast<cudaStream_t>(stream)>>>(
+                     layer.memory, tokens, static_cast<int>(num_ids), out, orders, is_speculated);
+               });
+    check_launch("plan_step");
   };
-  ids.dtype().bits == 64 ? launch(int64_t{}) : launch(int32_t{});
-  check_launch("plan_step");
+  ids.dtype().bits == 64 ? plan_as(int64_t{}) : plan_as(int32_t{});
 }
 
 // `predicted` (T, P): P expert ids of each token, most wanted first; negative ones are skipped. `budget`: the address,
 // as the GPU sees it, of an int32 that says how many loads there may be. Every run of the kernel reads it, so that the
 // host can change it while graphs are replayed; the room in the lists limits it.
-void PlanPrefetch(TensorView state, TensorView words, TensorView predicted, TensorView real, int64_t budget,
+void PlanPrefetch(TensorView state, TensorView rows, TensorView predicted, TensorView real, int64_t budget,
                   TensorView loads, TensorView num_loads, TensorView tickets, int64_t stream) {
-  const Shape shape = shape_of(state, words);
-  check_tokens(predicted, real);
+  const PlannedLayer layer(state, rows, 0);
+  const int64_t num_tokens = check_tokens(predicted, real), num_ids = predicted.numel();
   TVM_FFI_CHECK(budget != 0, ValueError) << "budget must be an address that the GPU can read, it is 0";
-  const int64_t most = std::min({shape.num_slots, loads.numel() / 2, tickets.numel()});
-  const Orders orders{cuda_data<int32_t>(loads, "loads"), cuda_data<int32_t>(num_loads, "num_loads"),
-                      cuda_data<int32_t>(tickets, "tickets"), nullptr};
-  const auto launch = [&](auto id) {
+  const int64_t most = std::min({layer.num_slots, loads.numel() / 2, tickets.numel()});
+  const Orders orders{cuda_data<int32_t>(loads, 0, "loads"), cuda_data<int32_t>(num_loads, 1, "num_loads"),
+                      cuda_data<int32_t>(tickets, 0, "tickets"), nullptr};
+  const auto plan_as = [&](auto id) {
     using Id = decltype(id);
-    plan_prefetch_kernel<Id><<<1, kPlanThreads, shape.bytes, reinterpret_cast<cudaStream_t>(stream)>>>(
-        cuda_data<int64_t>(state, "state"), cuda_data<int32_t>(words, "words"), cuda_data<Id>(predicted, "predicted"),
-        cuda_data<int64_t>(real, "real"), static_cast<int>(predicted.size(1)), static_cast<int>(predicted.size(0)),
-        reinterpret_cast<const volatile int32_t*>(budget), static_cast<int>(most), orders);
+    const PredictedIds<Id> ids{cuda_data<Id>(predicted, 0, "predicted"), cuda_data<int64_t>(real, 0, "real"),
+                               static_cast<int>(predicted.size(1)), static_cast<int>(num_tokens)};
+    tvm::ffi::CUDADeviceGuard guard(state.device().device_id);
+    launch_for(num_ids, plan_prefetch_kernel<kFewThreads, Id>, plan_prefetch_kernel<kManyThreads, Id>,
+               [&](auto kernel, int threads) {
+                 kernel<<<1, threads, layer.shared, reinterpret_cast<cudaStream_t>(stream)>>>(
+                     layer.memory, ids, static_cast<int>(num_ids), reinterpret_cast<const volatile int32_t*>(budget),
+                     static_cast<int>(most), orders);
+               });
+    check_launch("plan_prefetch");
   };
-  predicted.dtype().bits == 64 ? launch(int64_t{}) : launch(int32_t{});
-  check_launch("plan_prefetch");
+  predicted.dtype().bits == 64 ? plan_as(int64_t{}) : plan_as(int32_t{});
 }
 
-void PlanStream(TensorView state, TensorView words, TensorView ids, TensorView real, TensorView loads,
-                TensorView num_loads, TensorView kept, TensorView num_kept, int64_t mirror, int64_t stream) {
-  const Shape shape = shape_of(state, words);
-  check_tokens(ids, real);
-  check_room(loads, 2 * shape.num_experts, "loads");
-  check_room(kept, 2 * shape.num_slots, "kept");
-  const auto launch = [&](auto id) {
-    using Id = decltype(id);
-    plan_stream_kernel<Id><<<1, kPlanThreads, shape.bytes, reinterpret_cast<cudaStream_t>(stream)>>>(
-        cuda_data<int64_t>(state, "state"), cuda_data<int32_t>(words, "words"), cuda_data<Id>(ids, "ids"),
-        cuda_data<int64_t>(real, "real"), static_cast<int>(ids.numel()), cuda_data<int32_t>(loads, "loads"),
-        cuda_data<int32_t>(num_loads, "num_loads"), cuda_data<int32_t>(kept, "kept"),
-        cuda_data<int32_t>(num_kept, "num_kept"), reinterpret_cast<int64_t*>(mirror));
+// Loads the kernels' code, as load_gather_kernels does, and lets them have as much shared memory as the GPU gives a
+// block. Raises ValueError, with both numbers, when that is too little for a layer of these numbers.
+void LoadPlanKernels(int64_t num_experts, int64_t num_slots, int64_t device) {
+  tvm::ffi::CUDADeviceGuard guard(static_cast<int>(device));
+  int most = 0;
+  check_cuda(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, static_cast<int>(device)),
+             "shared memory of a block");
+  const int64_t needed = shared_bytes(num_experts, num_slots);
+  TVM_FFI_CHECK(num_experts <= kMaxExperts && needed <= most, ValueError)
+      << "a layer of " << num_experts << " experts (at most " << kMaxExperts << ") and " << num_slots
+      << " slots is planned in " << needed << " bytes of shared memory, of which this GPU has " << most;
+  const auto load = [&](auto... kernels) {
+    (check_cuda(cudaFuncSetAttribute(kernels, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "plan kernel"), ...);
   };
-  ids.dtype().bits == 64 ? launch(int64_t{}) : launch(int32_t{});
-  check_launch("plan_stream");
+  load(plan_step_kernel<kFewThreads, int32_t>, plan_step_kernel<kFewThreads, int64_t>,
+       plan_step_kernel<kManyThreads, int32_t>, plan_step_kernel<kManyThreads, int64_t>,
+       plan_prefetch_kernel<kFewThreads, int32_t>, plan_prefetch_kernel<kFewThreads, int64_t>,
+       plan_prefetch_kernel<kManyThreads, int32_t>, plan_prefetch_kernel<kManyThreads, int64_t>);
 }
 
 }  // namespace
 }  // namespace vep
 
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(word_names, vep::WordNames);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(load_plan_kernels, vep::LoadPlanKernels);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(plan_step, vep::PlanStep);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(plan_prefetch, vep::PlanPrefetch);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(plan_stream, vep::PlanStream);

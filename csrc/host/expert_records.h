@@ -1,4 +1,4 @@
-// Where the expert records of one layer lie, in the host store and in the slots, and how one is copied.
+// Where the expert records of one layer lie, in the host store and in the row space, and how one is copied.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 
 namespace vep {
 
-// Load number `index` of int32 pairs (expert, slot), which need not be aligned as a Load is.
+// Load number `index` of int32 pairs (expert, row), which need not be aligned as a Load is.
 inline Load load_at(const int32_t* loads, int64_t index) { return {loads[2 * index], loads[2 * index + 1]}; }
 
 // How far the copy of one record has come.
@@ -26,13 +26,13 @@ struct CopyCursor {
 class ExpertRecords {
  public:
   // `record_bytes`: what a record counts as, padding included; 0 for the sum of its rows.
+  // There are as many rows as experts.
   // Throws std::invalid_argument for a null address, an empty row, rows that overlap, sizes that overflow.
-  ExpertRecords(std::vector<Segment> segments, int32_t num_experts, int32_t num_slots, int64_t record_bytes)
-      : segments_(std::move(segments)), num_experts_(num_experts), num_slots_(num_slots) {
-    if (segments_.empty() || num_experts < 1 || num_slots < 1)
-      throw std::invalid_argument("a layer of " + std::to_string(segments_.size()) + " segments, " +
-                                  std::to_string(num_experts) + " experts and " + std::to_string(num_slots) +
-                                  " slots: each must be at least 1");
+  ExpertRecords(std::vector<Segment> segments, int32_t num_experts, int64_t record_bytes)
+      : segments_(std::move(segments)), num_experts_(num_experts) {
+    if (segments_.empty() || num_experts < 1)
+      throw std::invalid_argument("a layer of " + std::to_string(segments_.size()) + " segments and " +
+                                  std::to_string(num_experts) + " experts: each must be at least 1");
     for (size_t index = 0; index < segments_.size(); ++index) {
       check(segments_[index], index);
       if (__builtin_add_overflow(row_bytes_, segments_[index].row_bytes, &row_bytes_))
@@ -45,7 +45,6 @@ class ExpertRecords {
   }
 
   int32_t num_experts() const { return num_experts_; }
-  int32_t num_slots() const { return num_slots_; }
   int64_t row_bytes() const { return row_bytes_; }
   int64_t record_bytes() const { return record_bytes_; }
 
@@ -55,7 +54,7 @@ class ExpertRecords {
     while (cursor.segment < segments_.size() && copied < limit) {
       const Segment& segment = segments_[cursor.segment];
       const int64_t length = std::min(limit - copied, segment.row_bytes - cursor.offset);
-      std::memcpy(segment.pool + load.slot * segment.pool_stride + cursor.offset,
+      std::memcpy(segment.rows + load.row * segment.row_bytes + cursor.offset,
                   segment.store + load.expert * segment.store_stride + cursor.offset, static_cast<size_t>(length));
       copied += length;
       cursor.offset += length;
@@ -74,31 +73,23 @@ class ExpertRecords {
     const auto fail = [&](const std::string& what) {
       throw std::invalid_argument("segment " + std::to_string(index) + ": " + what);
     };
-    if (segment.store == nullptr || segment.pool == nullptr) fail("null address of the store or the pool");
+    if (segment.store == nullptr || segment.rows == nullptr) fail("null address of the store or of the rows");
     if (segment.row_bytes < 1) fail("rows of " + std::to_string(segment.row_bytes) + " bytes");
-    const int64_t in_store = extent(segment, segment.store_stride, num_experts_, "store", fail);
-    const int64_t in_pool = extent(segment, segment.pool_stride, num_slots_, "pool", fail);
-    if (segment.store < segment.pool + in_pool && segment.pool < segment.store + in_store)
-      fail("the store (" + std::to_string(in_store) + " bytes) and the pool (" + std::to_string(in_pool) +
-           " bytes) overlap");
-  }
-
-  template <class Fail>
-  static int64_t extent(const Segment& segment, int64_t stride, int32_t count, const char* where, Fail fail) {
-    int64_t bytes = 0;
-    if (count > 1 && stride < segment.row_bytes)
-      fail("stride " + std::to_string(stride) + " of the " + where + " is below the row of " +
+    if (num_experts_ > 1 && segment.store_stride < segment.row_bytes)
+      fail("stride " + std::to_string(segment.store_stride) + " of the store is below the row of " +
            std::to_string(segment.row_bytes) + " bytes");
-    if (__builtin_mul_overflow(stride, int64_t{count} - 1, &bytes) ||
-        __builtin_add_overflow(bytes, segment.row_bytes, &bytes))
-      fail("stride " + std::to_string(stride) + " of the " + where + " times " + std::to_string(count) +
+    int64_t in_store = 0;
+    if (__builtin_mul_overflow(std::max(segment.store_stride, segment.row_bytes), num_experts_, &in_store))
+      fail("stride " + std::to_string(segment.store_stride) + " times " + std::to_string(num_experts_) +
            " rows is more than an address space");
-    return bytes;
+    const int64_t in_rows = segment.row_bytes * num_experts_;
+    if (segment.store < segment.rows + in_rows && segment.rows < segment.store + in_store - segment.store_stride)
+      fail("the store (" + std::to_string(in_store) + " bytes) and the rows (" + std::to_string(in_rows) +
+           " bytes) overlap");
   }
 
   std::vector<Segment> segments_;
   int32_t num_experts_;
-  int32_t num_slots_;
   int64_t row_bytes_ = 0;
   int64_t record_bytes_ = 0;
 };

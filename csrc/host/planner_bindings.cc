@@ -1,95 +1,85 @@
-// The planner for Python. A layer's state is one int64 tensor that Python owns; see residency.h for its words.
+// The planner alone, for Python: for tests and measurements. A layer's state is one int64 tensor; see residency.h.
 
 #include <tvm/ffi/tvm_ffi.h>
 
-#include <algorithm>
 #include <stdexcept>
 
-#include "../slot_state.h"
-#include "plan_workspace.h"
+#include "layer_state.h"
+#include "tensors.h"
 
 namespace vep {
 namespace {
 
+using tvm::ffi::String;
 using tvm::ffi::TensorView;
 
-// Prefetches whose progress stands in one word per slot, as slot_state.h has it.
-class SlotWords final : public CopyLane {
- public:
-  SlotWords(const TensorView& words, const Layer& layer)
-      : words_(cpu_data<int32_t>(words, layer.num_slots(), "slot_words")) {}
-  bool landed(int slot) override { return is_ready(&words_[slot]); }
-  bool drop(int slot) override { return vep::drop(&words_[slot]); }
-
- private:
-  int32_t* words_;
-};
+String WordNames() { return kWordNames; }
 
 int64_t Words(int64_t num_experts, int64_t num_slots) { return Layer::words(num_experts, num_slots); }
 
-void Init(TensorView state, int64_t num_experts, int64_t num_slots, int64_t top_k, int64_t policy,
-          int64_t max_token_waves, bool has_stream) {
+void Init(TensorView state, int64_t num_experts, int64_t num_slots, int64_t top_k, int64_t policy) {
   try {
     const int64_t words = num_experts > 0 && num_slots > 0 ? Layer::words(num_experts, num_slots) : 0;
-    init_layer(cpu_data<int64_t>(state, words, "state"), num_experts, num_slots, top_k, policy, max_token_waves,
-               has_stream);
+    init_layer(cpu_data<int64_t>(state, words, "state"), num_experts, num_slots, top_k, policy);
   } catch (const std::invalid_argument& error) {
     TVM_FFI_THROW(ValueError) << error.what();
   }
 }
 
-void Fill(TensorView state) {
-  try {
-    fill_layer(layer_in(state));
-  } catch (const std::invalid_argument& error) {
-    TVM_FFI_THROW(ValueError) << error.what();
-  }
+// The layer in a tensor that planner_init has written.
+Layer layer_in(const TensorView& state) {
+  const Layer layer{cpu_data<int64_t>(state, kHeaderWords, "state")};
+  const int64_t words = Layer::words(layer.header[kNumExperts], layer.header[kNumSlots]);
+  TVM_FFI_CHECK(layer.header[kNumExperts] > 0 && state.numel() == words, ValueError)
+      << "state has " << state.numel() << " words, a layer of " << layer.header[kNumExperts] << " experts and "
+      << layer.header[kNumSlots] << " slots has " << words << " (was it made by planner_init?)";
+  return layer;
 }
 
-template <class Id>
-int64_t plan_as(const Layer& layer, CopyLane& lane, const TensorView& ids, int64_t num_ids,
-                const TensorView& slot_ids) {
-  const Id* routed = cpu_data<Id>(ids, num_ids, "ids");
-  Id* slots = cpu_data<Id>(slot_ids, num_ids, "slot_ids");
-  const Split split = plan_step(layer, lane, routed, static_cast<int>(num_ids), slots, last_workspace());
-  std::fill(slots + num_ids, slots + slot_ids.numel(), Id{0});  // padding: any valid slot
-  return split;
+int64_t write_loads(const Workspace& work, int64_t num_loads, const TensorView& loads) {
+  auto* out = cpu_data<int32_t>(loads, 2 * num_loads, "loads");
+  std::copy_n(work.loads, 2 * num_loads, out);
+  return num_loads;
 }
 
-int64_t Plan(TensorView state, TensorView slot_words, TensorView ids, int64_t num_ids, TensorView slot_ids) {
+// `ids`: int32 or int64, of which the first `num_real` are those of tokens; `rows`: of the same type and length, written.
+// `slot_words`: int32, one per slot, as slot_state.h has them. `loads`: int32 (n, 2), receives (expert, row) of what is
+// to be copied, whose number is returned.
+int64_t Plan(TensorView state, TensorView slot_words, TensorView ids, int64_t num_real, TensorView rows,
+             TensorView loads) {
   const Layer layer = layer_in(state);
-  SlotWords lane(slot_words, layer);
-  return is_int64(ids) ? plan_as<int64_t>(layer, lane, ids, num_ids, slot_ids)
-                       : plan_as<int32_t>(layer, lane, ids, num_ids, slot_ids);
+  Workspace& work = Workspace::of_this_thread();
+  const SlotWords lane{cpu_data<int32_t>(slot_words, layer.num_slots(), "slot_words")};
+  const auto plan_as = [&](auto id) {
+    using Id = decltype(id);
+    const Id* routed = cpu_data<Id>(ids, num_real, "ids");
+    Id* out = cpu_data<Id>(rows, ids.numel(), "rows");
+    return plan_on_host(layer, lane, routed, static_cast<int>(ids.numel()), static_cast<int>(num_real), out, false,
+                        work);
+  };
+  const StepCounts step = is_int64(ids) ? plan_as(int64_t{}) : plan_as(int32_t{});
+  return write_loads(work, step.num_misses, loads);
 }
 
-int64_t PlanPrefetch(TensorView state, TensorView slot_words, TensorView predicted, int64_t budget) {
+// Plans copies for `predicted` (int32 or int64), most wanted first; `loads` as above.
+int64_t PlanPrefetch(TensorView state, TensorView slot_words, TensorView predicted, int64_t budget, TensorView loads) {
   const Layer layer = layer_in(state);
-  SlotWords lane(slot_words, layer);
-  const int num_predicted = static_cast<int>(predicted.numel());
-  const int limit = static_cast<int>(std::min<int64_t>(budget, layer.num_slots()));
-  if (is_int64(predicted)) {
-    const auto* ids = cpu_data<int64_t>(predicted, 0, "predicted");
-    return plan_prefetch_step(layer, lane, ids, num_predicted, limit, last_workspace());
-  }
-  const auto* ids = cpu_data<int32_t>(predicted, 0, "predicted");
-  return plan_prefetch_step(layer, lane, ids, num_predicted, limit, last_workspace());
-}
-
-// The words of the plan that this thread made last; `words` (as many as there is room for) receives them.
-int64_t LastPlan(TensorView words) {
-  auto* out = cpu_data<int32_t>(words, 0, "words");
-  const int64_t size = static_cast<int64_t>(last_workspace().plan.size());
-  std::copy_n(last_workspace().plan.data(), std::min(size, words.numel()), out);
-  return size;
+  Workspace& work = Workspace::of_this_thread();
+  work.fit(layer);
+  SlotWords lane{cpu_data<int32_t>(slot_words, layer.num_slots(), "slot_words")};
+  const auto plan_as = [&](auto id) {
+    Alone team;
+    return plan_prefetch(team, layer, lane, cpu_data<decltype(id)>(predicted, 0, "predicted"),
+                         static_cast<int>(predicted.numel()), static_cast<int>(budget), work.scratch, work.loads);
+  };
+  return write_loads(work, is_int64(predicted) ? plan_as(int64_t{}) : plan_as(int32_t{}), loads);
 }
 
 }  // namespace
 }  // namespace vep
 
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(word_names, vep::WordNames);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(planner_words, vep::Words);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(planner_init, vep::Init);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(planner_fill, vep::Fill);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(planner_plan, vep::Plan);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(planner_plan_prefetch, vep::PlanPrefetch);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(planner_last_plan, vep::LastPlan);

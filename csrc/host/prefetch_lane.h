@@ -20,7 +20,7 @@ namespace vep {
 
 struct LaneEntry {
   const ExpertRecords* records;
-  int32_t* word;  // of the slot
+  int32_t* word;  // of the row
   Load load;
   uint32_t ticket;
   Time since;  // when it was queued
@@ -63,14 +63,14 @@ class PrefetchLane {
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
   }
 
-  // Queues int32 pairs (expert, slot) in order of priority; `words` are the slots' states.
+  // Queues int32 pairs (expert, row) in order of priority; `words` are the rows' states.
   void enqueue(const ExpertRecords& records, int32_t* words, const int32_t* loads, int64_t num_loads) {
     const Time now = Clock::now();
     {
       std::lock_guard lock(mutex_);
       for (int64_t i = 0; i < num_loads; ++i) {
         const Load load = load_at(loads, i);
-        int32_t* word = words + load.slot;
+        int32_t* word = words + load.row;
         queue_.push_back({&records, word, load, vep::enqueue(word), now});
       }
     }
@@ -94,7 +94,7 @@ class PrefetchLane {
     wake_.notify_one();
   }
 
-  // Returns once the record that the lane copies into this slot has landed.
+  // Returns once the record that the lane copies into this row has landed.
   void wait_for(const int32_t* word) {
     const Time sleep_from = Clock::now() + kStepSpin;
     while (!is_ready(word)) {

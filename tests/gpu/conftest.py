@@ -31,7 +31,7 @@ def why_not():
 
 @pytest.fixture
 def make_layer():
-    """A function of (row shapes, num_experts, num_slots, **DeviceStagingOptions). No kernel may report an error."""
+    """A function that makes GpuLayers. No kernel may report an error."""
     layers = []
 
     def make(*args, **options):
@@ -41,4 +41,4 @@ def make_layer():
     yield make
     torch.cuda.synchronize()
     for layer in layers:
-        assert layer.lane.num_errors() == layer.num_expected_errors
+        assert layer.caches.num_errors() == layer.num_expected_errors

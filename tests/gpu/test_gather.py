@@ -6,9 +6,6 @@ import pytest
 import torch
 from gpu_layer import READY, word
 
-from vllm_expert_prefetch.experts.device_staging import DeviceStaging
-from vllm_expert_prefetch.experts.slot_pool import SlotPool
-
 RECORDS = {
     "one vector": [16],
     "uneven": [48, 4112, 16],
@@ -19,40 +16,40 @@ RECORDS = {
 
 @pytest.mark.parametrize("num_blocks", [1, 4, 13, 64, 200])
 @pytest.mark.parametrize("row_bytes", RECORDS.values(), ids=RECORDS.keys())
-def test_slots_hold_their_records_and_others_stay(make_layer, row_bytes, num_blocks):
+def test_rows_hold_their_records_and_others_stay(make_layer, row_bytes, num_blocks):
     layer = make_layer(row_bytes, 9, 6, num_demand_blocks=num_blocks)
     for loads in ([(4, 2)], [(8, 0), (0, 5), (3, 3)], [(1, 2), (2, 1)]):
         layer.ask(loads)
-        layer.staging.stage(layer.demand)
-        assert all(layer.holds(slot, expert) for expert, slot in loads)
+        layer.cache.gather()
+        assert all(layer.holds(row, expert) for expert, row in loads)
     assert layer.is_untouched(4)
-    layer.ask([(expert, 5 - expert) for expert in range(6)])
-    layer.staging.stage(layer.demand)
-    assert all(layer.holds(5 - expert, expert) for expert in range(6))
+    layer.ask([(expert, 8 - expert) for expert in range(9)])
+    layer.cache.gather()
+    assert all(layer.holds(8 - expert, expert) for expert in range(9))
 
 
 def test_an_empty_plan_changes_nothing(make_layer):
     layer = make_layer([4096], 3, 3)
     layer.words.copy_(torch.arange(3, dtype=torch.int32) << 3)
     layer.ask([])
-    layer.staging.stage(layer.demand)
-    assert all(layer.is_untouched(slot) for slot in range(3))
+    layer.cache.gather()
+    assert all(layer.is_untouched(row) for row in range(3))
     assert layer.words.tolist() == [0, 8, 16]
 
 
-def test_a_landed_record_leaves_its_slot_ready_with_the_same_ticket(make_layer):
+def test_a_landed_record_leaves_its_row_ready_with_the_same_ticket(make_layer):
     layer = make_layer([4096, 48], 3, 3)
     layer.words[1] = word(3, ticket=7)
     layer.ask([(2, 1)])
-    layer.staging.stage(layer.demand)
+    layer.cache.gather()
     assert int(layer.words[1].item()) == word(READY, ticket=7)
 
 
-@pytest.mark.parametrize(("bad", "num_errors"), [((9, 1), 1), ((-1, 1), 1), ((0, 3), 1), ((0, -1), 1), ((9, 9), 1)])
+@pytest.mark.parametrize(("bad", "num_errors"), [((9, 1), 1), ((-1, 1), 1), ((0, 9), 1), ((0, -1), 1), ((9, 9), 1)])
 def test_a_load_out_of_range_is_skipped_and_counted(make_layer, bad, num_errors):
     layer = make_layer([65536], 9, 3, num_demand_blocks=7)
     layer.ask([(1, 0), bad, (2, 2)])
-    layer.staging.stage(layer.demand)
+    layer.cache.gather()
     layer.num_expected_errors = num_errors
     assert layer.holds(0, 1)
     assert layer.holds(2, 2)
@@ -63,35 +60,10 @@ def test_a_load_out_of_range_is_skipped_and_counted(make_layer, bad, num_errors)
 def test_a_count_outside_the_list_is_cut_to_it_and_counted(make_layer, count, num_errors):
     layer = make_layer([4096], 3, 3)
     layer.ask([(0, 0), (1, 1), (2, 2)])
-    layer.demand.num_loads.fill_(count)
-    layer.staging.stage(layer.demand)
+    layer.cache.demand.num_loads.fill_(count)
+    layer.cache.gather()
     layer.num_expected_errors = num_errors
-    assert all(layer.holds(slot, slot) if count > 0 else layer.is_untouched(slot) for slot in range(3))
-
-
-@pytest.mark.parametrize("batched", [False, True])
-def test_the_copy_engines_bring_the_same_bytes(make_layer, batched):
-    layer = make_layer([393216, 3072, 48], 9, 6)
-    with torch.cuda.stream(torch.cuda.Stream()):
-        layer.staging.copy([(8, 1), (0, 5), (3, 0)], batched)
-        torch.cuda.current_stream().synchronize()
-    assert layer.holds(1, 8)
-    assert layer.holds(5, 0)
-    assert layer.holds(0, 3)
-    assert layer.is_untouched(2)
-
-
-def test_records_go_from_slots_to_a_buffer(make_layer):
-    """As a wide step does with what is resident: pairs are (slot, place)."""
-    layer = make_layer([4096, 48], 9, 6)
-    buffer = SlotPool(layer.pool.tensors, 9, torch.device("cuda"))
-    layer.ask([(3, 1), (7, 4)])
-    layer.staging.stage(layer.demand)
-    staging = DeviceStaging(layer.pool.tensors, buffer, layer.lane)
-    layer.ask([(1, 3), (4, 7)])
-    staging.stage(layer.demand)
-    for name, truth in layer.truth.items():
-        assert torch.equal(buffer.tensors[name][[3, 7]], truth[[3, 7]])
+    assert all(layer.holds(row, row) if count > 0 else layer.is_untouched(row) for row in range(3))
 
 
 def test_replays_copy_what_their_own_list_says(make_layer):
@@ -99,14 +71,14 @@ def test_replays_copy_what_their_own_list_says(make_layer):
     graph = torch.cuda.CUDAGraph()
     layer.ask([(0, 0)])
     with torch.cuda.graph(graph):
-        layer.staging.stage(layer.demand)
+        layer.cache.gather()
     rng = random.Random(5)
     differing = torch.zeros(1, dtype=torch.int64, device="cuda")
     for _ in range(1000):
-        loads = list(zip(rng.sample(range(32), 8), rng.sample(range(8), 8), strict=True))[: rng.randrange(9)]
+        loads = list(zip(rng.sample(range(32), 8), rng.sample(range(32), 8), strict=True))[: rng.randrange(9)]
         layer.ask(loads)
         graph.replay()
         for name, truth in layer.truth.items():
-            for expert, slot in loads:
-                differing += (layer.pool.tensors[name][slot] != truth[expert]).sum()
+            for expert, row in loads:
+                differing += (layer.tensors[name][row] != truth[expert]).sum()
     assert int(differing.item()) == 0

@@ -1,105 +1,116 @@
-"""Whole steps, planned and staged on the device inside a CUDA graph, against tables that hold every expert."""
+"""Whole steps that look ahead, in CUDA graphs and eagerly: every layer finds its own experts, in every step."""
 
 import pytest
 import torch
-from gpu_layer import GpuLayer
+from gpu_model import NUM_EXPERTS, NUM_LAYERS, NUM_SLOTS, Model
 
-from vllm_expert_prefetch.experts.device_staging import DeviceLane
-from vllm_expert_prefetch.native.library import cuda_library, host_library
-
-NUM_EXPERTS, NUM_SLOTS, TOP_K, NUM_TOKENS, BUDGET = 32, 20, 4, 3, 6
-NUM_USED = 15  # kUsed of residency.h: prefetched experts that a step needed
+from vllm_expert_prefetch.cache.words import Words
 
 
-class PlannedLayer(GpuLayer):
-    """A layer with its device planner: `step` writes the rows of the routed experts' tensors into `seen`."""
-
-    def __init__(self, lane, policy):
-        super().__init__([8192, 48], NUM_EXPERTS, NUM_SLOTS, lane=lane, num_demand_blocks=8, num_prefetch_blocks=4)
-        host = host_library()
-        state = torch.zeros(host.planner_words(NUM_EXPERTS, NUM_SLOTS), dtype=torch.int64)
-        host.planner_init(state, NUM_EXPERTS, NUM_SLOTS, TOP_K, policy, 2, False)
-        self.residency = state.cuda()
-        self.ids = torch.zeros(NUM_TOKENS * TOP_K, dtype=torch.int32, device="cuda")
-        self.predicted = torch.zeros_like(self.ids)
-        self.slot_ids = torch.zeros_like(self.ids)
-        self.real = torch.ones(NUM_TOKENS, dtype=torch.int64, device="cuda")
-        self.budget = torch.full((1,), BUDGET, dtype=torch.int32, device="cuda")
-        self.seen = {
-            name: torch.zeros(len(self.ids), t.shape[1], dtype=t.dtype).cuda() for name, t in self.truth.items()
-        }
-
-    def look_ahead(self):
-        cuda_library().plan_prefetch(
-            self.residency,
-            self.words,
-            self.predicted.view(NUM_TOKENS, TOP_K),
-            self.real,
-            self.budget.data_ptr(),
-            self.ahead.loads,
-            self.ahead.num_loads,
-            self.ahead.tickets,
-            torch.cuda.current_stream().cuda_stream,
-        )
-        self.staging.prefetch(self.ahead)
-
-    def step(self):
-        demand, stream = self.demand, torch.cuda.current_stream().cuda_stream
-        cuda_library().plan_step(
-            self.residency,
-            self.words,
-            self.ids.view(NUM_TOKENS, TOP_K),
-            self.real,
-            self.slot_ids,
-            demand.loads,
-            demand.num_loads,
-            demand.late,
-            demand.num_late,
-            0,
-            stream,
-        )
-        self.staging.stage(demand)
-        for name, tensor in self.pool.tensors.items():
-            torch.index_select(tensor, 0, self.slot_ids, out=self.seen[name])
-
-    def num_differing(self):
-        return sum((self.seen[name] != truth[self.ids.long()]).sum() for name, truth in self.truth.items())
-
-
-def route(layers, generator):
-    """New routing for every layer; half of the predictions are right."""
-    for layer in layers:
-        rows = [torch.randperm(NUM_EXPERTS, device="cuda", generator=generator)[:TOP_K] for _ in range(2 * NUM_TOKENS)]
-        layer.ids.copy_(torch.cat(rows[:NUM_TOKENS]))
-        layer.predicted.copy_(torch.where(layer.ids % 2 == 0, layer.ids, torch.cat(rows[NUM_TOKENS:]).int()))
-
-
-def run_layers(layers):
-    """Each layer fetches ahead for the next one, beside its own step."""
-    for layer, following in zip(layers, [*layers[1:], None], strict=True):
-        if following is not None:
-            following.look_ahead()
-        layer.step()
-    layers[0].lane.join()
-
-
-@pytest.mark.parametrize("policy", [0, 2], ids=["lru", "lfru"])
+@pytest.mark.parametrize("policy", ["lru", "lfu", "lfru"])
 def test_replays_with_other_routing_fetch_their_own_experts_in_every_layer(policy):
-    lane = DeviceLane(torch.device("cuda"))
-    layers = [PlannedLayer(lane, policy) for _ in range(4)]
-    generator = torch.Generator("cuda").manual_seed(11)
-    route(layers, generator)
-    run_layers(layers)  # warm-up, as vLLM does before a capture
+    """Narrow and wide steps in one graph, with rows of padding."""
+    model = Model(policy)
+    model.route()
+    graph = model.capture()
+    for number in range(400):
+        model.step(graph, num_experts=NUM_SLOTS if number % 2 else NUM_EXPERTS, share_real=(number % 8) / 7)
+    for number, words in enumerate(model.finish()):
+        assert 0 < words.wide_steps < words.steps
+        assert words.overflow > 0
+        assert words.used > 0 or number == 0, "no prefetch was of use"
+
+
+def test_layers_keep_their_slots_while_others_use_the_overflow_rows():
+    """Without look-ahead, so that a wide step leaves the slots as they are: what comes next hits in them."""
+    model = Model()
+    model.route(num_experts=NUM_SLOTS, share_real=1)
+    graph = model.capture(ahead=False)
+    model.step(graph, num_experts=NUM_SLOTS, share_real=1)
+    for _ in range(100):
+        before = model.words()
+        model.step(graph, share_real=1)
+        model.step(graph, num_experts=NUM_SLOTS, share_real=1)
+        deltas = [now.since(then) for now, then in zip(model.words(), before, strict=True)]
+        assert all(delta.wide_steps == 1 and delta.overflow == delta.misses for delta in deltas)
+    model.finish()
+
+
+def test_a_step_of_padding_fetches_and_counts_nothing():
+    model = Model()
+    model.route(share_real=0)
+    graph = model.capture()
+    for _ in range(5):
+        model.step(graph, share_real=0)
+    for words in model.finish():
+        assert sum(words[Words._fields.index("steps") :]) == 0
+        assert words.num_free == NUM_SLOTS
+
+
+def test_a_budget_that_changes_while_a_graph_is_replayed_is_obeyed():
+    model = Model()
+    model.route()
+    graph = model.capture()
+    for budget, least, most in ((NUM_SLOTS, 1, NUM_SLOTS), (0, 0, 0), (-1, 0, 0), (1, 0, 1)):
+        for layer in model.layers:
+            layer.cache.set_budget(budget)
+        before = model.words()
+        for _ in range(30):
+            model.step(graph, num_experts=8)
+        issued = [now.issued - then.issued for now, then in zip(model.words(), before, strict=True)]
+        assert issued[0] == 0
+        assert all(least <= number <= 30 * most for number in issued[1:])
+    model.finish()
+
+
+def test_a_budget_that_changes_at_any_moment_does_no_harm():
+    model = Model("lfru")
+    model.route()
+    graph = model.capture()
+    for step in range(200):
+        for number, layer in enumerate(model.layers):  # while the step before may be running
+            layer.cache.set_budget((step + number) % 7 - 1)
+        model.step(graph)
+    model.finish()
+
+
+def test_eager_steps_and_replays_follow_each_other():
+    model = Model()
+    model.route()
+    model.run()
+    graph = model.capture()
+    for _ in range(20):
+        for _ in range(3):
+            model.step()
+        model.caches.join()  # vLLM, before a replay
+        for _ in range(3):
+            model.step(graph)
+    model.finish()
+
+
+def test_nothing_waits_for_the_gpu():
+    model = Model()
+    model.route()
+    model.run()
     torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run_layers(layers)
-    differing = torch.zeros(1, dtype=torch.int64, device="cuda")
-    for _ in range(1000):
-        route(layers, generator)
-        graph.replay()
-        for layer in layers:
-            differing += layer.num_differing()
-    assert int(differing.item()) == 0
-    assert lane.num_errors() == 0
-    assert all(int(layer.residency[NUM_USED].item()) > 0 for layer in layers[1:]), "no prefetch was of use"
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model.run()
+        model.caches.join()
+        model.layers[0].cache.set_budget(3)
+        model.layers[0].cache.words()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    model.finish()
+
+
+def test_the_mirror_holds_the_words_of_every_layer():
+    model = Model()
+    for _ in range(5):
+        model.step()
+    model.route(share_real=0)
+    model.run(ahead=False)
+    found = model.finish()
+    assert [Words._make(row) for row in model.caches.mirror[:NUM_LAYERS].tolist()] == found
+    assert [layer.cache.words() for layer in model.layers] == found
+    assert [layer.cache.num_resident for layer in model.layers] == [words.num_resident for words in found]

@@ -1,4 +1,4 @@
-"""The C++ planner decides as the Python specification does, step for step."""
+"""The C++ planner decides as the Python specification does, step for step: rows, copies, whole state and totals."""
 
 import random
 from array import array
@@ -6,9 +6,9 @@ from array import array
 import pytest
 import torch
 
-from vllm_expert_prefetch.experts.native_planner import MUST_SETTLE, POLICY_NUMBERS, NativePlanner
+from vllm_expert_prefetch.cache.words import Words
 from vllm_expert_prefetch.native.library import host_library, why_not_host
-from vllm_expert_prefetch.residency import ExpertCache, Load, Plan, Planner, Split, create_policy
+from vllm_expert_prefetch.residency import POLICIES, ExpertCache
 
 pytestmark = pytest.mark.skipif(host_library() is None, reason=str(why_not_host()))
 
@@ -16,31 +16,62 @@ NUM_STEPS = 1_000_000
 STEPS_PER_WALK = 125
 PARTS = 8
 LANDED, QUEUED, COPYING = 0, 1, 2
+RANKED, COLD, IN_FLIGHT, UNTOUCHED, DISPLACED = 1, 2, 4, 8, 16
+
+
+class NativePlanner:
+    """The library's planner on a state tensor of its own."""
+
+    def __init__(self, num_experts, num_slots, top_k, policy):
+        self.library = host_library()
+        self.num_experts, self.num_slots = num_experts, num_slots
+        self.state = torch.zeros(self.library.planner_words(num_experts, num_slots), dtype=torch.int64)
+        self.library.planner_init(self.state, num_experts, num_slots, top_k, list(POLICIES).index(policy))
+        self.loads = torch.zeros(num_experts, 2, dtype=torch.int32)
+
+    def plan(self, ids, num_real, rows, words):
+        return self.loads[: self.library.planner_plan(self.state, words, ids, num_real, rows, self.loads)].tolist()
+
+    def plan_prefetch(self, predicted, budget, words):
+        number = self.library.planner_plan_prefetch(self.state, words, predicted, budget, self.loads)
+        return self.loads[:number].tolist()
+
+    @property
+    def words(self):
+        return Words._make(self.state[: len(Words._fields)].tolist())
+
+    def table(self, number):
+        """slot_of, flags, last, count (E each), expert_in, free slots (C each)."""
+        sizes = [self.num_experts] * 4 + [self.num_slots] * 2
+        start = len(Words._fields) + sum(sizes[:number])
+        return self.state[start : start + sizes[number]].tolist()
 
 
 class Twins:
     """One layer, planned twice, with prefetches whose progress both are told alike."""
 
-    def __init__(self, rng, num_experts, num_slots, top_k, policy, waves, stream, filled):
+    def __init__(self, rng, num_experts, num_slots, top_k, policy):
         self.rng = rng
         self.num_experts, self.num_slots, self.top_k = num_experts, num_slots, top_k
-        self.cache = ExpertCache(num_experts, num_slots, create_policy(policy))
-        self.planner = Planner(self.cache, top_k, waves, stream)
-        self.native = NativePlanner(host_library(), num_experts, num_slots, top_k, policy, waves, stream)
+        self.cache = ExpertCache(num_experts, num_slots, POLICIES[policy])
+        self.native = NativePlanner(num_experts, num_slots, top_k, policy)
         self.words = array("i", [LANDED] * num_slots)
         self.word_tensor = torch.frombuffer(self.words, dtype=torch.int32)
-        if filled:
-            loads = self.cache.begin_loads(list(range(num_slots)), ())
-            self.cache.complete([load.expert for load in loads], cold=True)
-            self.native.fill()
+        self.totals = dict.fromkeys(
+            (*"steps wide_steps hits late misses overflow evictions used unused displaced".split(), "issued", "cancelled"),
+            0,
+        )
 
     def prefetch(self, predicted, budget):
         self.settle(needed=None)
-        plan = self.planner.plan_prefetch(predicted, budget)
-        ids = torch.tensor(predicted, dtype=torch.int64)
-        assert self.native.plan_prefetch(ids, budget, self.word_tensor) == plan
+        plan = self.cache.plan_prefetch(predicted, budget)
+        loads = self.native.plan_prefetch(torch.tensor(predicted, dtype=torch.int64), budget, self.word_tensor)
+        assert loads == [[load.expert, load.row] for load in plan.loads]
         for load in plan.loads:
-            self.words[load.slot] = QUEUED
+            self.words[load.row] = QUEUED
+        self.totals["issued"] += len(plan.loads)
+        self.totals["evictions"] += sum(load.victim >= 0 for load in plan.loads)
+        self.totals["unused"] += plan.num_unused
 
     def copies_advance(self):
         for expert in self.cache.in_flight:
@@ -51,49 +82,69 @@ class Twins:
         in_flight = sorted(self.cache.in_flight, key=self.cache.slot_of.__getitem__)
         state = {expert: self.words[self.cache.slot_of[expert]] for expert in in_flight}
         landed = [expert for expert in in_flight if state[expert] == LANDED]
-        late = [expert for expert in in_flight if state[expert] == QUEUED]
-        self.planner.settle(landed, [expert for expert in late if needed is not None and expert not in needed])
+        dropped = [e for e in in_flight if state[e] == QUEUED and needed is not None and e not in needed]
+        self.cache.settle(landed, dropped)
+        self.totals["cancelled"] += len(dropped)
 
-    def step(self, ids, dtype):
-        needed = {expert for expert in ids if expert >= 0}
-        routed = torch.tensor([*ids, -1], dtype=dtype)
-        slot_ids = torch.full_like(routed, -7)
-        while True:
-            self.settle(needed)
-            must_settle = self.planner.must_settle(ids)
-            split = self.native.plan(routed, len(ids), slot_ids, self.word_tensor)
-            assert (split == MUST_SETTLE) == must_settle
-            if not must_settle:
-                break
-            for expert in self.cache.in_flight:
-                self.words[self.cache.slot_of[expert]] = LANDED
-        plan = self.planner.plan(ids)
-        self.planner.complete(plan)
-        assert self.native.last_plan() == plan
-        if plan.split is Split.NONE:
-            slot_of = self.cache.slot_of
-            assert slot_ids.tolist() == [slot_of[expert] if expert >= 0 else 0 for expert in ids] + [0]
+    def step(self, ids, dtype, padding=(3, -1)):
+        """One step of `ids`; `padding`: ids of rows that are none."""
+        self.settle({expert for expert in ids if expert >= 0})
+        plan = self.cache.plan(ids)
+        routed = torch.tensor([*ids, *padding], dtype=dtype)
+        rows = torch.full_like(routed, -7)
+        loads = self.native.plan(routed, len(ids), rows, self.word_tensor)
+        assert loads == [[load.expert, load.row] for load in plan.loads]
+        assert rows.tolist() == plan.row_ids([*ids, *padding], len(ids))
+        counts = {
+            "steps": bool(plan.rows),
+            "wide_steps": plan.is_wide,
+            "hits": plan.num_hits,
+            "late": len(plan.late),
+            "misses": len(plan.loads),
+            "overflow": sum(load.row >= self.num_slots for load in plan.loads),
+            "evictions": plan.num_evictions,
+            "used": plan.num_used,
+            "unused": plan.num_unused,
+            "displaced": plan.num_displaced,
+        }
+        for name, count in counts.items():
+            self.totals[name] += count
         return plan
 
     def check(self):
-        self.native.check_integrity()
-        assert self.native.slot_of == self.cache.slot_of
-        assert self.native.expert_in == self.cache.expert_in
+        cache, native, words = self.cache, self.native, self.native.words
+        cache.check_integrity()
+        assert native.table(0) == cache.slot_of
+        assert native.table(4) == cache.expert_in
+        assert native.table(5)[: words.num_free] == cache.free
+        flags = [
+            RANKED * (expert in cache.ranking.ranked)
+            + COLD * (expert in cache.ranking.cold)
+            + (IN_FLIGHT if expert in cache.in_flight else 0)
+            + UNTOUCHED * (expert in cache.untouched)
+            + DISPLACED * (expert in cache.displaced)
+            for expert in range(self.num_experts)
+        ]
+        assert native.table(1) == flags
+        for expert in cache.ranking.ranked:
+            assert native.table(2)[expert] == cache.ranking.last[expert]
+        assert native.table(3) == cache.ranking.count
+        assert (words.tick, words.cold_tick) == (cache.ranking.tick, cache.ranking.cold_tick)
+        assert words.num_in_flight == len(cache.in_flight)
+        assert {name: getattr(words, name) for name in self.totals} == self.totals
 
 
 def random_twins(rng, policy):
     num_experts = rng.randint(2, 40)
     top_k = rng.randint(1, min(8, num_experts))
-    num_slots = rng.randint(top_k, num_experts)
-    waves, stream, filled = rng.choice([0, 1, 2, 4, 8]), rng.random() < 0.3, rng.random() < 0.7
-    return Twins(rng, num_experts, num_slots, top_k, policy, waves, stream, filled)
+    return Twins(rng, num_experts, rng.randint(top_k, num_experts), top_k, policy)
 
 
 def random_ids(rng, twins):
     """A few tokens or many: whole rows of padding, partial ones, and rows that repeat an expert."""
     ids = []
     top_k, favourites = twins.top_k, max(twins.top_k, twins.num_experts // 3)
-    for _ in range(rng.choice([0, 1, 1, 1, 1, 1, 2, 2, 3, 8])):
+    for _ in range(rng.choice([0, 1, 1, 1, 1, 1, 2, 2, 3, 8, 3 * twins.num_experts // top_k])):
         row = rng.sample(range(twins.num_experts if rng.random() < 0.4 else favourites), top_k)
         kind = rng.random()
         if kind < 0.05:
@@ -111,7 +162,7 @@ def test_every_plan_is_that_of_the_specification(part):
     rng = random.Random(f"native {part}")
     seen = set()
     for _ in range(NUM_STEPS // PARTS // STEPS_PER_WALK):
-        policy = rng.choice(list(POLICY_NUMBERS))
+        policy = rng.choice(list(POLICIES))
         twins = random_twins(rng, policy)
         for _ in range(STEPS_PER_WALK):
             twins.copies_advance()
@@ -120,17 +171,19 @@ def test_every_plan_is_that_of_the_specification(part):
                 twins.prefetch(predicted, budget=rng.randint(0, 4))
                 twins.copies_advance()
             plan = twins.step(random_ids(rng, twins), rng.choice([torch.int32, torch.int64]))
-            seen.add((policy, plan.split, plan.num_late > 0, plan.num_used > 0, plan.num_unused > 0))
+            overflows = any(load.row >= twins.num_slots for load in plan.loads)
+            seen.add((policy, plan.is_wide, overflows, bool(plan.late), plan.num_used > 0, plan.num_unused > 0))
         twins.check()
-    for policy in POLICY_NUMBERS:
-        assert {split for name, split, *_ in seen if name == policy} == set(Split)
-        assert {name for name, split, *flags in seen if split is Split.NONE and all(flags)} >= {policy}
+    for policy in POLICIES:
+        for is_wide in (False, True):
+            flags = [flags for name, wide, *flags in seen if (name, wide) == (policy, is_wide)]
+            assert all(any(column) for column in zip(*flags, strict=True)), f"{policy}, {is_wide}: {flags}"
 
 
 @pytest.mark.parametrize("num_slots", range(1, 13))
 def test_every_capacity_from_one_to_all_experts(num_slots):
     rng = random.Random(num_slots)
-    twins = Twins(rng, 12, num_slots, 1, "lfru", 8, False, filled=True)
+    twins = Twins(rng, 12, num_slots, 1, "lfru")
     for _ in range(400):
         twins.step([rng.randrange(12) for _ in range(rng.randint(1, 14))], torch.int32)
         twins.check()
@@ -138,33 +191,27 @@ def test_every_capacity_from_one_to_all_experts(num_slots):
 
 def test_large_layers():
     rng = random.Random(5)
-    twins = Twins(rng, 512, 100, 8, "lru", 4, False, filled=True)
+    twins = Twins(rng, 512, 100, 8, "lru")
     for _ in range(60):
-        ids = [expert for _ in range(rng.choice([1, 8, 40])) for expert in rng.sample(range(512), 8)]
-        twins.step(ids, torch.int32)
+        twins.step([e for _ in range(rng.choice([1, 8, 40])) for e in rng.sample(range(512), 8)], torch.int32)
     twins.check()
 
 
+def test_the_words_have_the_names_that_python_knows():
+    assert tuple(host_library().word_names().split()) == Words._fields
+
+
 def planner(num_experts=8, num_slots=4, top_k=2):
-    return NativePlanner(host_library(), num_experts, num_slots, top_k, "lru", 8, False)
-
-
-def plan(native, ids, words=4):
-    ids = torch.tensor(ids, dtype=torch.int32)
-    native.plan(ids, len(ids), torch.empty_like(ids), torch.zeros(words, dtype=torch.int32))
-    return native.last_plan()
-
-
-def test_an_empty_step_plans_nothing():
-    assert plan(planner(), []) == Plan(Split.NONE, (), 0, 0, 0, 0)
+    return NativePlanner(num_experts, num_slots, top_k, "lru")
 
 
 def test_a_routed_id_beyond_the_experts_is_ignored_and_counted():
     native = planner()
-    made = plan(native, [3, 8, 1_000_000])
-    assert made.waves[0].loads == (Load(3, 0, -1),)
-    assert native.state[20] == 2
-    native.check_integrity()
+    ids = torch.tensor([3, 8, 1_000_000], dtype=torch.int32)
+    rows = torch.empty_like(ids)
+    assert native.plan(ids, 3, rows, torch.zeros(4, dtype=torch.int32)) == [[3, 0]]
+    assert rows.tolist() == [0, 0, 0]
+    assert native.words.out_of_range == 2
 
 
 @pytest.mark.parametrize(
@@ -181,11 +228,6 @@ def test_numbers_that_do_not_fit_are_refused_by_name(arguments, message):
         planner(*arguments)
 
 
-def test_a_policy_that_only_python_has_is_refused():
-    with pytest.raises(ValueError, match="no policy 'random': lru, lfu, lfru"):
-        NativePlanner(host_library(), 8, 4, 2, "random", 8, False)
-
-
 def test_tensors_of_the_wrong_kind_are_refused_before_anything_changes():
     native = planner()
     ids = torch.zeros(4, dtype=torch.int32)
@@ -199,13 +241,7 @@ def test_tensors_of_the_wrong_kind_are_refused_before_anything_changes():
     with pytest.raises(ValueError, match="ids must be contiguous"):
         native.plan(torch.zeros(8, dtype=torch.int32)[::2], 4, torch.empty_like(ids), words)
     with pytest.raises(ValueError, match="was it made by planner_init"):
-        host_library().planner_plan(torch.zeros(99, dtype=torch.int64), words, ids, 4, torch.empty_like(ids))
-    assert native.expert_in == [-1] * 4
-
-
-def test_a_layer_is_filled_once():
-    native = planner()
-    native.fill()
-    assert native.expert_in == [0, 1, 2, 3]
-    with pytest.raises(ValueError, match="only an empty layer can be filled"):
-        native.fill()
+        host_library().planner_plan(
+            torch.zeros(99, dtype=torch.int64), words, ids, 4, torch.empty_like(ids), native.loads
+        )
+    assert native.table(4) == [-1] * 4

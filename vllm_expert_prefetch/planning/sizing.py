@@ -1,39 +1,32 @@
-"""How many expert slots a layer gets: arithmetic only, every input a plain number."""
+"""How many expert slots each layer gets: arithmetic only, every input a plain number."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_expert_prefetch.config import (
-    AUTO,
-    CONFIG_KEY,
-    DEFAULT_CPU_FRACTION,
-    OFF,
-    ConfigError,
-    ExpertPrefetchConfig,
-)
+from vllm_expert_prefetch.config import CONFIG_KEY, DEFAULT_CPU_FRACTION, ConfigError, ExpertPrefetchConfig
+from vllm_expert_prefetch.memory.extent import Extent
 
 GB = 10**9
 
 
 @dataclass(frozen=True)
-class ModelShape:
-    """What sizing needs to know of a rank's MoE layers. All layers have the same number of experts."""
+class LayerShape:
+    """What sizing needs to know of one MoE layer on this rank."""
 
-    num_layers: int
     num_experts: int
     top_k: int
-    expert_bytes: int
-    """All routed experts of this rank, all layers."""
+    row_bytes: tuple[int, ...]
+    """Bytes of one row of each expert tensor. Layers that agree in all of this share overflow rows."""
 
     @property
-    def slot_bytes(self) -> float:
-        """One slot in every layer."""
-        return self.expert_bytes / self.num_experts
+    def bytes(self) -> int:
+        """All experts."""
+        return self.num_experts * sum(self.row_bytes)
 
-    @property
-    def buffer_bytes(self) -> float:
-        """A stream buffer: the experts of one layer."""
-        return self.expert_bytes / self.num_layers
+    def extents(self, num_slots: int, page: int) -> list[Extent]:
+        """Of each expert tensor."""
+        return [Extent.of(row_bytes, self.num_experts, num_slots, page) for row_bytes in self.row_bytes]
 
 
 @dataclass(frozen=True)
@@ -64,74 +57,70 @@ class MemoryBudget:
         )
 
 
-@dataclass(frozen=True)
-class CacheSize:
-    """The decision: slots of each layer, and whether there is a stream buffer beside them."""
+def cache_bytes(layers: Sequence[LayerShape], slots: Sequence[int], page: int, areas: int = 1) -> int:
+    """What `slots` of each layer take, with the overflow rows that they share: about (L C + areas (E - C)) records."""
+    pairs = list(zip(layers, slots, strict=True))
+    private = sum(extent.private for layer, num in pairs for extent in layer.extents(num, page))
+    shared = sum(extent.shared for layer, num in set(pairs) for extent in layer.extents(num, page))
+    return private + areas * shared
 
-    num_slots: int
-    stream_buffer: bool
 
+def size_cache(
+    config: ExpertPrefetchConfig, layers: Sequence[LayerShape], budget: MemoryBudget | None, page: int
+) -> list[int]:
+    """Slots of each layer. `budget` is None on the CPU platform, where half of the experts is the default.
 
-def size_cache(config: ExpertPrefetchConfig, shape: ModelShape, budget: MemoryBudget | None) -> CacheSize:
-    """Decide the cache. `budget` is None on the CPU platform, where half of the experts is the default.
-
-    A size in bytes (`cache_gb`, automatic sizing on a GPU) covers slots and stream buffer together; a number or a
-    fraction of slots does not count the buffer.
+    A size in bytes (`cache_gb`, automatic sizing on a GPU) covers slots and overflow rows together, and gives every
+    layer the same number of slots, or one for every expert where there are fewer. `page`: as in `Extent.of`.
     Raises ConfigError, with both numbers and the remedy, for fewer slots than a token needs or more than experts.
     """
-    num_slots, source = _slots(config, shape, budget, 0)
-    if num_slots >= shape.num_experts:
-        _check(num_slots, shape, source)
-        return CacheSize(num_slots, stream_buffer=False)  # no step can be wide
-    for buffer in _buffer_choices(config):
-        num_slots, source = _slots(config, shape, budget, shape.buffer_bytes if buffer else 0)
-        pays = num_slots * shape.slot_bytes + shape.buffer_bytes < shape.expert_bytes
-        if pays and num_slots >= shape.top_k:
-            break
-    _check(num_slots, shape, source)
-    return CacheSize(num_slots, buffer)
-
-
-def _buffer_choices(config: ExpertPrefetchConfig) -> list[bool]:
-    """Stream buffer or not, the better choice first; the last one is taken whether it pays or not."""
-    if config.stream_buffer == AUTO:
-        return [True, False]
-    return [config.stream_buffer != OFF]
-
-
-def _slots(
-    config: ExpertPrefetchConfig, shape: ModelShape, budget: MemoryBudget | None, buffer_bytes: float
-) -> tuple[int, str]:
-    """Slots per layer as asked for, unchecked, and the words that say where the number comes from."""
-    asked = config.slots_asked(shape.num_experts)
-    if asked is not None:
-        key = "slots_per_layer" if config.slots_per_layer is not None else "cache_fraction"
-        return asked, f"{key} = {getattr(config, key)}"
-    beside = f" with a stream buffer of {buffer_bytes / GB:.3g} GB" if buffer_bytes else ""
+    if config.slots_per_layer is not None:
+        return _checked(layers, [config.slots_per_layer] * len(layers), f"slots_per_layer = {config.slots_per_layer}", page)
+    if config.cache_fraction is not None:
+        # 0.29 of 100 is 29, not 28.999...
+        slots = [int(config.cache_fraction * layer.num_experts + 1e-9) for layer in layers]
+        return _checked(layers, slots, f"cache_fraction = {config.cache_fraction}", page)
     if config.cache_gb is not None:
-        slots = int((config.cache_gb * GB - buffer_bytes) / shape.slot_bytes)
-        return slots, f"cache_gb = {config.cache_gb}{beside}"
+        spare = config.cache_gb * GB - sum(layer.bytes for layer in layers)
+        if spare >= sum(sum(layer.row_bytes) for layer in layers):
+            raise ConfigError(
+                f"{CONFIG_KEY}: cache_gb = {config.cache_gb} is more than all experts take "
+                f"({sum(layer.bytes for layer in layers) / GB:.3g} GB per rank). Drop {CONFIG_KEY}: the experts fit"
+            )
+        return _checked(layers, _most(layers, config.cache_gb * GB, page), f"cache_gb = {config.cache_gb}", page)
     if budget is not None:
-        slots = min(shape.num_experts, int((budget.cache_bytes - buffer_bytes) / shape.slot_bytes))
-        return slots, f"automatic sizing ({budget.describe()}){beside}"
-    half = int(DEFAULT_CPU_FRACTION * shape.num_experts)
-    return min(shape.num_experts, max(shape.top_k, half)), "automatic sizing"
+        source = f"automatic sizing ({budget.describe()})"
+        return _checked(layers, _most(layers, budget.cache_bytes, page), source, page)
+    half = [max(layer.top_k, int(DEFAULT_CPU_FRACTION * layer.num_experts)) for layer in layers]
+    return _checked(layers, half, "automatic sizing", page)
 
 
-def _check(slots: int, shape: ModelShape, source: str) -> None:
-    if slots < shape.top_k:
-        enough_gb = _round_up(shape.top_k * shape.slot_bytes / GB)
-        raise ConfigError(
-            f"{CONFIG_KEY}: {source} gives {max(0, slots)} slots per layer, and one token needs {shape.top_k} (top-k). "
-            f"Give at least slots_per_layer = {shape.top_k}, i.e. cache_gb = {enough_gb:.3g} per rank without a stream "
-            "buffer; on a GPU lower max_model_len or raise gpu_memory_utilization"
-        )
-    if slots > shape.num_experts:
-        raise ConfigError(
-            f"{CONFIG_KEY}: {source} gives {slots} slots per layer, more than the {shape.num_experts} experts "
-            f"({shape.expert_bytes / GB:.3g} GB per rank). Give at most slots_per_layer = {shape.num_experts}, "
-            f"or drop {CONFIG_KEY}: the experts fit"
-        )
+def _most(layers: Sequence[LayerShape], num_bytes: float, page: int) -> list[int]:
+    """As many slots as fit."""
+    for most in range(max(layer.num_experts for layer in layers), 0, -1):
+        slots = [min(most, layer.num_experts) for layer in layers]
+        if cache_bytes(layers, slots, page) <= num_bytes:
+            return slots
+    return [0] * len(layers)
+
+
+def _checked(layers: Sequence[LayerShape], slots: list[int], source: str, page: int) -> list[int]:
+    for layer, num_slots in zip(layers, slots, strict=True):
+        if num_slots < layer.top_k:
+            least = [other.top_k for other in layers]
+            enough_gb = _round_up(cache_bytes(layers, least, page) / GB)
+            raise ConfigError(
+                f"{CONFIG_KEY}: {source} gives {num_slots} slots per layer, and one token needs {layer.top_k} (top-k). "
+                f"Give at least slots_per_layer = {layer.top_k}, i.e. cache_gb = {enough_gb:.3g} per rank; on a GPU lower "
+                "max_model_len or raise gpu_memory_utilization"
+            )
+        if num_slots > layer.num_experts:
+            raise ConfigError(
+                f"{CONFIG_KEY}: {source} gives {num_slots} slots per layer, more than the {layer.num_experts} experts "
+                f"({layer.bytes * len(layers) / GB:.3g} GB per rank). Give at most slots_per_layer = "
+                f"{layer.num_experts}, or drop {CONFIG_KEY}: the experts fit"
+            )
+    return slots
 
 
 def _round_up(value: float) -> float:

@@ -1,12 +1,11 @@
 """Which expert is where: plain integers, standard library only.
 
-`ExpertCache` is the state machine of one layer, an `EvictionPolicy` picks victims, and the `Planner` turns the
-routed ids of one step into one `Plan`. This package is the specification of every faster implementation.
+`ExpertCache` turns the routed ids of one step, or a guess, into a plan; a `Policy` says who leaves. This package is the
+specification of the C++ and CUDA planner (csrc/residency.h) and what planning and replays compute with.
 """
 
 from vllm_expert_prefetch.residency.cache import ExpertCache
-from vllm_expert_prefetch.residency.planner import Planner
-from vllm_expert_prefetch.residency.policies import POLICIES, EvictionPolicy, create_policy
+from vllm_expert_prefetch.residency.policies import POLICIES, Policy, Ranking
 from vllm_expert_prefetch.residency.types import (
     ABSENT,
     IN_FLIGHT,
@@ -15,8 +14,6 @@ from vllm_expert_prefetch.residency.types import (
     Plan,
     PrefetchPlan,
     Residency,
-    Split,
-    Wave,
 )
 
 __all__ = [
@@ -24,14 +21,11 @@ __all__ = [
     "IN_FLIGHT",
     "POLICIES",
     "RESIDENT",
-    "EvictionPolicy",
     "ExpertCache",
     "Load",
     "Plan",
-    "Planner",
+    "Policy",
     "PrefetchPlan",
+    "Ranking",
     "Residency",
-    "Split",
-    "Wave",
-    "create_policy",
 ]

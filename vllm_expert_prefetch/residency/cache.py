@@ -1,46 +1,54 @@
-"""The residency of one layer: which expert sits in which slot, as a state machine over plain integers."""
+"""The residency of one layer: which expert sits in which slot, and what a step or a guess changes about it."""
 
-from collections.abc import Container, Iterable
+import heapq
+from collections.abc import Collection, Iterable
 
-from vllm_expert_prefetch.residency.policies import EvictionPolicy
-from vllm_expert_prefetch.residency.types import ABSENT, IN_FLIGHT, NO_EXPERT, NO_SLOT, RESIDENT, Load, Residency
+from vllm_expert_prefetch.residency.policies import Policy, Ranking
+from vllm_expert_prefetch.residency.types import (
+    ABSENT,
+    IN_FLIGHT,
+    NO_EXPERT,
+    NO_SLOT,
+    RESIDENT,
+    Load,
+    Plan,
+    PrefetchPlan,
+    Residency,
+)
+
+STALE_ROUNDS = 8
+"""A wide step may evict an expert that was not needed while every slot was touched so many times on average."""
 
 
 class ExpertCache:
-    """C slots for the E experts of one layer.
+    """C slots for the E experts of one layer, and E - C overflow rows for what a step needs beyond them.
 
-    `slot_of[expert]` is a slot or -1 and `expert_in[slot]` an expert or -1; the two are inverse at all times.
-    An expert is ABSENT, then IN_FLIGHT between `begin_loads` and `complete`, then RESIDENT until it is a victim.
-    IN_FLIGHT experts are never victims: the policy only ranks RESIDENT ones. `untouched` are the experts brought by a
-    prefetch that no step has needed yet; in the end each is counted in `num_used` or `num_unused`, or was dropped.
-    `displaced` are the ABSENT experts that a prefetch evicted; needed again, they are counted in `num_displaced`.
+    `slot_of[expert]` is a slot or -1 and `expert_in[slot]` an expert or -1; the two are inverse at all times. Copies of
+    a step are booked when they are planned: whoever runs the step makes sure that they land before the kernel. Only
+    prefetches are IN_FLIGHT, from `plan_prefetch` until a step needs them or `settle` says what became of them.
+    `untouched` are the experts brought by a prefetch that no step has needed yet; in the end each is counted as used or
+    unused, or was dropped. `displaced` are the ABSENT experts that a prefetch evicted.
     """
 
-    def __init__(self, num_experts: int, num_slots: int, policy: EvictionPolicy) -> None:
+    def __init__(self, num_experts: int, num_slots: int, policy: Policy) -> None:
         if not 0 < num_slots <= num_experts:
             raise ValueError(f"need 1 to {num_experts} slots for {num_experts} experts, got {num_slots}")
         self.num_experts = num_experts
         self.num_slots = num_slots
         self.policy = policy
+        self.ranking = Ranking(num_experts)
         self.slot_of = [NO_SLOT] * num_experts
         self.expert_in = [NO_EXPERT] * num_slots
         self.in_flight: set[int] = set()
         self.untouched: set[int] = set()
         self.displaced: set[int] = set()
-        self.num_used = 0
-        self.num_unused = 0
-        self.num_displaced = 0
-        self._free = list(range(num_slots - 1, -1, -1))
-
-    @property
-    def num_free(self) -> int:
-        """Slots that hold nothing and wait for nothing."""
-        return len(self._free)
+        self.free = list(range(num_slots - 1, -1, -1))
+        """Slots that hold nothing and wait for nothing; the last one is taken first."""
 
     @property
     def num_resident(self) -> int:
         """Slots whose record has landed."""
-        return self.num_slots - len(self._free) - len(self.in_flight)
+        return self.num_slots - len(self.free) - len(self.in_flight)
 
     def lookup(self, expert: int) -> Residency:
         """The state of `expert`."""
@@ -48,65 +56,109 @@ class ExpertCache:
             return ABSENT
         return IN_FLIGHT if expert in self.in_flight else RESIDENT
 
-    def begin_loads(self, experts: list[int], protected: Container[int]) -> tuple[Load, ...]:
-        """Give a slot to each of `experts` (all ABSENT), evicting outside `protected`: ABSENT -> IN_FLIGHT.
+    def plan(self, ids: Iterable[int]) -> Plan:
+        """Plan one step that needs the experts `ids`, in the order of its tokens; negative ids are padding.
 
-        Either every expert gets a slot or nothing changes and RuntimeError is raised.
+        A narrow step, of at most C experts, puts what it misses into slots: free ones, then those of the policy's
+        victims. A wide step must neither flush what decoding uses nor leave the slots cold. What its last tokens miss
+        takes free slots, then those of experts that it does not need and that are cold or stale, and ranks cold there.
+        What finds no slot takes an overflow row.
         """
-        num_victims = max(0, len(experts) - len(self._free))
-        victims = self.policy.victims(num_victims, protected) if num_victims else []
-        if len(victims) < num_victims:
-            raise RuntimeError(
-                f"{len(experts)} loads need {num_victims} victims and only {len(victims)} of {self.num_slots} slots "
-                "are neither protected nor in flight"
-            )
-        num_free = len(experts) - num_victims
-        loads = [self._place(expert, self._free.pop(), NO_EXPERT) for expert in experts[:num_free]]
+        ids = list(ids)
+        last_at = {expert: index for index, expert in enumerate(ids) if expert >= 0}
+        needed = dict.fromkeys(expert for expert in ids if expert >= 0)
+        is_wide = len(needed) > self.num_slots
+        used, displaced = self.untouched & needed.keys(), self.displaced & needed.keys()
+        self.untouched -= used
+        self.displaced -= displaced
+        missing = [expert for expert in needed if self.slot_of[expert] == NO_SLOT]
+        late = [expert for expert in needed if expert in self.in_flight]
+        hits = [expert for expert in needed if expert in self.ranking.ranked]
+        self.in_flight.difference_update(late)
+        if is_wide:
+            missing.sort(key=lambda expert: -last_at[expert])
+            self.ranking.keep([*hits, *late], len(needed))
+        else:
+            for expert in hits:
+                self.ranking.touch(expert)
+        victims = self._victims(len(missing) - len(self.free), needed, only_cold_or_stale=is_wide)
+        num_unused = len(self.untouched.intersection(victims))
+        num_in_slots = min(len(missing), len(self.free) + len(victims))
+        loads = self._place(missing[:num_in_slots], victims)
         loads += [
-            self._place(expert, self._evict(victim), victim)
-            for expert, victim in zip(experts[num_free:], victims, strict=True)
+            Load(expert, self.num_slots + index, NO_EXPERT) for index, expert in enumerate(missing[num_in_slots:])
         ]
-        return tuple(loads)
+        if is_wide:
+            for expert in missing[:num_in_slots]:
+                self.ranking.add_cold(expert)
+        else:
+            for expert in (*late, *missing[:num_in_slots]):
+                self.ranking.touch(expert)
+        row_of = {load.expert: load.row for load in loads}
+        rows = {expert: row_of.get(expert, self.slot_of[expert]) for expert in needed}
+        return Plan(is_wide, rows, tuple(loads), tuple(late), len(used), num_unused, len(displaced))
 
-    def need(self, experts: Iterable[int]) -> None:
-        """A step needs `experts`: prefetched ones among them have been of use, displaced ones would have been."""
-        if self.untouched:
-            used = self.untouched.intersection(experts)
-            self.untouched -= used
-            self.num_used += len(used)
-        if self.displaced:
-            missed = self.displaced.intersection(experts)
-            self.displaced -= missed
-            self.num_displaced += len(missed)
+    def plan_prefetch(self, predicted: Iterable[int], budget: int) -> PrefetchPlan:
+        """Plan copies for `predicted` experts, most wanted first, and mark them IN_FLIGHT: at most `budget` of them.
 
-    def complete(self, experts: Iterable[int], cold: bool = False) -> None:
-        """The copies of `experts` have landed: IN_FLIGHT -> RESIDENT. `cold`: see `EvictionPolicy.insert`."""
-        for expert in experts:
+        Negative ids are ignored. No predicted expert is a victim, nor one in flight; when victims run out, the least
+        wanted are left out.
+        """
+        wanted = dict.fromkeys(expert for expert in predicted if expert >= 0)
+        absent = [expert for expert in wanted if self.slot_of[expert] == NO_SLOT][: max(0, budget)]
+        victims = self._victims(len(absent) - len(self.free), wanted)
+        num_unused = len(self.untouched.intersection(victims))
+        loads = self._place(absent[: len(self.free) + len(victims)], victims)
+        brought = [load.expert for load in loads]
+        self.in_flight.update(brought)
+        self.untouched.update(brought)
+        self.displaced.difference_update(brought)
+        self.displaced.update(load.victim for load in loads if load.victim != NO_EXPERT)
+        return PrefetchPlan(tuple(loads), num_unused)
+
+    def settle(self, landed: Iterable[int], dropped: Iterable[int]) -> None:
+        """Experts in flight whose prefetch has landed, and those whose copy was cancelled before it started.
+
+        A prefetched expert ranks as cold until a step needs it: a wrong prediction leaves first.
+        """
+        for expert in landed:
             self.in_flight.remove(expert)
-            self.policy.insert(expert, cold)
+            self.ranking.add_cold(expert)
+        for expert in dropped:
+            self.in_flight.remove(expert)
+            self.untouched.discard(expert)
+            self.free.append(self._vacate(expert))
 
-    def drop(self, expert: int) -> None:
-        """The copy of `expert` was cancelled before it started: IN_FLIGHT -> ABSENT."""
-        slot = self.slot_of[expert]
-        self.in_flight.remove(expert)
-        self.untouched.discard(expert)
-        self.slot_of[expert] = NO_SLOT
-        self.expert_in[slot] = NO_EXPERT
-        self._free.append(slot)
+    def _victims(self, count: int, protected: Collection[int], only_cold_or_stale: bool = False) -> list[int]:
+        """At most `count` experts that may leave, the first to leave first."""
+        if count <= 0:
+            return []
+        ranking = self.ranking
+        candidates = [expert for expert in ranking.ranked if expert not in protected]
+        if only_cold_or_stale:
+            stale = ranking.tick - STALE_ROUNDS * self.num_slots
+            candidates = [e for e in candidates if e in ranking.cold or ranking.last[e] < stale]
+        return heapq.nsmallest(count, candidates, key=lambda expert: self.policy(ranking, expert))
 
-    def _place(self, expert: int, slot: int, victim: int) -> Load:
-        self.slot_of[expert] = slot
-        self.expert_in[slot] = expert
-        self.displaced.discard(expert)
-        self.in_flight.add(expert)
-        return Load(expert, slot, victim)
+    def _place(self, experts: list[int], victims: list[int]) -> list[Load]:
+        """Give each of `experts` a slot: free ones first, then those of `victims`, who are then ABSENT."""
+        leaving = iter(victims)
+        loads = []
+        for expert in experts:
+            victim = NO_EXPERT if self.free else next(leaving)
+            slot = self.free.pop() if victim == NO_EXPERT else self._evict(victim)
+            self.slot_of[expert] = slot
+            self.expert_in[slot] = expert
+            loads.append(Load(expert, slot, victim))
+        return loads
 
     def _evict(self, expert: int) -> int:
+        self.ranking.remove(expert)
+        self.untouched.discard(expert)
+        return self._vacate(expert)
+
+    def _vacate(self, expert: int) -> int:
         slot = self.slot_of[expert]
-        self.policy.remove(expert)
-        if expert in self.untouched:
-            self.untouched.remove(expert)
-            self.num_unused += 1
         self.slot_of[expert] = NO_SLOT
         self.expert_in[slot] = NO_EXPERT
         return slot
@@ -120,7 +172,7 @@ class ExpertCache:
         assert self.untouched <= placed.keys(), f"prefetched without a slot: {self.untouched - placed.keys()}"
         assert not self.displaced & placed.keys(), f"displaced and placed: {self.displaced & placed.keys()}"
         resident = placed.keys() - self.in_flight
-        assert self.policy.ranked() == resident, f"policy ranks {self.policy.ranked()}, resident are {resident}"
+        assert self.ranking.ranked == resident, f"ranked are {self.ranking.ranked}, resident are {resident}"
+        assert self.ranking.cold <= resident, f"cold and not resident: {self.ranking.cold - resident}"
         empty = {slot for slot, expert in enumerate(self.expert_in) if expert == NO_EXPERT}
-        assert sorted(self._free) == sorted(empty), f"free list {self._free}, empty slots {empty}"
-        assert len(self._free) + len(placed) == self.num_slots, "free + in flight + resident is not the slot count"
+        assert sorted(self.free) == sorted(empty), f"free list {self.free}, empty slots {empty}"

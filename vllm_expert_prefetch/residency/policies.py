@@ -1,165 +1,89 @@
 """Eviction policies: who leaves when a slot is needed.
 
-Decisions come from counts of touches, never from a clock, so that tensor-parallel ranks, tests and the simulator
-decide alike.
+A policy is a function that says how much an expert is wanted; the least wanted one leaves. Its input is counts of
+touches, never a clock, so that tensor-parallel ranks, tests and the simulator decide alike.
 """
 
-import heapq
-import random
-from abc import ABC, abstractmethod
-from collections import OrderedDict
-from collections.abc import Callable, Container
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 
-class EvictionPolicy(ABC):
-    """Ranks the RESIDENT experts of one layer.
+@dataclass
+class Ranking:
+    """The resident experts of one layer, in the order in which they were touched.
 
-    Contract: the cache calls `insert` when a load has landed, `touch` on every hit and `remove` on eviction.
-    `insert(cold=True)` marks an expert brought by a wide step (a prefill): it must be evicted before anything that a
-    narrow step has touched, so that a prefill does not flush the decode working set.
+    `last[e]`: the tick of the last touch. A *cold* expert is one that no step has needed since it came: brought by a
+    prefetch that has landed, or by a wide step. It leaves before every other, the newest one first.
     """
 
-    @abstractmethod
-    def insert(self, expert: int, cold: bool = False) -> None:
-        """Start ranking `expert`, which is not ranked yet."""
+    num_experts: int
+    tick: int = 0
+    """Touches so far."""
+    cold_tick: int = 0
+    """Minus the number of experts that came cold."""
+    ranked: set[int] = field(default_factory=set)
+    cold: set[int] = field(default_factory=set)
 
-    @abstractmethod
+    def __post_init__(self) -> None:
+        self.last = [0] * self.num_experts
+        self.count = [0] * self.num_experts
+        """Touches, kept after eviction."""
+
     def touch(self, expert: int) -> None:
-        """Note a hit on `expert`, which is ranked."""
+        """A narrow step needs `expert`."""
+        self.tick += 1
+        self.last[expert] = self.tick
+        self.count[expert] += 1
+        self.ranked.add(expert)
+        self.cold.discard(expert)
 
-    @abstractmethod
+    def add_cold(self, expert: int) -> None:
+        """`expert` has come, and nothing says yet that it will be needed again."""
+        self.cold_tick -= 1
+        self.last[expert] = self.cold_tick
+        self.ranked.add(expert)
+        self.cold.add(expert)
+
+    def keep(self, experts: list[int], num_needed: int) -> None:
+        """A wide step of `num_needed` experts needs these ranked `experts`, and not the others.
+
+        The order among the needed ones stays, and the others age. Cold ones are cold no more.
+        """
+        self.tick += num_needed
+        for expert in experts:
+            if expert in self.cold or expert not in self.ranked:
+                self.cold.discard(expert)
+                self.ranked.add(expert)
+                self.last[expert] = self.tick
+            else:
+                self.last[expert] += num_needed
+
     def remove(self, expert: int) -> None:
-        """Stop ranking `expert`, which is ranked."""
-
-    @abstractmethod
-    def victims(self, count: int, protected: Container[int]) -> list[int]:
-        """At most `count` ranked experts outside `protected`, the first to leave first. Changes nothing."""
-
-    @abstractmethod
-    def ranked(self) -> set[int]:
-        """The experts ranked now (for integrity checks)."""
+        """`expert` is not resident any more."""
+        self.ranked.remove(expert)
+        self.cold.discard(expert)
 
 
-class LruPolicy(EvictionPolicy):
+Policy = Callable[[Ranking, int], tuple[float, ...]]
+"""How much an expert is wanted: tuples that compare, the smallest one leaves. No two experts have the same."""
+
+
+def lru(ranking: Ranking, expert: int) -> tuple[float, ...]:
     """Least recently used first."""
-
-    def __init__(self) -> None:
-        self._order: OrderedDict[int, None] = OrderedDict()
-        self.touch = self._order.move_to_end  # type: ignore  # one C call on the hot path
-
-    def insert(self, expert: int, cold: bool = False) -> None:
-        self._order[expert] = None
-        if cold:
-            self._order.move_to_end(expert, last=False)
-
-    def touch(self, expert: int) -> None:
-        self._order.move_to_end(expert)
-
-    def remove(self, expert: int) -> None:
-        del self._order[expert]
-
-    def victims(self, count: int, protected: Container[int]) -> list[int]:
-        chosen: list[int] = []
-        for expert in self._order:
-            if len(chosen) == count:
-                break
-            if expert not in protected:
-                chosen.append(expert)
-        return chosen
-
-    def ranked(self) -> set[int]:
-        return set(self._order)
+    return (expert not in ranking.cold, ranking.last[expert], expert)
 
 
-class _CountingPolicy(EvictionPolicy):
-    """Shared bookkeeping of the frequency policies. Counts outlive eviction: there are only as many as experts."""
-
-    def __init__(self) -> None:
-        self._tick = 0
-        self._count: dict[int, int] = {}
-        self._last: dict[int, int] = {}
-        self._cold: set[int] = set()
-
-    def insert(self, expert: int, cold: bool = False) -> None:
-        self._last[expert] = self._tick
-        if cold:
-            self._cold.add(expert)
-        else:
-            self.touch(expert)
-
-    def touch(self, expert: int) -> None:
-        self._tick += 1
-        self._last[expert] = self._tick
-        self._count[expert] = self._count.get(expert, 0) + 1
-        self._cold.discard(expert)
-
-    def remove(self, expert: int) -> None:
-        del self._last[expert]
-        self._cold.discard(expert)
-
-    def victims(self, count: int, protected: Container[int]) -> list[int]:
-        candidates = [expert for expert in self._last if expert not in protected]
-        return heapq.nsmallest(count, candidates, key=self._key)
-
-    def ranked(self) -> set[int]:
-        return set(self._last)
-
-    @abstractmethod
-    def _key(self, expert: int) -> tuple[float, ...]:
-        """Smallest leaves first; cold experts before all others."""
-
-
-class LfuPolicy(_CountingPolicy):
+def lfu(ranking: Ranking, expert: int) -> tuple[float, ...]:
     """Least frequently used first; the older one among equals."""
-
-    def _key(self, expert: int) -> tuple[float, ...]:
-        return (expert not in self._cold, self._count.get(expert, 0), self._last[expert], expert)
+    return (expert not in ranking.cold, ranking.count[expert], ranking.last[expert], expert)
 
 
-class LfruPolicy(_CountingPolicy):
+def lfru(ranking: Ranking, expert: int) -> tuple[float, ...]:
     """Least frequently *recently* used first: touches divided by the age of the last one."""
-
-    def _key(self, expert: int) -> tuple[float, ...]:
-        age = self._tick - self._last[expert] + 1
-        return (expert not in self._cold, self._count.get(expert, 0) / age, self._last[expert], expert)
-
-
-class RandomPolicy(EvictionPolicy):
-    """A random victim: the baseline of cache studies. Seeded, hence repeatable."""
-
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
-        self._num_removed = 0
-        self._members: dict[int, None] = {}
-
-    def insert(self, expert: int, cold: bool = False) -> None:
-        self._members[expert] = None
-
-    def touch(self, expert: int) -> None:
-        pass
-
-    def remove(self, expert: int) -> None:
-        del self._members[expert]
-        self._num_removed += 1
-
-    def victims(self, count: int, protected: Container[int]) -> list[int]:
-        candidates = [expert for expert in self._members if expert not in protected]
-        # A generator per answer: asking twice gives the same victims, evicting gives new ones.
-        rng = random.Random((self._seed << 64) + self._num_removed)
-        return rng.sample(candidates, min(count, len(candidates)))
-
-    def ranked(self) -> set[int]:
-        return set(self._members)
+    is_hot = expert not in ranking.cold
+    age = ranking.tick - ranking.last[expert] + 1
+    return (is_hot, ranking.count[expert] / age, ranking.last[expert], expert)
 
 
-POLICIES: dict[str, Callable[[int], EvictionPolicy]] = {
-    "lru": lambda seed: LruPolicy(),
-    "lfu": lambda seed: LfuPolicy(),
-    "lfru": lambda seed: LfruPolicy(),
-    "random": RandomPolicy,
-}
-
-
-def create_policy(name: str, seed: int = 0) -> EvictionPolicy:
-    """Make the policy called `name` (a key of `POLICIES`); `seed` matters to `random` only."""
-    return POLICIES[name](seed)
+POLICIES: dict[str, Policy] = {"lru": lru, "lfu": lfu, "lfru": lfru}
+"""In the order of `Policy` in csrc/residency.h."""

@@ -16,68 +16,63 @@ ABSENT, IN_FLIGHT, RESIDENT = Residency.ABSENT, Residency.IN_FLIGHT, Residency.R
 
 NO_EXPERT = -1
 NO_SLOT = -1
-
-
-class Split(IntEnum):
-    """How a step that needs more experts than there are slots is served; NONE for one that does not."""
-
-    NONE = 0
-    TOKENS = 1
-    EXPERTS = 2
-    STREAM = 3
+PADDING_ROW = -1
 
 
 class Load(NamedTuple):
-    """One record to copy from the host store into a slot, and whom it replaces (`NO_EXPERT` for a free slot)."""
+    """One record to copy from the host store into a row, and whom it replaces there.
+
+    Rows below the number of slots are slots; the rows from there on are overflow rows, which replace nobody.
+    """
 
     expert: int
-    slot: int
+    row: int
     victim: int
 
 
-class Wave(NamedTuple):
-    """One kernel call of a step.
-
-    `experts[i]` sits in `slots[i]` once every copy in `loads` has landed, and those of `late`, experts of this wave
-    that were in flight already: their copies are waited for, or taken over, never made twice. `rows` are the token
-    rows of a wave that was split by tokens; None means every row (one wave) or every (row, expert) pair of these
-    experts (split by experts).
-
-    A streamed wave runs from the stream buffer, which has room for every expert of a layer, expert e at place e:
-    `loads` bring what is absent from the host (`slot` is the place, no victim), and an expert whose `slots[i]` is not
-    `NO_SLOT` is copied from that slot, which keeps it.
-    """
-
-    experts: tuple[int, ...]
-    slots: tuple[int, ...]
-    loads: tuple[Load, ...]
-    rows: tuple[int, ...] | None
-    late: tuple[int, ...] = ()
-
-
 class Plan(NamedTuple):
-    """Everything that one step does to one layer.
+    """What one step does to one layer.
 
-    A lookup is one distinct expert needed by one wave; it counts as a hit (resident), late (in flight) or a miss (one
-    load). Hence num_hits + num_late + num_misses equals the distinct experts summed over waves. `num_used` counts
-    prefetched experts needed for the first time, `num_unused` those evicted without having been needed, `num_displaced`
-    needed experts that a prefetch had evicted since they were needed last.
+    `rows` maps each distinct expert that the step needs, in order of first appearance, to its row. The kernel may run
+    once the copies of `loads` (the misses) have landed, and those of `late`: prefetches that were on their way, which
+    are waited for or taken over, and never made twice. Every other needed expert is a hit.
+    `num_used` counts prefetched experts that are needed for the first time, `num_unused` those that were evicted without
+    having been needed, `num_displaced` needed experts that a prefetch had evicted since they were needed last.
     """
 
-    split: Split
-    waves: tuple[Wave, ...]
-    num_hits: int
-    num_late: int
-    num_misses: int
-    num_evictions: int
+    is_wide: bool
+    rows: dict[int, int]
+    loads: tuple[Load, ...]
+    late: tuple[int, ...]
     num_used: int = 0
     num_unused: int = 0
     num_displaced: int = 0
+
+    @property
+    def num_hits(self) -> int:
+        """Needed experts that were resident."""
+        return len(self.rows) - len(self.loads) - len(self.late)
+
+    @property
+    def num_evictions(self) -> int:
+        """Experts that gave their slot to another."""
+        return sum(load.victim != NO_EXPERT for load in self.loads)
+
+    def row_ids(self, ids: list[int], num_real: int) -> list[int]:
+        """The row of each of `ids`, of which the first `num_real` belong to tokens and the others to padding.
+
+        A negative id stays -1, as in plain vLLM; other padding takes the row of the first needed expert, or row 0, so
+        that the kernel has nothing more to read.
+        """
+        spare = next(iter(self.rows.values()), 0)
+        return [
+            PADDING_ROW if expert < 0 else self.rows.get(expert, spare) if index < num_real else spare
+            for index, expert in enumerate(ids)
+        ]
 
 
 class PrefetchPlan(NamedTuple):
     """What to copy because it was predicted, most wanted first; the loads are IN_FLIGHT until they are settled."""
 
     loads: tuple[Load, ...]
-    num_evictions: int
     num_unused: int

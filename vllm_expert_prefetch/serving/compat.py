@@ -61,48 +61,42 @@ def on_cuda_platform() -> bool:
     return bool(current_platform.is_cuda())
 
 
-def num_real_tokens(num_rows: int) -> int:
-    """How many of a step's `num_rows` rows are tokens: the rest is padding, and a dummy or profile run has none."""
+def rows_of(x: "torch.Tensor") -> "int | torch.Tensor":
+    """Which of a step's rows (T, H) are tokens: the rest is padding, and a dummy or profile run has none.
+
+    On the CPU platform the number of tokens, which are the first rows. On a GPU int64 (T), where the KV cache takes each
+    row's token, negative for padding: a tensor that vLLM fills before every step, also before a captured one is replayed.
+    """
     from vllm.forward_context import get_forward_context, is_forward_context_available
 
-    if not is_forward_context_available():
-        return 0
-    metadata = get_forward_context().attn_metadata
+    context: Any = get_forward_context() if is_forward_context_available() else None
+    return _slots_of_rows(context, x) if x.is_cuda else _num_tokens(context, x.shape[0])
+
+
+def _num_tokens(context: Any, num_rows: int) -> int:
+    metadata = context.attn_metadata if context else None
     if not isinstance(metadata, dict) or not metadata:  # a list belongs to dual-batch overlap, which is refused
         return 0
     first = next(iter(metadata.values()))
     return min(num_rows, getattr(first, "num_actual_tokens", num_rows))
 
 
-def slot_mapping(num_rows: int, device: "torch.device") -> "torch.Tensor":
-    """int64 (num_rows): where the KV cache takes each row's token, negative for padding and in dummy and profile runs.
-
-    A tensor on the GPU that vLLM fills before every step, also before a captured one is replayed.
-    """
+def _slots_of_rows(context: Any, x: "torch.Tensor") -> "torch.Tensor":
     import torch
-    from vllm.forward_context import get_forward_context, is_forward_context_available
 
-    mappings = get_forward_context().slot_mapping if is_forward_context_available() else None
-    if not isinstance(mappings, dict) or not mappings:  # a list belongs to dual-batch overlap, which is refused
-        return torch.full((num_rows,), -1, dtype=torch.int64, device=device)
-    return next(iter(mappings.values()))[:num_rows]
-
-
-def fixed_tiles(tiles: dict[str, int]) -> AbstractContextManager[None]:
-    """vLLM's Triton MoE kernel uses these tile sizes inside the context."""
-    from vllm.model_executor.layers.fused_moe import override_config
-
-    return override_config(tiles)
+    mappings = context.slot_mapping if context else None
+    if isinstance(mappings, dict):  # a list belongs to dual-batch overlap, which is refused
+        for name, mapping in mappings.items():
+            if _has_kv_slots(context.no_compile_layers.get(name)):
+                return mapping[: x.shape[0]]
+    return torch.full((x.shape[0],), -1, dtype=torch.int64, device=x.device)
 
 
-def tiles_of(w13_shape: tuple[int, ...], w2_shape: tuple[int, ...], top_k: int, num_rows: int) -> dict[str, int]:
-    """The tile sizes that vLLM's Triton MoE kernel uses for unquantised experts of these shapes, (E, 2I, H), (E, H, I).
+def _has_kv_slots(layer: Any) -> bool:
+    """Whether vLLM writes the slot mapping of this layer: it does not for recurrent states."""
+    from vllm.model_executor.layers.mamba.abstract import MambaBase
 
-    They depend on E: slots in place of experts would change the order of sums, and with it the rounding.
-    """
-    from vllm.model_executor.layers.fused_moe.fused_moe import try_get_optimal_moe_config
-
-    return dict(try_get_optimal_moe_config(w13_shape, w2_shape, top_k, None, num_rows))
+    return not isinstance(layer, MambaBase)
 
 
 def install_offloader(join: Callable[[], None]) -> None:

@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from vllm_expert_prefetch.config import config_from_additional
-from vllm_expert_prefetch.serving.deployment import Deployment, find_deployment
+from vllm_expert_prefetch.config import config_of
+from vllm_expert_prefetch.metrics.publish import Publisher
+from vllm_expert_prefetch.serving.worker import find_worker
 
 
 def extend_worker() -> None:
@@ -15,36 +16,37 @@ def extend_worker() -> None:
     def init_device_and_watch(self: Any) -> None:
         init_device(self)
         runner = getattr(self.worker, "model_runner", None)
-        if runner is not None and config_from_additional(self.vllm_config.additional_config) is not None:
+        if runner is not None and config_of(self.vllm_config) is not None:
             watch_steps(runner, self.vllm_config)
 
     WorkerWrapperBase.init_device = init_device_and_watch  # type: ignore[method-assign]
 
 
 def watch_steps(runner: Any, vllm_config: Any) -> None:
-    """Let the deployment's clock see each step of `runner`.
+    """Let the worker's clock see each step of `runner`.
 
     A step is one `execute_model`, and the `sample_tokens` that follows when the former returns None.
     """
     execute, sample = runner.execute_model, runner.sample_tokens
-    deployment: Deployment | None = None
+    publisher: Publisher | None = None
 
     def timed_execute(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal deployment
-        if deployment is None:
-            deployment = find_deployment(vllm_config)
-        if deployment is None or not scheduler_output.total_num_scheduled_tokens:
+        nonlocal publisher
+        if publisher is None:
+            worker = find_worker(vllm_config)
+            publisher = None if worker is None else worker.publisher
+        if publisher is None or not scheduler_output.total_num_scheduled_tokens:
             return execute(scheduler_output, *args, **kwargs)
-        deployment.clock.begin(*count_sequences(scheduler_output))
+        publisher.clock.begin(*count_sequences(scheduler_output))
         output = execute(scheduler_output, *args, **kwargs)
         if output is not None:
-            deployment.step_ended()
+            publisher.step_ended()
         return output
 
     def timed_sample(*args: Any, **kwargs: Any) -> Any:
         output = sample(*args, **kwargs)
-        if deployment is not None:
-            deployment.step_ended()
+        if publisher is not None:
+            publisher.step_ended()
         return output
 
     runner.execute_model, runner.sample_tokens = timed_execute, timed_sample

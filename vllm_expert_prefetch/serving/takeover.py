@@ -1,6 +1,6 @@
 """Taking the expert tensors of a layer out of vLLM's hands, and proving that nothing kept them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ _NOT_PER_EXPERT = {"e_score_correction_bias", "hash_indices_table"}
 
 
 class TakeoverError(RuntimeError):
-    """A layer cannot be served from slots. Start-up fails; nothing has been served."""
+    """A layer cannot be served from a cache. Start-up fails; nothing has been served."""
 
 
 def expert_parameters(layer: torch.nn.Module, num_experts: int) -> dict[str, torch.nn.Parameter]:
@@ -36,20 +36,18 @@ def expert_parameters(layer: torch.nn.Module, num_experts: int) -> dict[str, tor
     return found
 
 
-def swap_in_slots(layer: torch.nn.Module, slots: dict[str, torch.Tensor]) -> None:
-    """Replace the E-row tensors behind the layer's parameters by the C-row tensors in `slots`.
+def replace_rows(layer: torch.nn.Module, rows: Mapping[str, torch.Tensor]) -> None:
+    """Put the row space's tensors behind the layer's expert parameters, once and for all.
 
-    Kernels and quantisation configs keep the very Parameter objects, hence `.data`. The parameters become buffers:
-    vLLM's loader, which moves every parameter it once saw on the host back there, must not move the slots.
-    Raises TakeoverError when an old tensor can still be reached from the layer.
+    Kernels and quantisation configs keep the very Parameter objects, hence `.data`. Raises TakeoverError when an old
+    tensor can still be reached from the layer.
     """
     old_storages = {}
-    for name, slot_tensor in slots.items():
-        parameter = layer._parameters.pop(name)
-        assert parameter is not None
+    for name, tensor in rows.items():
+        parameter = getattr(layer, name)
         old_storages[parameter.untyped_storage().data_ptr()] = parameter.data  # kept until the check is done
-        parameter.data = slot_tensor
-        layer.register_buffer(name, parameter, persistent=False)
+        parameter.data = tensor
+    keep_in_place(layer, rows)
     for path, tensor in reachable_tensors(layer):
         if tensor.device.type != "meta" and tensor.untyped_storage().data_ptr() in old_storages:
             raise TakeoverError(
@@ -58,8 +56,14 @@ def swap_in_slots(layer: torch.nn.Module, slots: dict[str, torch.Tensor]) -> Non
             )
 
 
+def keep_in_place(layer: torch.nn.Module, names: Iterable[str]) -> None:
+    """Make buffers of the parameters `names`: vLLM's loader moves every parameter that it saw on the host back there."""
+    for name in list(names):
+        layer.register_buffer(name, layer._parameters.pop(name), persistent=False)
+
+
 def verify_taken_over(moe_layers: Sequence[torch.nn.Module]) -> None:
-    """Raise TakeoverError, naming the layers, unless every one of a loaded model's MoE layers is served from slots."""
+    """Raise TakeoverError, naming the layers, unless every one of a loaded model's MoE layers was taken over."""
     missed = [str(layer.layer_name) for layer in moe_layers if not getattr(layer, "is_taken_over", False)]
     if missed or not moe_layers:
         which = ", ".join(missed) or "none of the model's layers uses vLLM's RoutedExperts"

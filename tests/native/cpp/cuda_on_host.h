@@ -1,8 +1,10 @@
-// Enough of CUDA to run kernels of one-thread blocks on host threads: index arithmetic and protocols, not performance.
+// Enough of CUDA to run kernels on host threads: index arithmetic and protocols, not performance. A block is one thread
+// (gather_kernels.cuh), or several that share a barrier (plan_kernels.cuh).
 #pragma once
 
 #include <algorithm>
 #include <atomic>
+#include <barrier>
 #include <chrono>
 #include <cstdint>
 #include <thread>
@@ -12,6 +14,8 @@
 #define __shared__
 #define __grid_constant__
 #define __launch_bounds__(...)
+#define VEP_DYNAMIC_SHARED(name) int64_t* name = dynamic_shared
+#define VEP_WARP_THREADS 1
 
 // Copying one takes time now and then, so that a record's copy can be seen half done.
 struct uint4 {
@@ -28,17 +32,32 @@ struct uint4 {
 struct Index {
   unsigned x;
 };
-inline thread_local Index blockIdx, gridDim;
-constexpr Index threadIdx{0};
+inline thread_local Index blockIdx, gridDim, threadIdx;
+inline thread_local int64_t* dynamic_shared = nullptr;
+inline thread_local std::barrier<>* block_barrier = nullptr;
 using std::max;
 using std::min;
 template <class A, class B>
 int64_t min(A a, B b) {
   return std::min<int64_t>(a, b);
 }
-inline void __syncthreads() {}
+inline void __syncthreads() {
+  if (block_barrier) block_barrier->arrive_and_wait();
+}
 inline void __syncwarp() {}
+inline int64_t __shfl_up_sync(unsigned, int64_t value, int) { return value; }
 inline void __nanosleep(unsigned nanoseconds) { std::this_thread::sleep_for(std::chrono::nanoseconds(nanoseconds)); }
+inline int32_t load_relaxed(const int32_t* place) { return __atomic_load_n(place, __ATOMIC_RELAXED); }
+inline void atomicMin(int32_t* place, int32_t value) {
+  int32_t seen = load_relaxed(place);
+  while (seen > value && !__atomic_compare_exchange_n(place, &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+}
+inline void atomicMax(int32_t* place, int32_t value) {
+  int32_t seen = load_relaxed(place);
+  while (seen < value && !__atomic_compare_exchange_n(place, &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
+}
 
 namespace cuda {
 using std::memory_order_acq_rel;

@@ -58,20 +58,19 @@ struct TestLayer {
 
   TestLayer() {
     layout.num_experts = pick(3, 12);
-    layout.num_slots = pick(2, layout.num_experts);
     layout.num_segments = pick(1, 4);
     for (int s = 0; s < layout.num_segments; ++s) {
-      const int row = pick(1, s == 0 ? 600 : 40), store_stride = row + pick(0, 4), pool_stride = row + pick(0, 2);
+      const int row = pick(1, s == 0 ? 600 : 40), store_stride = row + pick(0, 4);
       memory.emplace_back(static_cast<size_t>(layout.num_experts * store_stride));
       for (uint4& vector : memory.back()) vector = uint4(static_cast<uint32_t>(random_source()));
       auto* store = reinterpret_cast<const char*>(memory.back().data());
-      memory.emplace_back(static_cast<size_t>(layout.num_slots * pool_stride));
-      auto* pool = reinterpret_cast<char*>(memory.back().data());
-      layout.segments[s] = {store, 16 * store_stride, pool, 16 * pool_stride, 16 * row};
+      memory.emplace_back(static_cast<size_t>(layout.num_experts * row));
+      auto* rows = reinterpret_cast<char*>(memory.back().data());
+      layout.segments[s] = {store, 16 * store_stride, rows, 16 * row};
       layout.record_vectors += row;
     }
-    words.resize(static_cast<size_t>(board_ints(layout.num_slots)));
-    board = board_at(words.data(), layout.num_slots);
+    words.resize(static_cast<size_t>(board_ints(layout.num_experts)));
+    board = board_at(words.data(), layout.num_experts);
     lane = lane_at(lane_words.data());
   }
 
@@ -82,19 +81,19 @@ struct TestLayer {
   }
 
   bool holds(const Load& load) const {
-    bool same = is_ready(&board.states[load.slot]);
+    bool same = is_ready(&board.states[load.row]);
     for (int s = 0; s < layout.num_segments; ++s) {
       const Segment& segment = layout.segments[s];
-      same = same && std::memcmp(segment.pool + load.slot * segment.pool_stride,
+      same = same && std::memcmp(segment.rows + load.row * segment.row_bytes,
                                  segment.store + load.expert * segment.store_stride,
                                  static_cast<size_t>(segment.row_bytes)) == 0;
     }
     return same;
   }
 
-  bool is_untouched(int slot) const {
+  bool is_untouched(int number) const {
     for (int s = 0; s < layout.num_segments; ++s) {
-      const char* row = layout.segments[s].pool + slot * layout.segments[s].pool_stride;
+      const char* row = layout.segments[s].rows + number * layout.segments[s].row_bytes;
       for (int64_t i = 0; i < layout.segments[s].row_bytes; ++i) {
         if (row[i] != kPoison) return false;
       }
@@ -103,7 +102,7 @@ struct TestLayer {
   }
 };
 
-// A list with room for every slot.
+// A list with room for every row.
 template <class Item>
 struct List {
   std::vector<Item> items;
@@ -130,7 +129,7 @@ Fate decide(int32_t* word, const Load& load, List<Load>& loads, List<int32_t>& l
       ++totals.claimed;
     } else {
       if (pick(0, 1)) request(word);
-      late.add(load.slot);
+      late.add(load.row);
       ++totals.late;
     }
     return Fate::kNeeded;
@@ -143,26 +142,26 @@ Fate decide(int32_t* word, const Load& load, List<Load>& loads, List<int32_t>& l
 }
 
 void run_step(TestLayer& layer, Totals& totals) {
-  const int num_experts = layer.layout.num_experts, num_slots = layer.layout.num_slots;
+  const int num_experts = layer.layout.num_experts;
   Board& board = layer.board;
   layer.poison();
-  std::vector<int> experts(static_cast<size_t>(num_experts)), slots(static_cast<size_t>(num_slots));
+  std::vector<int> experts(static_cast<size_t>(num_experts)), rows(static_cast<size_t>(num_experts));
   std::iota(experts.begin(), experts.end(), 0);
-  std::iota(slots.begin(), slots.end(), 0);
+  std::iota(rows.begin(), rows.end(), 0);
   std::shuffle(experts.begin(), experts.end(), random_source);
-  std::shuffle(slots.begin(), slots.end(), random_source);
+  std::shuffle(rows.begin(), rows.end(), random_source);
   std::vector<Load> pairs;  // the first ones are prefetched, the next ones demanded, the others left alone
-  for (size_t i = 0; i < slots.size(); ++i) pairs.push_back({experts[i], slots[i]});
-  const int num_ahead = pick(0, num_slots), num_demanded = pick(0, num_slots - num_ahead);
+  for (size_t i = 0; i < rows.size(); ++i) pairs.push_back({experts[i], rows[i]});
+  const int num_ahead = pick(0, num_experts), num_demanded = pick(0, num_experts - num_ahead);
 
-  List<Load> ahead(num_slots), loads(num_slots);
-  List<int32_t> tickets(num_slots), late(num_slots);
+  List<Load> ahead(num_experts), loads(num_experts);
+  List<int32_t> tickets(num_experts), late(num_experts);
   int num_errors = 0;
   for (int i = 0; i < num_ahead; ++i) {
     ahead.add(pairs[i]);
-    tickets.add(static_cast<int32_t>(enqueue(&board.states[pairs[i].slot])));
+    tickets.add(static_cast<int32_t>(enqueue(&board.states[pairs[i].row])));
   }
-  if (num_ahead < num_slots && pick(0, 3) == 0) {
+  if (num_ahead < num_experts && pick(0, 3) == 0) {
     ahead.add({num_experts, 0});
     ++num_errors;
   }
@@ -177,35 +176,32 @@ void run_step(TestLayer& layer, Totals& totals) {
   if (start == 2) std::this_thread::sleep_for(std::chrono::microseconds(pick(0, 300)));
 
   for (int i = num_ahead; i < num_ahead + num_demanded; ++i) {
-    begin_load(&board.states[pairs[i].slot]);
+    begin_load(&board.states[pairs[i].row]);
     loads.add(pairs[i]);
   }
   std::vector<Fate> fates;
   for (int i = 0; i < num_ahead; ++i) {
-    fates.push_back(decide(&board.states[pairs[i].slot], pairs[i], loads, late, totals));
+    fates.push_back(decide(&board.states[pairs[i].row], pairs[i], loads, late, totals));
   }
-  if (loads.count < num_slots && pick(0, 3) == 0) {
-    loads.add({0, num_slots});
+  if (loads.count < num_experts && pick(0, 3) == 0) {
+    loads.add({0, num_experts});
     ++num_errors;
   }
   const int num_demand_blocks = pick(1, 7);
-  const bool waits_apart = pick(0, 1);
-  const List<int32_t> nothing(num_slots);
   launch(demand, num_demand_blocks, pick(1, num_demand_blocks), [&] {
-    gather_kernel(layer.layout, {loads.view(), (waits_apart ? nothing : late).view()}, layer.board, layer.lane);
+    gather_kernel(layer.layout, {loads.view(), late.view()}, layer.board, layer.lane);
   });
   join(demand);
-  if (waits_apart) await_kernel(late.view(), num_slots, layer.board, layer.lane);
   for (int i = 0; i < num_ahead + num_demanded; ++i) {
     if (i >= num_ahead || fates[i] == Fate::kNeeded) REQUIRE(layer.holds(pairs[i]));
   }
   if (start == 0) start_prefetch();
   join(prefetch);
-  for (int i = 0; i < num_slots; ++i) {
+  for (int i = 0; i < num_experts; ++i) {
     const bool is_left = i >= num_ahead + num_demanded || (i < num_ahead && fates[i] == Fate::kDropped);
-    REQUIRE(is_left ? layer.is_untouched(pairs[i].slot) : layer.holds(pairs[i]));
+    REQUIRE(is_left ? layer.is_untouched(pairs[i].row) : layer.holds(pairs[i]));
   }
-  for (size_t i = static_cast<size_t>(num_slots); i < layer.words.size(); ++i) REQUIRE(layer.words[i] == 0);
+  for (size_t i = static_cast<size_t>(num_experts); i < layer.words.size(); ++i) REQUIRE(layer.words[i] == 0);
   REQUIRE(*layer.lane.demand_active == 0);
   REQUIRE(*layer.lane.errors == num_errors);
   *layer.lane.errors = 0;

@@ -1,0 +1,272 @@
+// The planner on the GPU: one block per plan, a layer's state in device memory, nothing decided on the host.
+//
+// A plan is bookkeeping as if its copies had landed. Three things make that true before the layer's kernel runs: the
+// gather kernel, next on the same stream, copies `loads`; it waits for `late`; and slots of prefetches that have not
+// landed are never given away.
+//
+// The state, the ids and the loads are worked on in shared memory: a plan is a chain of some dozen short steps, and a
+// round trip to global memory costs more than each of them.
+#pragma once
+
+#include "../residency.h"
+#include "../slot_state.h"
+
+#ifdef __CUDACC__
+#define VEP_DYNAMIC_SHARED(name) extern __shared__ int64_t name[]
+#define VEP_WARP_THREADS 32
+__device__ inline int32_t load_relaxed(const int32_t* place) { return *const_cast<const volatile int32_t*>(place); }
+#endif  // else tests/native/cpp/cuda_on_host.h: a block of host threads
+
+namespace vep {
+namespace {
+
+constexpr int kWarp = VEP_WARP_THREADS;
+constexpr int kMaxWarps = 32;
+constexpr int kMaxExperts = 1024;
+
+// The lanes are the threads of a block.
+template <int kThreads>
+class Block {
+ public:
+  __device__ explicit Block(int64_t* sums) : sums_(sums) {}
+  __device__ int rank() const { return static_cast<int>(threadIdx.x); }
+  __device__ int size() const { return kThreads; }
+  __device__ void sync() const { __syncthreads(); }
+  __device__ int64_t sum(int64_t value, int64_t* total) const {
+    const int lane = rank() % kWarp, warp = rank() / kWarp;
+    int64_t inclusive = value;
+    for (int distance = 1; distance < kWarp; distance *= 2) {
+      const int64_t other = __shfl_up_sync(~0u, inclusive, distance);
+      if (lane >= distance) inclusive += other;
+    }
+    __syncthreads();
+    if (lane == kWarp - 1) sums_[warp] = inclusive;
+    __syncthreads();
+    int64_t before = 0, all = 0;
+    for (int i = 0; i < kThreads / kWarp; ++i) {
+      before += i < warp ? sums_[i] : 0;
+      all += sums_[i];
+    }
+    *total = all;
+    return before + inclusive - value;
+  }
+  // A look first: where many lanes ask for one place, most find that it holds enough already.
+  __device__ void lower(int32_t* place, int32_t value) const {
+    if (load_relaxed(place) > value) atomicMin(place, value);
+  }
+  __device__ void raise(int32_t* place, int32_t value) const {
+    if (load_relaxed(place) < value) atomicMax(place, value);
+  }
+
+ private:
+  int64_t* sums_;  // shared, one per warp
+};
+
+// A layer in device memory. `num_words` of `state`; `rows`: (E) words of slot_state.h; `mirror`: kHeaderWords in host
+// memory, or null.
+struct LayerMemory {
+  int64_t* state;
+  int num_words;
+  int32_t* rows;
+  int64_t* mirror;
+};
+
+// Routed ids, `per_token` of each token; those of padding tokens count as -1. `real` is negative for padding: vLLM's
+// slot mapping, which is on the device, also while a graph with more tokens than requests is replayed.
+template <class Id>
+struct TokenIds {
+  const Id* ids;
+  const int64_t* real;  // (tokens)
+  int per_token;
+  __device__ Id operator[](int i) const { return real[i / per_token] < 0 ? Id{-1} : ids[i]; }
+};
+
+// Predicted ids, laid out in the same way and read column by column: what each token wants most comes before what any
+// of them wants less.
+template <class Id>
+struct PredictedIds {
+  const Id* ids;
+  const int64_t* real;
+  int per_token;
+  int num_tokens;
+  __device__ Id operator[](int i) const {
+    const int token = i % num_tokens;
+    return real[token] < 0 ? Id{-1} : ids[token * per_token + i / num_tokens];
+  }
+};
+
+// What a plan leaves for the kernels that copy. `loads` has room for E pairs (expert, row).
+struct Orders {
+  int32_t* loads;
+  int32_t* num_loads;  // (1)
+  int32_t* extra;      // (E) demand: late slots to wait for; prefetch: the tickets of `loads`
+  int32_t* num_extra;  // (1), demand only
+};
+
+// The block's shared memory, with a copy of the layer's state in it.
+template <int kThreads>
+struct Desk {
+  Block<kThreads> team;
+  Layer layer;
+  Scratch scratch;
+  int32_t* ids;    // (E): what is planned
+  int32_t* loads;  // (E, 2)
+
+  __device__ static Desk open(int64_t* shared, const LayerMemory& memory) {
+    Block<kThreads> team(shared);
+    int64_t* state = shared + kMaxWarps;
+    for (int i = team.rank(); i < memory.num_words; i += team.size()) state[i] = memory.state[i];
+    team.sync();
+    const Layer layer{state};
+    const int num_experts = layer.num_experts(), num_slots = layer.num_slots();
+    auto* scratch = reinterpret_cast<char*>(state + memory.num_words);
+    auto* ids = reinterpret_cast<int32_t*>(scratch + Scratch::bytes(num_experts, num_slots));
+    return {team, layer, Scratch::at(scratch, num_experts, num_slots), ids, ids + num_experts};
+  }
+
+  __device__ void close(const LayerMemory& memory) const {
+    team.sync();
+    for (int i = team.rank(); i < memory.num_words; i += team.size()) memory.state[i] = layer.header[i];
+    if (memory.mirror) {
+      volatile int64_t* mirror = memory.mirror;
+      for (int i = team.rank(); i < kHeaderWords; i += team.size()) mirror[i] = layer.header[i];
+    }
+  }
+};
+
+inline int64_t shared_bytes(int64_t num_experts, int64_t num_slots) {
+  const int64_t words = kMaxWarps + Layer::words(num_experts, num_slots);
+  return 8 * words + Scratch::bytes(static_cast<int>(num_experts), static_cast<int>(num_slots)) + 12 * num_experts;
+}
+
+// Puts what is to be planned into desk.ids, and returns how many: the ids as they are, or, where these are more than
+// experts, each needed expert once, in the order that decides: that of first appearance, or, in a step that has too few
+// slots, of last appearance. `entry` then receives the index of the first id that asks for any expert, else kNever.
+template <class Desk, class Ids>
+__device__ int list_ids(Desk& desk, const Ids& ids, int num_ids, bool is_step, int32_t* entry) {
+  auto& team = desk.team;
+  const Layer& layer = desk.layer;
+  const int num_experts = layer.num_experts();
+  *entry = kNever;
+  if (num_ids <= num_experts) {
+    for (int i = team.rank(); i < num_ids; i += team.size()) {
+      const int64_t expert = static_cast<int64_t>(ids[i]);
+      desk.ids[i] = static_cast<int32_t>(expert < 0 ? kNone : expert < num_experts ? expert : num_experts);
+    }
+    team.sync();
+    return num_ids;
+  }
+  find_first(team, layer, ids, num_ids, desk.scratch);
+  *entry = *desk.scratch.entry;
+  int64_t mine = 0, num_needed = 0;
+  for (int expert = team.rank(); expert < num_experts; expert += team.size()) {
+    mine += desk.scratch.first[expert] != kNever;
+  }
+  team.sum(mine, &num_needed);
+  const bool by_last = is_step && num_needed > layer.num_slots();
+  const int32_t* at = by_last ? desk.scratch.last : desk.scratch.first;
+  for (int expert = team.rank(); expert < num_experts; expert += team.size()) {
+    if (desk.scratch.first[expert] == kNever) continue;
+    int place = by_last ? static_cast<int>(num_needed) - num_experts : 0;  // the others' last is before all
+    for (int other = 0; other < num_experts; ++other) place += at[other] < at[expert];
+    desk.ids[place] = expert;
+  }
+  team.sync();
+  return static_cast<int>(num_needed);
+}
+
+// Records that the plan needs and that a prefetch brings: one that has not started becomes a load of ours, any other
+// is waited for. `num_misses` loads stand in the list already. Returns how many there are then.
+template <class Desk>
+__device__ int take_over_late(Desk& desk, int32_t* rows, const StepCounts& step, const Orders& orders) {
+  constexpr int64_t kWaits = 1ll << 32;
+  auto& team = desk.team;
+  const Layer& layer = desk.layer;
+  int begin, end;
+  share_of(team, step.num_late, &begin, &end);
+  int64_t mine = 0;
+  for (int i = begin; i < end; ++i) {
+    const int64_t slot = layer.slot_of()[desk.scratch.late[i]];
+    const bool ours = claim(&rows[slot]);
+    if (!ours) request(&rows[slot]);
+    desk.scratch.settled[i] = ours;
+    mine += ours ? 1 : kWaits;
+  }
+  int64_t total = 0;
+  int64_t before = team.sum(mine, &total);
+  for (int i = begin; i < end; ++i) {
+    const int32_t expert = desk.scratch.late[i];
+    const auto slot = static_cast<int32_t>(layer.slot_of()[expert]);
+    if (desk.scratch.settled[i]) {
+      const int64_t m = step.num_misses + before % kWaits;
+      desk.loads[2 * m] = expert;
+      desk.loads[2 * m + 1] = slot;
+      before += 1;
+    } else {
+      orders.extra[before / kWaits] = slot;
+      before += kWaits;
+    }
+  }
+  if (team.rank() == 0) {
+    *orders.num_loads = static_cast<int32_t>(step.num_misses + total % kWaits);
+    *orders.num_extra = static_cast<int32_t>(total / kWaits);
+    layer.header[kClaimed] += total % kWaits;
+    layer.header[kDemanded] += total % kWaits;
+  }
+  team.sync();
+  return static_cast<int>(step.num_misses + total % kWaits);
+}
+
+template <class Desk>
+__device__ void write_loads(const Desk& desk, int num_loads, const Orders& orders) {
+  for (int i = desk.team.rank(); i < 2 * num_loads; i += desk.team.size()) orders.loads[i] = desk.loads[i];
+}
+
+// `row_ids` receives the row of each id.
+template <int kThreads, class Id>
+__global__ void __launch_bounds__(kThreads, 1)
+    plan_step_kernel(const LayerMemory memory, const TokenIds<Id> ids, const int num_ids, Id* row_ids,
+                     const Orders orders, const bool is_speculated) {
+  VEP_DYNAMIC_SHARED(shared);
+  auto desk = Desk<kThreads>::open(shared, memory);
+  auto& team = desk.team;
+  const Layer& layer = desk.layer;
+  SlotWords lane{memory.rows};
+  int32_t entry;
+  const int num_listed = list_ids(desk, ids, num_ids, true, &entry);
+  const StepCounts step =
+      plan_step(team, layer, lane, const_cast<const int32_t*>(desk.ids), num_listed, desk.scratch, desk.loads);
+  if (team.rank() == 0 && entry != kNever) *desk.scratch.entry = entry;
+  for (int m = team.rank(); m < step.num_misses; m += team.size()) begin_load(&memory.rows[desk.loads[2 * m + 1]]);
+  write_loads(desk, take_over_late(desk, memory.rows, step, orders), orders);
+  write_rows(team, layer, ids, ids.ids, num_ids, row_ids, desk.scratch);
+  team.sync();
+  if (team.rank() == 0) count_step(layer, step, is_speculated);
+  desk.close(memory);
+}
+
+// At most `*wanted` and at most `most` loads.
+template <int kThreads, class Id>
+__global__ void __launch_bounds__(kThreads, 1)
+    plan_prefetch_kernel(const LayerMemory memory, const PredictedIds<Id> ids, const int num_ids,
+                         const volatile int32_t* wanted, const int most, const Orders orders) {
+  VEP_DYNAMIC_SHARED(shared);
+  if (threadIdx.x == 0) shared[0] = *wanted;  // by one thread, once: the host may change it in between
+  auto desk = Desk<kThreads>::open(shared, memory);
+  auto& team = desk.team;
+  const int budget = min(static_cast<int>(shared[0]), most);
+  SlotWords lane{memory.rows};
+  int32_t entry;
+  const int num_listed = list_ids(desk, ids, num_ids, false, &entry);
+  const int num_loads = plan_prefetch(team, desk.layer, lane, const_cast<const int32_t*>(desk.ids), num_listed, budget,
+                                      desk.scratch, desk.loads);
+  for (int m = team.rank(); m < num_loads; m += team.size()) {
+    orders.extra[m] = static_cast<int32_t>(enqueue(&memory.rows[desk.loads[2 * m + 1]]));
+  }
+  if (team.rank() == 0) *orders.num_loads = num_loads;
+  write_loads(desk, num_loads, orders);
+  desk.close({memory.state, memory.num_words, memory.rows, nullptr});
+}
+
+}  // namespace
+}  // namespace vep

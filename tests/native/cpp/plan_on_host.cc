@@ -1,0 +1,219 @@
+// The plan kernels as blocks of host threads decide exactly as one thread does with csrc/residency.h: narrow steps and
+// wide ones, of few ids and of many, with padding, prefetches in every state, and late records taken over. Under TSan
+// this is also the race check of the planner's teams.
+#include "cuda_on_host.h"
+#include "cuda/plan_kernels.cuh"
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <thread>
+#include <utility>
+#include <vector>
+
+namespace {
+
+using namespace vep;
+
+constexpr int kThreads = 4;
+
+#define REQUIRE(condition)                                               \
+  if (!(condition)) {                                                    \
+    std::fprintf(stderr, "line %d: not so: %s\n", __LINE__, #condition); \
+    std::_Exit(1);                                                       \
+  }
+
+std::mt19937 random_source(7);
+
+int pick(int low, int high) { return low + static_cast<int>(random_source() % static_cast<unsigned>(high - low + 1)); }
+
+// Runs `kernel` as one block.
+template <class Kernel>
+void launch(int64_t shared_size, Kernel kernel) {
+  std::vector<int64_t> shared(static_cast<size_t>(shared_size / 8 + 1), 0x5A5A5A5A5A5A5A5A);
+  std::barrier<> barrier(kThreads);
+  std::vector<std::thread> threads;
+  for (unsigned rank = 0; rank < kThreads; ++rank) {
+    threads.emplace_back([&, rank] {
+      threadIdx.x = rank;
+      dynamic_shared = shared.data();
+      block_barrier = &barrier;
+      kernel();
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+// What a plan leaves for the kernels that copy, and the rows of a step.
+struct Outcome {
+  Outcome(int num_experts, size_t num_ids)
+      : loads(static_cast<size_t>(2 * num_experts)), extra(static_cast<size_t>(num_experts)), rows(num_ids, -9) {}
+  Orders orders() { return {loads.data(), &num_loads, extra.data(), &num_extra}; }
+  std::vector<std::pair<int, int>> listed() const {
+    std::vector<std::pair<int, int>> pairs;
+    for (size_t m = 0; m < static_cast<size_t>(num_loads); ++m) pairs.emplace_back(loads[2 * m], loads[2 * m + 1]);
+    return pairs;
+  }
+
+  std::vector<int32_t> loads, extra, rows;
+  int32_t num_loads = -1, num_extra = -1;
+};
+
+struct TestLayer {
+  TestLayer(int num_experts, int num_slots, int top_k, int policy)
+      : state(static_cast<size_t>(Layer::words(num_experts, num_slots))), words(static_cast<size_t>(num_experts)) {
+    state[kNumExperts] = num_experts;
+    state[kNumSlots] = state[kNumFree] = num_slots;
+    state[kTopK] = top_k;
+    state[kPolicy] = policy;
+    for (int expert = 0; expert < num_experts; ++expert) layer().slot_of()[expert] = kNone;
+    for (int slot = 0; slot < num_slots; ++slot) {
+      layer().expert_in()[slot] = kNone;
+      layer().free_slots()[slot] = num_slots - 1 - slot;
+    }
+  }
+  Layer layer() { return {state.data()}; }
+  LayerMemory memory(int64_t* mirror) {
+    return {state.data(), static_cast<int>(state.size()), words.data(), mirror};
+  }
+  bool same(const TestLayer& other) const { return state == other.state && words == other.words; }
+
+  std::vector<int64_t> state;
+  std::vector<int32_t> words;
+};
+
+// One thread that does what the kernels do.
+struct Reference {
+  Reference(TestLayer& made, int num_ids)
+      : made(made), layer(made.layer()), num_experts(layer.num_experts()),
+        memory(static_cast<size_t>(Scratch::bytes(num_experts, layer.num_slots())) / 8 + 1),
+        loads(static_cast<size_t>(2 * std::max(num_experts, num_ids))),
+        scratch(Scratch::at(memory.data(), num_experts, layer.num_slots())) {}
+
+  void step(const TokenIds<int32_t>& ids, int num_ids, bool is_speculated, Outcome& out) {
+    Alone team;
+    SlotWords lane{made.words.data()};
+    const StepCounts counts = plan_step(team, layer, lane, ids, num_ids, scratch, loads.data());
+    out.num_loads = counts.num_misses;
+    out.num_extra = 0;
+    for (int m = 0; m < counts.num_misses; ++m) begin_load(&made.words[static_cast<size_t>(loads[2 * m + 1])]);
+    for (int i = 0; i < counts.num_late; ++i) {
+      const int32_t expert = scratch.late[i];
+      const auto slot = static_cast<int32_t>(layer.slot_of()[expert]);
+      int32_t* word = &made.words[static_cast<size_t>(slot)];
+      if (claim(word)) {
+        loads[2 * out.num_loads] = expert;
+        loads[2 * out.num_loads++ + 1] = slot;
+        layer.header[kClaimed] += 1;
+        layer.header[kDemanded] += 1;
+      } else {
+        request(word);
+        out.extra[static_cast<size_t>(out.num_extra++)] = slot;
+      }
+    }
+    write_rows(team, layer, ids, ids.ids, num_ids, out.rows.data(), scratch);
+    count_step(layer, counts, is_speculated);
+    std::copy_n(loads.begin(), 2 * out.num_loads, out.loads.begin());
+  }
+
+  void prefetch(const PredictedIds<int32_t>& ids, int num_ids, int budget, Outcome& out) {
+    Alone team;
+    SlotWords lane{made.words.data()};
+    out.num_loads = plan_prefetch(team, layer, lane, ids, num_ids, budget, scratch, loads.data());
+    for (int m = 0; m < out.num_loads; ++m) {
+      const auto slot = static_cast<size_t>(loads[2 * m + 1]);
+      out.extra[static_cast<size_t>(m)] = static_cast<int32_t>(enqueue(&made.words[slot]));
+    }
+    std::copy_n(loads.begin(), 2 * out.num_loads, out.loads.begin());
+  }
+
+  TestLayer& made;
+  Layer layer;
+  int num_experts;
+  std::vector<int64_t> memory;
+  std::vector<int32_t> loads;
+  Scratch scratch;
+};
+
+// Some queued copies start, some running ones land; all that steps wait for or copy has landed.
+void play_lane(TestLayer& layer) {
+  for (int32_t& word : layer.words) {
+    SlotState state = state_of(word);
+    if (state == SlotState::kClaimed || state == SlotState::kUrgent) state = SlotState::kReady;
+    const int chance = pick(0, 2);
+    if (state == SlotState::kQueued && chance > 0) state = SlotState::kCopying;
+    if (state == SlotState::kCopying && chance > 1) state = SlotState::kReady;
+    word = word_of(ticket_of(word), state);
+  }
+}
+
+struct Totals {
+  int64_t wide = 0, overflow = 0, claimed = 0, late = 0, cancelled = 0, used = 0, many_ids = 0;
+};
+
+void walk(Totals& totals) {
+  const int num_experts = pick(2, 40), top_k = pick(1, std::min(num_experts, 8));
+  TestLayer one(num_experts, pick(top_k, num_experts), top_k, pick(0, 2));
+  const int64_t shared = shared_bytes(num_experts, one.layer().num_slots());
+  for (int number = 0; number < 40; ++number) {
+    TestLayer other = one;
+    const int num_tokens = pick(1, pick(0, 1) ? 3 : 20), spread = pick(0, 1) ? num_experts : (num_experts + 2) / 3;
+    std::vector<int32_t> ids;
+    std::vector<int64_t> real, mirror(kHeaderWords);
+    for (int token = 0; token < num_tokens; ++token) real.push_back(pick(0, 5) ? 3 : -1);
+    const int per_token = pick(0, 2) ? top_k : std::max(1, top_k / 2);
+    const int num_ids = num_tokens * per_token;
+    for (int i = 0; i < num_ids; ++i) {
+      ids.push_back(pick(0, 9) ? pick(0, spread - 1) : pick(0, 5) ? -1 : num_experts + pick(0, 3));
+    }
+    Outcome expected(num_experts, ids.size()), found(num_experts, ids.size());
+    Reference reference(one, num_ids);
+    if (pick(0, 2) == 0) {
+      const PredictedIds<int32_t> predicted{ids.data(), real.data(), per_token, num_tokens};
+      int32_t budget = pick(-1, 6);
+      reference.prefetch(predicted, num_ids, std::min(budget, one.layer().num_slots()), expected);
+      launch(shared, [&] {
+        plan_prefetch_kernel<kThreads, int32_t>(other.memory(nullptr), predicted, num_ids, &budget,
+                                                other.layer().num_slots(), found.orders());
+      });
+      found.num_extra = expected.num_extra;
+    } else {
+      const TokenIds<int32_t> routed{ids.data(), real.data(), per_token};
+      const bool is_speculated = pick(0, 4) == 0;
+      reference.step(routed, num_ids, is_speculated, expected);
+      launch(shared, [&] {
+        plan_step_kernel<kThreads, int32_t>(other.memory(mirror.data()), routed, num_ids, found.rows.data(),
+                                            found.orders(), is_speculated);
+      });
+      REQUIRE(std::memcmp(mirror.data(), other.state.data(), sizeof(int64_t) * kHeaderWords) == 0);
+      totals.many_ids += num_ids > num_experts;
+    }
+    auto loads = expected.listed(), other_loads = found.listed();
+    if (num_ids > num_experts) {  // late records may then come in any order
+      for (auto* list : {&loads, &other_loads}) std::sort(list->begin(), list->end());
+      for (auto* list : {&expected.extra, &found.extra}) std::sort(list->begin(), list->end());
+    }
+    REQUIRE(loads == other_loads);
+    REQUIRE(expected.num_extra == found.num_extra && expected.extra == found.extra);
+    REQUIRE(expected.rows == found.rows);
+    REQUIRE(one.same(other));
+    play_lane(one);
+  }
+  totals.wide += one.state[kWideSteps];
+  totals.overflow += one.state[kOverflow];
+  totals.claimed += one.state[kClaimed];
+  totals.late += one.state[kLate];
+  totals.cancelled += one.state[kCancelled];
+  totals.used += one.state[kUsed];
+}
+
+}  // namespace
+
+int main() {
+  Totals totals;
+  for (int i = 0; i < 60; ++i) walk(totals);
+  REQUIRE(totals.wide > 0 && totals.overflow > 0 && totals.late > totals.claimed && totals.claimed > 0);
+  REQUIRE(totals.cancelled > 0 && totals.used > 0 && totals.many_ids > 0);
+  return 0;
+}

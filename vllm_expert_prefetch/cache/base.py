@@ -1,0 +1,144 @@
+"""The contract of the expert cache: what serving and look-ahead ask for, whatever the platform.
+
+* `serve`: one step of a layer; every record it needs is there before a kernel that is launched next.
+* `prefetch`: copies that a guess asks for, behind what is queued already.
+* `set_budget`: how many records one prefetch may bring.
+* `words`: what happened so far, as last written; reading it waits for nothing.
+* `check_integrity`: the books against each other.
+
+One implementation per platform: `host` (C++ on the CPU platform) and `device` (CUDA).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+
+from vllm_expert_prefetch.cache.words import Words
+from vllm_expert_prefetch.memory.host_store import HostStore
+from vllm_expert_prefetch.memory.link import EmulatedLink
+from vllm_expert_prefetch.memory.row_space import RowSpace
+
+Rows = int | torch.Tensor
+"""Which rows of a step are tokens. On the host their number: the first ones are. On a GPU int64 (T), negative for
+padding: a tensor that vLLM fills before each replay of a captured step."""
+
+
+class LayerCache(ABC):
+    """C slots and E - C overflow rows for the experts of one MoE layer."""
+
+    def __init__(self, store: HostStore, space: RowSpace, num_slots: int, top_k: int) -> None:
+        self.store = store
+        self.tensors = space.tensors
+        self.num_experts, self.num_slots, self.top_k = store.num_experts, num_slots, top_k
+        self.record_bytes = store.record_bytes
+
+    @abstractmethod
+    def serve(self, topk_ids: torch.Tensor, rows: Rows, speculated: bool = False) -> torch.Tensor:
+        """Serve one step: plan it, bring what is absent, and return the row of each id.
+
+        `topk_ids` (T, K) int32 or int64, negative for none; the result has the same shape and dtype. A negative id stays
+        -1; other ids of padding rows get some row that is there. `speculated`: the step executes a guess.
+        Changes residency and the words. On a GPU nothing is awaited: a kernel launched next on this stream finds every
+        record. Raises RuntimeError once the cache is closed.
+        """
+
+    @abstractmethod
+    def prefetch(self, predicted: torch.Tensor, rows: Rows) -> None:
+        """Queue copies of at most `budget` of the `predicted` experts that are neither resident nor on their way.
+
+        `predicted` (R, P) or (P,) int32 or int64, most wanted first, negative for none. Returns at once.
+        """
+
+    @abstractmethod
+    def set_budget(self, num_records: int) -> None:
+        """From now on one prefetch may bring so many records, 0 for none: also in graphs that were captured before."""
+
+    @property
+    @abstractmethod
+    def takes_guesses(self) -> bool:
+        """Whether a guess may be of use. On a GPU always: the budget is read when a captured step runs."""
+
+    @abstractmethod
+    def words(self) -> Words:
+        """The words in front of the planner's state, as last written. Changes nothing, waits for nothing."""
+
+    @abstractmethod
+    def measure_copy(self) -> float:
+        """Seconds that one record takes from the host store into a row. Not while steps run; counted nowhere."""
+
+    @abstractmethod
+    def check_integrity(self) -> None:
+        """Raise AssertionError, saying which, when an invariant of `residency.ExpertCache` is broken. For tests."""
+
+    @property
+    def num_resident(self) -> int:
+        """Slots whose record has landed."""
+        return self.words().num_resident
+
+
+class Caches(ABC):
+    """The caches of one worker's MoE layers, which share a link, a prefetch lane, and the tensor of their words."""
+
+    engine_name: ClassVar[str]
+    on_device: ClassVar[bool]
+    """Whether decisions are made on a GPU, without the host."""
+
+    def __init__(self, num_layers: int, mirror: torch.Tensor, link: EmulatedLink | None) -> None:
+        """`mirror` (L, len(Words)) int64: row l holds the words of MoE layer l, as last written."""
+        self.layers: list[LayerCache | None] = [None] * num_layers
+        """By number among the MoE layers; None where every expert is resident, and nothing is planned."""
+        self.mirror = mirror
+        self.link = link
+
+    @abstractmethod
+    def add(self, number: int, store: HostStore, space: RowSpace, num_slots: int, top_k: int, policy: str) -> LayerCache:
+        """The cache of MoE layer `number`, all slots free. Raises ValueError, with the numbers, when they do not fit."""
+
+    def prefetch(self, wanted: Sequence[tuple[int, torch.Tensor]], rows: Rows) -> None:
+        """Queue copies for (layer, experts) pairs in order: the nearest layer first. See `LayerCache.prefetch`."""
+        for number, experts in wanted:
+            cache = self.layers[number]
+            if cache is not None:
+                cache.prefetch(experts, rows)
+
+    def measure_bandwidth(self) -> float:
+        """Bytes per second of copies of one record each, one of every layer, the faster of two passes; 0 without any."""
+        caches = [cache for cache in self.layers if cache is not None]
+        seconds = min(sum(cache.measure_copy() for cache in caches) for _ in range(2)) if caches else 0.0
+        return sum(cache.record_bytes for cache in caches) / seconds if seconds else 0.0
+
+    @abstractmethod
+    def join(self) -> None:
+        """Order what is launched next after every prefetch so far; nothing to do on the host."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the prefetch lane and drop what is queued; later calls raise RuntimeError."""
+
+
+def check_tables(slot_of: list[int], expert_in: list[int], flags: list[int], free: list[int], words: Words) -> None:
+    """Raise AssertionError when the tables behind the words (csrc/residency.h) contradict each other."""
+    ranked, in_flight = 1, 4
+    placed = {expert: slot for expert, slot in enumerate(slot_of) if slot >= 0}
+    inverse = {expert: slot for slot, expert in enumerate(expert_in) if expert >= 0}
+    assert placed == inverse, f"slot_of and expert_in are not inverse: {placed} and {inverse}"
+    states = {expert: flag & (ranked | in_flight) for expert, flag in enumerate(flags) if flag & (ranked | in_flight)}
+    assert states.keys() == placed.keys(), f"ranked or in flight are {states.keys()}, placed are {placed.keys()}"
+    assert set(states.values()) <= {ranked, in_flight}, f"both ranked and in flight: {states}"
+    assert words.num_in_flight == list(states.values()).count(in_flight), f"{words.num_in_flight} counted: {states}"
+    empty = [slot for slot, expert in enumerate(expert_in) if expert < 0]
+    assert sorted(free[: words.num_free]) == empty, f"free list {free[: words.num_free]}, empty slots {empty}"
+
+
+def check_state(state: torch.Tensor) -> None:
+    """`check_tables` of a planner's whole state, an int64 tensor."""
+    numbers = state.tolist()
+    words = Words._make(numbers[: len(Words._fields)])
+    tables, start = [], len(Words._fields)
+    for size in [words.num_experts] * 4 + [words.num_slots] * 2:
+        tables.append(numbers[start : start + size])
+        start += size
+    slot_of, flags, _, _, expert_in, free = tables
+    check_tables(slot_of, expert_in, flags, free, words)

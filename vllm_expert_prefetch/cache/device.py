@@ -1,0 +1,253 @@
+"""The expert cache on a GPU: planned and copied by kernels, nothing decided on the host.
+
+Every step only launches kernels on tensors that stay where they are, so that it can be captured in a CUDA graph: a
+replay plans with the ids of *its* step. Nothing here allocates, synchronises or reads a result on the way, but for
+`measure_copy` and `check_integrity`.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vllm_expert_prefetch.cache.base import Caches, LayerCache, Rows, check_state
+from vllm_expert_prefetch.cache.words import Words
+from vllm_expert_prefetch.memory.host_memory import HostMemory, HostMemoryOptions
+from vllm_expert_prefetch.memory.host_store import HostStore
+from vllm_expert_prefetch.memory.row_space import RowSpace
+from vllm_expert_prefetch.native.library import cuda_library, host_library
+from vllm_expert_prefetch.residency import POLICIES
+
+_MEASURED_COPIES = 8
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """Grid sizes in blocks of 512 threads (one fits beside others on an SM), and how often a prefetch may yield."""
+
+    num_demand_blocks: int = 16
+    num_prefetch_blocks: int = 8
+    chunk_bytes: int = 64 * 1024
+
+
+class Orders:
+    """What a plan leaves for the kernel that copies. All int32 on the GPU: `loads` (room, 2) of (expert, row),
+    `num_loads` (1); `late` (room): slots that a step waits for, or the tickets of a prefetch's loads; `num_late` (1).
+    """
+
+    def __init__(self, room: int, device: torch.device) -> None:
+        self.loads = torch.zeros((room, 2), dtype=torch.int32, device=device)
+        self.late = torch.zeros(room, dtype=torch.int32, device=device)
+        self.num_loads, self.num_late = torch.zeros(2, dtype=torch.int32, device=device).split(1)
+
+
+class DeviceCache(LayerCache):
+    """One layer: its planner's state, the words of its rows (csrc/slot_state.h) and its orders, in GPU memory.
+
+    At most one prefetch of a layer is on its way: its orders must stay as they are until it has ended. `prefetch` joins
+    the side stream where that is needed.
+    """
+
+    def __init__(
+        self,
+        caches: "DeviceCaches",
+        number: int,
+        store: HostStore,
+        space: RowSpace,
+        num_slots: int,
+        top_k: int,
+        policy: str,
+    ) -> None:
+        super().__init__(store, space, num_slots, top_k)
+        library, device = caches.library, caches.device
+        self._caches, self._library, self.number = caches, library, number
+        self._segments = _segment_table(library, store, space, device)
+        library.check_layout(self._segments, self.num_experts)
+        library.load_plan_kernels(self.num_experts, num_slots, device.index)
+        state = _initial_state(self.num_experts, num_slots, top_k, policy)
+        self.state = state.to(device)
+        self._board = torch.zeros(library.board_ints(self.num_experts), dtype=torch.int32, device=device)
+        self.row_words = self._board[: self.num_experts]
+        self.demand, self.ahead = Orders(self.num_experts, device), Orders(num_slots, device)
+        self._mirror, self._mirror_address = caches.mirror[number], caches.mirror_address(number)
+        self._mirror.copy_(state[: len(self._mirror)])
+        self._budget, self._budget_address = caches.budgets[number : number + 1], caches.budget_address(number)
+        self.set_budget(num_slots)
+
+    def serve(self, topk_ids: torch.Tensor, rows: Rows, speculated: bool = False) -> torch.Tensor:
+        topk_ids, orders = topk_ids.contiguous(), self.demand
+        row_ids = torch.empty_like(topk_ids)
+        self._library.plan_step(
+            *(self.state, self.row_words, topk_ids, rows, row_ids),
+            *(orders.loads, orders.num_loads, orders.late, orders.num_late),
+            *(self._mirror_address, speculated, self._caches.current_stream()),
+        )
+        self.gather()
+        return row_ids
+
+    def gather(self) -> None:
+        """Copy what `demand` names, then wait for its late slots, on the current stream."""
+        orders, caches = self.demand, self._caches
+        self._library.gather_records(
+            *(self._segments, self.num_experts),
+            *(orders.loads, orders.num_loads, orders.late, orders.num_late, self._board),
+            *(caches.lane, caches.options.num_demand_blocks, caches.current_stream()),
+        )
+
+    def prefetch(self, predicted: torch.Tensor, rows: Rows) -> None:
+        assert isinstance(rows, torch.Tensor)
+        if predicted.dim() == 1:
+            predicted = predicted.unsqueeze(0)
+        if len(predicted) == 1 < len(rows):  # one guess for all tokens
+            rows = rows.amax(0, keepdim=True)
+        orders, caches = self.ahead, self._caches
+        caches.join_if_busy(self.number)
+        self._library.plan_prefetch(
+            *(self.state, self.row_words, predicted.contiguous(), rows, self._budget_address),
+            *(orders.loads, orders.num_loads, orders.late, caches.current_stream()),
+        )
+        self.copy_ahead()
+
+    def copy_ahead(self) -> None:
+        """Copy what `ahead` names on the side stream, after what is on the current stream now."""
+        orders, caches = self.ahead, self._caches
+        self._library.prefetch_records(
+            *(self._segments, self.num_experts),
+            *(orders.loads, orders.late, orders.num_loads, self._board, caches.lane),
+            *(caches.options.num_prefetch_blocks, caches.options.chunk_bytes, caches.fork(self.number)),
+        )
+
+    def set_budget(self, num_records: int) -> None:
+        self._budget[0] = num_records
+
+    @property
+    def takes_guesses(self) -> bool:
+        return True
+
+    def words(self) -> Words:
+        return Words._make(self._mirror.tolist())
+
+    def measure_copy(self) -> float:
+        row = self.num_experts - 1
+        self.demand.loads[0] = torch.tensor((row, row), dtype=torch.int32)
+        self.demand.num_loads.fill_(1)
+        self.demand.num_late.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.gather()
+        start.record()
+        for _ in range(_MEASURED_COPIES):
+            self.gather()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1000 / _MEASURED_COPIES
+
+    def check_integrity(self) -> None:
+        check_state(self.state)
+
+
+class DeviceCaches(Caches):
+    """What the layers of one GPU share: the side stream of prefetches, the flag by which demands hold them up, and the
+    host memory that the GPU writes words to and reads budgets from.
+
+    A prefetch is forked from the current stream and joined before its orders are used again. In eager steps the first
+    layer whose orders are still in use joins, for all layers. Captures join before they end, and before vLLM captures
+    or replays it joins what was sent outside: what was forked inside is never joined outside, nor the other way round.
+    vLLM's offloader hooks call `join` there: `sync_prev_onload` (before a capture or a replay) and `join_after_forward`
+    (before a capture ends).
+    """
+
+    engine_name = "cuda"
+    on_device = True
+
+    def __init__(self, num_layers: int, device: torch.device, options: DeviceOptions | None = None) -> None:
+        library: Any = cuda_library()
+        self.library = library
+        self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        self.options = options or DeviceOptions()
+        mirror_bytes = 8 * num_layers * len(Words._fields)
+        shared = HostMemory(mirror_bytes + 4 * num_layers, HostMemoryOptions(pin=True, cuda=True)).bytes
+        super().__init__(num_layers, shared[:mirror_bytes].view(torch.int64).view(num_layers, -1), None)
+        self.budgets = shared[mirror_bytes:].view(torch.int32)
+        """(L) int32: how many records a prefetch may bring; every run of a plan reads its layer's."""
+        self._shared_address: int = library.device_pointer(shared.data_ptr(), self.device.index)
+        library.load_gather_kernels(self.device.index)
+        self.lane = torch.zeros(2, dtype=torch.int32, device=self.device)
+        # Of high priority: a copy that starts late hides behind less.
+        self.stream = torch.cuda.Stream(self.device, priority=-1)
+        self._forked, self._landed = torch.cuda.Event(), torch.cuda.Event()
+        self._busy: set[int] = set()
+        self._is_closed = False
+
+    def add(
+        self, number: int, store: HostStore, space: RowSpace, num_slots: int, top_k: int, policy: str
+    ) -> DeviceCache:
+        cache = DeviceCache(self, number, store, space, num_slots, top_k, policy)
+        self.layers[number] = cache
+        return cache
+
+    def mirror_address(self, number: int) -> int:
+        """Of the words of a layer, as the GPU sees it."""
+        return self._shared_address + number * 8 * self.mirror.shape[1]
+
+    def budget_address(self, number: int) -> int:
+        """Of the budget of a layer, as the GPU sees it."""
+        return self._shared_address + self.mirror.nbytes + 4 * number
+
+    def current_stream(self) -> int:
+        """The handle of the stream that steps run on. Raises RuntimeError once closed."""
+        if self._is_closed:
+            raise RuntimeError("expert_prefetch: the expert caches are closed")
+        return torch.cuda.current_stream(self.device).cuda_stream
+
+    def fork(self, number: int) -> int:
+        """Order the side stream after everything on the current one, for a prefetch of layer `number`; its handle."""
+        self._forked.record(torch.cuda.current_stream(self.device))
+        self.stream.wait_event(self._forked)
+        self._busy.add(number)
+        return self.stream.cuda_stream
+
+    def join(self) -> None:
+        if self._busy:
+            self._landed.record(self.stream)
+            torch.cuda.current_stream(self.device).wait_event(self._landed)
+            self._busy.clear()
+
+    def join_if_busy(self, number: int) -> None:
+        """Join if a prefetch of layer `number` has not been joined yet."""
+        if number in self._busy:
+            self.join()
+
+    def num_errors(self) -> int:
+        """Loads and waits that kernels refused since the start (csrc/cuda/gather_kernels.cuh). Synchronises."""
+        return int(self.lane[1].item())
+
+    def close(self) -> None:
+        self._is_closed = True
+        self.stream.synchronize()
+
+
+def _initial_state(num_experts: int, num_slots: int, top_k: int, policy: str) -> torch.Tensor:
+    """A planner's state with every slot free, int64 on the CPU. Raises ValueError, with the numbers."""
+    library: Any = host_library()
+    state = torch.zeros(library.planner_words(num_experts, num_slots), dtype=torch.int64)
+    library.planner_init(state, num_experts, num_slots, top_k, list(POLICIES).index(policy))
+    return state
+
+
+def _segment_table(library: Any, store: HostStore, space: RowSpace, device: torch.device) -> torch.Tensor:
+    """One row per expert tensor, int64 on the CPU: address in the host store as the GPU sees it, stride there, address
+    of the rows, row bytes."""
+    base = store.memory.bytes.data_ptr()
+    moved = library.device_pointer(base, device.index) - base  # asked for where the mapping begins: there it is defined
+    return torch.tensor(
+        [
+            (
+                view.data_ptr() + moved,
+                view.stride(0) * view.element_size(),
+                space.tensors[name].data_ptr(),
+                view[0].nbytes,
+            )
+            for name, view in store.views.items()
+        ],
+        dtype=torch.int64,
+    )

@@ -1,0 +1,61 @@
+"""From what the layers' caches have written down to the worker's counters: at one place, for every platform."""
+
+import threading
+import time
+
+from vllm_expert_prefetch.cache.base import Caches
+from vllm_expert_prefetch.lookahead.after import LookAhead
+from vllm_expert_prefetch.metrics.counters import Counters
+from vllm_expert_prefetch.metrics.ledger import Ledger
+from vllm_expert_prefetch.metrics.steps import StepClock
+
+_PERIOD_SECONDS = 0.5
+
+
+class Publisher:
+    """Publishes one worker's numbers when an engine step ends, and tells look-ahead what its guesses came to.
+
+    On a GPU the words are written a step later, so that a thread publishes as well, twice a second.
+    """
+
+    def __init__(self, counters: Counters, caches: Caches | None, look_ahead: LookAhead | None) -> None:
+        """`caches`: None where every expert is resident."""
+        self.counters = counters
+        self.clock = StepClock(counters)
+        self._caches = caches
+        self._look_ahead = look_ahead
+        self._ledger: Ledger | None = None
+        self._decoded = (0.0, 0.0)
+        self._lock = threading.Lock()
+        if caches is not None:
+            record_bytes = [0 if cache is None else cache.record_bytes for cache in caches.layers]
+            self._ledger = Ledger(counters, record_bytes, caches.mirror)
+            if caches.on_device:
+                threading.Thread(target=self._publish_now_and_then, name="expert-prefetch", daemon=True).start()
+
+    def step_ended(self) -> None:
+        """One engine step is over: time it, and publish."""
+        self.clock.end()
+        self.publish()
+
+    def publish(self) -> None:
+        """Add what has come since the last time."""
+        if self._ledger is None or self._caches is None:
+            return
+        with self._lock:
+            deltas = self._ledger.publish()
+            if self._look_ahead is not None:
+                self._look_ahead.note(deltas, self._decode_step_seconds())
+                self._look_ahead.publish(self.counters)
+
+    def _decode_step_seconds(self) -> float | None:
+        """What a decode step has taken since the last time; None when there was none."""
+        steps, seconds = (self.counters.get(series) for series in ("steps_total/decode", "step_seconds/decode/sum"))
+        num_steps, spent = steps - self._decoded[0], seconds - self._decoded[1]
+        self._decoded = (steps, seconds)
+        return spent / num_steps if num_steps else None
+
+    def _publish_now_and_then(self) -> None:
+        while True:
+            time.sleep(_PERIOD_SECONDS)
+            self.publish()

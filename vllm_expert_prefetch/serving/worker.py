@@ -1,0 +1,285 @@
+"""One worker's MoE layers together: how many slots each gets, what they share, and what the start-up line says."""
+
+import re
+import time
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vllm_expert_prefetch import __version__
+from vllm_expert_prefetch.cache.base import Caches, LayerCache
+from vllm_expert_prefetch.cache.create import create_caches, create_shared_rows, page_bytes
+from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, ExpertPrefetchConfig
+from vllm_expert_prefetch.lookahead.after import LookAhead
+from vllm_expert_prefetch.memory.host_memory import HostMemoryOptions, numa_node_of_gpu
+from vllm_expert_prefetch.memory.host_store import HostStore
+from vllm_expert_prefetch.memory.link import EmulatedLink
+from vllm_expert_prefetch.metrics.counters import SUFFIX, Counters
+from vllm_expert_prefetch.metrics.publish import Publisher
+from vllm_expert_prefetch.metrics.runtime_dir import ensure_runtime_dir
+from vllm_expert_prefetch.metrics.scrape_port import serve_counters
+from vllm_expert_prefetch.planning.sizing import GB, LayerShape, MemoryBudget, size_cache
+from vllm_expert_prefetch.serving import compat
+from vllm_expert_prefetch.serving.sources import create_look_ahead_of
+from vllm_expert_prefetch.serving.speculation import describe_execution
+from vllm_expert_prefetch.serving.takeover import TakeoverError
+
+if TYPE_CHECKING:
+    from vllm_expert_prefetch.serving.layer import CachedRoutedExperts
+
+_PROGRESS_SECONDS = 10
+_ACTIVATION_COPIES = 16
+"""Activation reserve on a GPU, in copies of the widest step's hidden states (before vLLM has measured it)."""
+_WORKER = "_expert_prefetch_worker"
+"""Attribute of vLLM's configuration object."""
+
+
+class Worker:
+    """What the MoE layers of one model on one worker share. It is kept on vLLM's configuration of that model."""
+
+    def __init__(self, vllm_config: Any, config: ExpertPrefetchConfig) -> None:
+        self.config = config
+        self._vllm_config = vllm_config
+        self._layers: list[weakref.ref[CachedRoutedExperts]] = []
+        self._slots: list[int] = []
+        self._sizing = ""
+        self._caches: Caches | None = None
+        self._shared_rows: dict[tuple[object, ...], Any] = {}
+        self._private_bytes = 0
+        self._num_taken_over = 0
+        self._next_progress = time.monotonic() + _PROGRESS_SECONDS
+        self.publisher: Publisher | None = None
+        """There once the model is loaded: a start that fails shows no metrics."""
+        on_cuda = compat.on_cuda_platform()
+        node = config.numa_node
+        if node is None and on_cuda:
+            node = numa_node_of_gpu(torch.cuda.current_device())
+        self.host_memory = HostMemoryOptions(
+            pin=config.pin_memory == "on" or (config.pin_memory == AUTO and on_cuda),
+            cuda=on_cuda,
+            numa_node=node,
+            huge_pages=config.huge_pages,
+            must_pin=config.pin_memory == "on",
+            must_bind=config.numa_node is not None,
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy of vLLM's configuration is for another model or process: it holds None in place of this worker."""
+        return (_nothing, ())
+
+    @property
+    def layers(self) -> "list[CachedRoutedExperts]":
+        """In the order in which the model computes them."""
+        return [layer for layer in (reference() for reference in self._layers) if layer is not None]
+
+    def register(self, layer: "CachedRoutedExperts") -> int:
+        """Called by each layer when it is made. Returns its number."""
+        self._layers.append(weakref.ref(layer))
+        return len(self._layers) - 1
+
+    def num_slots_of(self, layer: "CachedRoutedExperts", tensors: dict[str, torch.Tensor]) -> int:
+        """Slots of `layer`, whose post-processed expert `tensors` are given.
+
+        Decided for all layers at once, when the first one is complete and every other weight is loaded.
+        """
+        if not self._slots:
+            budget = None
+            if compat.on_cuda_platform():
+                budget = self._budget(sum(t.nbytes for t in tensors.values() if t.device.type != "cpu"))
+                self._sizing = budget.describe()
+            self._slots = size_cache(self.config, self._shapes(layer, tensors), budget, page_bytes(layer.accelerator))
+        return self._slots[layer.number]
+
+    def create_cache(self, layer: "CachedRoutedExperts", store: HostStore, num_slots: int) -> LayerCache:
+        """The cache of `layer`; overflow rows are shared with the layers whose records have the same shape."""
+        if self._caches is None:
+            self._caches = create_caches(len(self._layers), self._link(), layer.accelerator)
+            if self._caches.on_device:
+                compat.install_offloader(self._caches.join)
+        key = (num_slots, *((name, view.shape, view.dtype) for name, view in store.views.items()))
+        if key not in self._shared_rows:
+            self._shared_rows[key] = create_shared_rows(store.views, num_slots, 1, layer.accelerator)
+        space = self._shared_rows[key].row_space(0)
+        self._private_bytes += space.private_bytes
+        return self._caches.add(layer.number, store, space, num_slots, layer.top_k, self.config.policy)
+
+    def layer_taken_over(self) -> None:
+        """Called by each layer. Says once what of the host memory could not be as it should, and how far a long load is."""
+        self._num_taken_over += 1
+        stores = [layer.cache.store for layer in self.layers if layer.cache is not None]
+        if len(stores) == self._num_taken_over == 1:
+            for note in stores[0].memory.notes:
+                compat.logger().warning("%s. Going on without", note)
+        if time.monotonic() > self._next_progress:
+            self._next_progress = time.monotonic() + _PROGRESS_SECONDS
+            compat.logger().info(
+                "expert_prefetch: %d of %d MoE layers in host memory, %.4g GB",
+                *(self._num_taken_over, len(self._layers), sum(store.num_bytes for store in stores) / GB),
+            )
+
+    def start(self, model: torch.nn.Module) -> None:
+        """The model is loaded and every layer taken over: look ahead where that is asked for, count, and say so."""
+        layers, caches = self.layers, self._caches
+        for layer in layers:
+            _verify_rows(layer)
+        link_rate = caches.measure_bandwidth() if caches else 0.0
+        look_ahead, prefetch = create_look_ahead_of(model, layers, self.config, caches, link_rate)
+        execution = describe_execution(self.config, look_ahead, len(layers), prefetch)
+        self.publisher = self._publish(look_ahead, prefetch, execution, link_rate)
+        for layer in layers:
+            layer.look_ahead = look_ahead
+        compat.logger().info("%s", self._describe(prefetch, execution))
+
+    def _describe(self, prefetch: str, execution: str) -> str:
+        """The start-up line."""
+        layers, slots = self.layers, sorted(set(self._slots))
+        experts = sorted({layer.local_num_experts for layer in layers})
+        store, private, shared = self._host_bytes(), self._private_bytes, self._overflow_bytes()
+        share = 100 * sum(self._slots) / sum(layer.local_num_experts for layer in layers)
+        link = self._link()
+        return (
+            f"expert_prefetch: {len(layers)} MoE layers x {_range(experts)} experts, {_range(slots)} slots each; "
+            f"{store / GB:.4g} GB on the host ({'page-locked' if self._is_pinned() else 'pageable'}), "
+            f"{private / GB:.4g} GB cache ({share:.0f} % of the experts), {shared / GB:.4g} GB overflow rows; "
+            f"policy {self.config.policy}, execution {execution}, prefetch {prefetch}; "
+            f"engine {self._engine_name()}, link {link or 'not emulated'}"
+            + (f"; sizing: {self._sizing}" if self._sizing else "")
+        )
+
+    def _publish(self, look_ahead: LookAhead | None, prefetch: str, execution: str, link_rate: float) -> Publisher:
+        layers = self.layers
+        names = [_short_name(layer.layer_name, layer.number) for layer in layers]
+        info = {
+            "execution": execution,
+            "policy": self.config.policy,
+            "prefetch": prefetch,
+            "engine": self._engine_name(),
+            "link": str(self._link() or "real"),
+            "pinned": str(self._is_pinned()).lower(),
+            "platform": "cuda" if self.host_memory.cuda else "cpu",
+            "version": __version__,
+            "vllm_version": compat.vllm_version(),
+        }
+        counters = Counters(
+            self._counter_path(), self._labels(), info, names if self.config.metrics_per_layer else ()
+        )
+        num_experts = sum(layer.local_num_experts for layer in layers)
+        planned = self.config.planned_hit_rate
+        gauges = {
+            "moe_layers": len(layers),
+            "experts": num_experts,
+            "slots": sum(self._slots),
+            "host_store_bytes": self._host_bytes(),
+            "cache_bytes": self._private_bytes,
+            "overflow_bytes": self._overflow_bytes(),
+            "expert_record_bytes": self._host_bytes() / num_experts,
+            "link_bytes_per_second": link_rate,
+            "planned_hit_ratio": sum(self._slots) / num_experts if planned is None else planned,
+            "lookahead_enabled": look_ahead is not None,
+        }
+        for name, value in gauges.items():
+            counters.set(name, value)
+        if self.config.metrics_port is not None:
+            serve_counters(counters, self.config.metrics_port + compat.local_rank())
+        return Publisher(counters, self._caches, look_ahead)
+
+    def _shapes(self, first: "CachedRoutedExperts", tensors: dict[str, torch.Tensor]) -> list[LayerShape]:
+        """Of all layers. Post-processing may change the rows: layers that were like `first` will be."""
+        before = first.unprocessed_row_bytes
+        after = tuple(tensor[0].nbytes for tensor in tensors.values())
+        return [
+            LayerShape(
+                layer.local_num_experts,
+                layer.top_k,
+                after if layer.unprocessed_row_bytes == before else layer.unprocessed_row_bytes,
+            )
+            for layer in self.layers
+        ]
+
+    def _budget(self, resident_bytes: int) -> MemoryBudget:
+        """GPU memory as the driver and torch report it now, `resident_bytes` of experts not counted."""
+        free, total = torch.cuda.mem_get_info()
+        cached_by_torch = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        scheduler, model = self._vllm_config.scheduler_config, self._vllm_config.model_config
+        widest = scheduler.max_num_batched_tokens * model.get_hidden_size() * 2 * _ACTIVATION_COPIES
+        logits = scheduler.max_num_seqs * model.get_vocab_size() * 4 * 2
+        return MemoryBudget(
+            total_bytes=total,
+            utilization=self._vllm_config.cache_config.gpu_memory_utilization,
+            other_bytes=total - free - cached_by_torch - resident_bytes,
+            activation_bytes=widest + logits,
+            kv_reserve_bytes=compat.kv_bytes_per_sequence(self._vllm_config),
+        )
+
+    def _link(self) -> EmulatedLink | None:
+        gbps = self.config.emulated_link_gbps
+        return None if gbps is None else EmulatedLink(gbps, self.config.emulated_link_latency_us)
+
+    def _engine_name(self) -> str:
+        return self._caches.engine_name if self._caches else "none: every expert is resident"
+
+    def _is_pinned(self) -> bool:
+        return all(layer.cache.store.memory.is_pinned for layer in self.layers if layer.cache is not None)
+
+    def _host_bytes(self) -> int:
+        return sum(layer.cache.store.num_bytes for layer in self.layers if layer.cache is not None)
+
+    def _overflow_bytes(self) -> int:
+        return sum(shared.num_bytes for shared in self._shared_rows.values())
+
+    def _labels(self) -> dict[str, str]:
+        model, parallel = self._vllm_config.model_config, self._vllm_config.parallel_config
+        served = model.served_model_name or model.model
+        return {
+            "model_name": served if isinstance(served, str) else served[0],
+            "engine": str(parallel.data_parallel_rank),
+            "rank": str(parallel.rank),
+        }
+
+    def _counter_path(self) -> Any:
+        parallel = self._vllm_config.parallel_config
+        directory = ensure_runtime_dir()
+        stem = f"engine{parallel.data_parallel_rank}-rank{parallel.rank}"
+        numbers = [int(path.stem.rsplit("-", 1)[1]) for path in directory.glob(f"{stem}-*{SUFFIX}")]
+        return directory / f"{stem}-{max(numbers, default=0) + 1:06d}{SUFFIX}"
+
+
+def worker_of(vllm_config: Any, config: ExpertPrefetchConfig) -> Worker:
+    """The worker of the model that is being built with this very configuration object."""
+    worker = find_worker(vllm_config)
+    if worker is None:
+        worker = Worker(vllm_config, config)
+        object.__setattr__(vllm_config, _WORKER, worker)
+    return worker
+
+
+def find_worker(vllm_config: Any) -> Worker | None:
+    """The worker that `worker_of` has made for this configuration object, if it has."""
+    worker: Worker | None = getattr(vllm_config, _WORKER, None)
+    return worker
+
+
+def _nothing() -> None:
+    return None
+
+
+def _verify_rows(layer: "CachedRoutedExperts") -> None:
+    """Raise TakeoverError when something has replaced the row space behind a parameter since the takeover."""
+    for name, rows in layer.cache.tensors.items() if layer.cache is not None else ():
+        held = getattr(layer, name)
+        if held.data_ptr() != rows.data_ptr() or held.shape != rows.shape:
+            raise TakeoverError(
+                f"{CONFIG_KEY}: {layer.layer_name}.{name} {tuple(held.shape)} is not the row space "
+                f"{tuple(rows.shape)} that took its place"
+            )
+
+
+def _range(values: list[int]) -> str:
+    return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
+
+
+def _short_name(layer_name: str, index: int) -> str:
+    """The number in a layer's name: model.layers.7.mlp.experts is 7."""
+    found = re.search(r"\.(\d+)\.", layer_name)
+    return found[1] if found else str(index)

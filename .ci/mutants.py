@@ -16,7 +16,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("vllm_expert_prefetch", "csrc", "tests", "benchmarks", "deploy", "docs", "setup.py", "pyproject.toml", "README.md")
+COPIED = (
+    "vllm_expert_prefetch",
+    "csrc",
+    "tests",
+    "benchmarks",
+    "deploy",
+    "docs",
+    "setup.py",
+    "pyproject.toml",
+    "README.md",
+)
 SECONDS = 300
 
 

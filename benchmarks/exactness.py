@@ -93,7 +93,9 @@ def main() -> int:
     """Run every configuration; 0 when nothing differs and every cache was at work."""
     arguments = parser(__doc__)
     arguments.add_argument("--model", default=str(TINY_MODEL))
-    arguments.add_argument("--residency", default="0.25,0.5,0.75,0.9,0.95,1.0", help="shares of the experts with a slot")
+    arguments.add_argument(
+        "--residency", default="0.25,0.5,0.75,0.9,0.95,1.0", help="shares of the experts with a slot"
+    )
     arguments.add_argument("--modes", default="eager,compiled")
     arguments.add_argument("--batches", default="1,16")
     arguments.add_argument("--layers", default="2,3", help="also models of so many layers, at half and 0.9 residency")

@@ -88,7 +88,7 @@ class Cached:
         self.first_rows = torch.arange(shape.top_k, dtype=torch.int32, device=DEVICE).view(1, -1)
         self.rows = torch.zeros(1, dtype=torch.int64, device=DEVICE)
         for layer in self.layers:
-            layer.set_budget(shape.top_k)
+            layer.set_budget(shape.top_k, shape.top_k)
             if self.resident:
                 ask(layer, [(expert, expert) for expert in range(num_slots)])
                 layer.gather()

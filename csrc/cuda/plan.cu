@@ -83,8 +83,8 @@ void PlanStep(TensorView state, TensorView rows, TensorView ids, TensorView real
 }
 
 // `predicted` (T, P): P expert ids of each token, most wanted first; negative ones are skipped. `budget`: the address,
-// as the GPU sees it, of an int32 that says how many loads there may be. Every run of the kernel reads it, so that the
-// host can change it while graphs are replayed; the room in the lists limits it.
+// as the GPU sees it, of two int32: how many loads there may be, and how many guesses of each token count. Every run of
+// the kernel reads them, so that the host can change them while graphs are replayed; the room in the lists limits it.
 void PlanPrefetch(TensorView state, TensorView rows, TensorView predicted, TensorView real, int64_t budget,
                   TensorView loads, TensorView num_loads, TensorView tickets, int64_t stream) {
   const PlannedLayer layer(state, rows, 0);

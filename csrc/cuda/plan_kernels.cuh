@@ -245,19 +245,23 @@ __global__ void __launch_bounds__(kThreads, 1)
   desk.close(memory);
 }
 
-// At most `*wanted` and at most `most` loads.
+// At most `wanted[0]` and at most `most` loads, of the first `wanted[1]` guesses of each token.
 template <int kThreads, class Id>
 __global__ void __launch_bounds__(kThreads, 1)
     plan_prefetch_kernel(const LayerMemory memory, const PredictedIds<Id> ids, const int num_ids,
                          const volatile int32_t* wanted, const int most, const Orders orders) {
   VEP_DYNAMIC_SHARED(shared);
-  if (threadIdx.x == 0) shared[0] = *wanted;  // by one thread, once: the host may change it in between
+  if (threadIdx.x == 0) {  // by one thread, once: the host may change them in between
+    shared[0] = wanted[0];
+    shared[1] = wanted[1];
+  }
   auto desk = Desk<kThreads>::open(shared, memory);
   auto& team = desk.team;
   const int budget = min(static_cast<int>(shared[0]), most);
+  const int num_counting = min(num_ids, max(0, static_cast<int>(shared[1])) * ids.num_tokens);
   SlotWords lane{memory.rows};
   int32_t entry;
-  const int num_listed = list_ids(desk, ids, num_ids, false, &entry);
+  const int num_listed = list_ids(desk, ids, num_counting, false, &entry);
   const int num_loads = plan_prefetch(team, desk.layer, lane, const_cast<const int32_t*>(desk.ids), num_listed, budget,
                                       desk.scratch, desk.loads);
   for (int m = team.rank(); m < num_loads; m += team.size()) {

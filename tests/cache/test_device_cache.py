@@ -136,11 +136,11 @@ def test_one_guess_for_all_tokens_counts_when_any_row_is_a_token(made):
     assert real.tolist() == [4]
 
 
-def test_the_budget_is_one_word_that_later_prefetches_read(made):
+def test_the_budget_is_two_words_that_later_prefetches_read(made):
     _, caches = made
     assert caches.layers[1].takes_guesses
-    caches.layers[1].set_budget(0)
-    assert caches.budgets.tolist() == [NUM_SLOTS, 0, NUM_SLOTS, NUM_SLOTS]
+    caches.layers[1].set_budget(0, 9)
+    assert caches.budgets.tolist() == [[NUM_SLOTS, NUM_EXPERTS], [0, 9], *[[NUM_SLOTS, NUM_EXPERTS]] * 2]
     assert caches.layers[1].takes_guesses, "graphs that were captured before read the word"
 
 

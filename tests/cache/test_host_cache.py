@@ -37,7 +37,9 @@ class Model:
         assert row_ids.shape == topk_ids.shape
         assert row_ids.dtype == topk_ids.dtype
         assert ((row_ids < 0) == (topk_ids < 0)).all()
-        for expert, row in zip(topk_ids[:num_real].flatten().tolist(), row_ids[:num_real].flatten().tolist(), strict=True):
+        for expert, row in zip(
+            topk_ids[:num_real].flatten().tolist(), row_ids[:num_real].flatten().tolist(), strict=True
+        ):
             if expert >= 0:
                 for name, view in cache.store.views.items():
                     assert torch.equal(bits(cache.tensors[name][row]), bits(view[expert])), (name, expert, row)
@@ -74,7 +76,9 @@ def test_every_step_of_every_layer_reads_its_own_experts(make_model, areas, poli
         for number, cache in enumerate(model.caches.layers):
             num_rows, num_real = rng.choice([(1, 1), (2, 1), (3, 3), (12, 12), (40, 33)]), None
             num_rows, num_real = num_rows
-            ids = torch.stack([torch.randperm(16)[:2] for _ in range(num_rows)]).to(rng.choice([torch.int32, torch.int64]))
+            ids = torch.stack([torch.randperm(16)[:2] for _ in range(num_rows)]).to(
+                rng.choice([torch.int32, torch.int64])
+            )
             if rng.random() < 0.1:
                 ids[rng.randrange(num_rows)] = -1
             model.serve(number, ids, num_real)
@@ -127,11 +131,11 @@ def test_two_areas_are_apart(make_model):
 def test_a_prefetch_is_used_and_its_budget_is_kept(make_model):
     model = make_model(1, 6, large_tensors)
     cache = model.caches.layers[0]
-    cache.set_budget(0)
+    cache.set_budget(0, 3)
     assert not cache.takes_guesses
     cache.prefetch(torch.tensor([1, 2]), 1)
     assert cache.words().issued == 0
-    cache.set_budget(1)
+    cache.set_budget(1, 3)
     cache.prefetch(torch.tensor([1, 2]), 1)
     assert cache.words().issued == 1
     deadline = time.perf_counter() + 20

@@ -22,7 +22,7 @@ def test_no_call_synchronises(make_layer, request):
     layer.cache.prefetch(ids, rows)
     layer.cache.serve(ids, rows)
     layer.cache.prefetch(ids[0], rows)
-    layer.cache.set_budget(3)
+    layer.cache.set_budget(3, 9)
     layer.cache.words()
     layer.caches.join()
 

@@ -62,16 +62,16 @@ class Walk:
         count = self.rng.randrange(1, 2 * self.top_k)
         rows = [[self.rng.randrange(-1, self.num_experts) for _ in range(count)] for _ in range(num_tokens)]
         real = [-1 if self.rng.random() < 0.2 else 3 for _ in rows]
-        predicted = [
-            expert for column in zip(*rows, strict=True) for expert, at in zip(column, real, strict=True) if at >= 0
-        ]
+        counting = self.rng.randrange(count + 2)
+        columns = list(zip(*rows, strict=True))[:counting]
+        predicted = [expert for column in columns for expert, at in zip(column, real, strict=True) if at >= 0]
         budget = self.rng.randrange(-1, self.top_k + 1)
         self.settle(None)
         plan = self.cache.plan_prefetch(predicted, budget)
-        budget_word = torch.full((1,), budget, dtype=torch.int32).cuda()
+        budget_words = torch.tensor([budget, counting], dtype=torch.int32).cuda()
         cuda_library().plan_prefetch(
             *(self.state, self.words, torch.tensor(rows, dtype=torch.int64).cuda(), torch.tensor(real).cuda()),
-            *(budget_word.data_ptr(), self.loads, self.num_loads, self.extra, stream()),
+            *(budget_words.data_ptr(), self.loads, self.num_loads, self.extra, stream()),
         )
         assert self.listed() == [(load.expert, load.row) for load in plan.loads]
         words = self.words.tolist()

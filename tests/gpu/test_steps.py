@@ -53,7 +53,7 @@ def test_a_budget_that_changes_while_a_graph_is_replayed_is_obeyed():
     graph = model.capture()
     for budget, least, most in ((NUM_SLOTS, 1, NUM_SLOTS), (0, 0, 0), (-1, 0, 0), (1, 0, 1)):
         for layer in model.layers:
-            layer.cache.set_budget(budget)
+            layer.cache.set_budget(budget, 99)
         before = model.words()
         for _ in range(30):
             model.step(graph, num_experts=8)
@@ -69,7 +69,7 @@ def test_a_budget_that_changes_at_any_moment_does_no_harm():
     graph = model.capture()
     for step in range(200):
         for number, layer in enumerate(model.layers):  # while the step before may be running
-            layer.cache.set_budget((step + number) % 7 - 1)
+            layer.cache.set_budget((step + number) % 7 - 1, 99)
         model.step(graph)
     model.finish()
 
@@ -97,7 +97,7 @@ def test_nothing_waits_for_the_gpu():
     try:
         model.run()
         model.caches.join()
-        model.layers[0].cache.set_budget(3)
+        model.layers[0].cache.set_budget(3, 99)
         model.layers[0].cache.words()
     finally:
         torch.cuda.set_sync_debug_mode("default")

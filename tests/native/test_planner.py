@@ -58,7 +58,11 @@ class Twins:
         self.words = array("i", [LANDED] * num_slots)
         self.word_tensor = torch.frombuffer(self.words, dtype=torch.int32)
         self.totals = dict.fromkeys(
-            (*"steps wide_steps hits late misses overflow evictions used unused displaced".split(), "issued", "cancelled"),
+            (
+                *"steps wide_steps hits late misses overflow evictions used unused displaced".split(),
+                "issued",
+                "cancelled",
+            ),
             0,
         )
 

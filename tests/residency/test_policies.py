@@ -1,34 +1,30 @@
-"""Eviction policies: hand-computed victims with room for four experts, and the contract they share."""
-
-import random
+"""Eviction policies: hand-computed victims with room for four experts, and what all policies share."""
 
 import pytest
 
-from vllm_expert_prefetch.residency import POLICIES, ExpertCache, Planner, create_policy
+from vllm_expert_prefetch.residency import POLICIES, ExpertCache, Ranking
 
-RANKING_POLICIES = ["lru", "lfu", "lfru"]
 NUM_SLOTS = 4
 
 
 def victims_of(policy, requests):
     """The victims, in order, when 4 slots serve one expert per step; -1 stands for a free slot."""
-    planner = Planner(ExpertCache(16, NUM_SLOTS, create_policy(policy)), top_k=1, max_token_waves=0)
-    victims = []
-    for expert in requests:
-        plan = planner.plan([expert])
-        victims += [load.victim for load in plan.waves[0].loads]
-        planner.complete(plan)
-    return victims
+    cache = ExpertCache(16, NUM_SLOTS, POLICIES[policy])
+    return [load.victim for expert in requests for load in cache.plan([expert]).loads]
 
 
-def policy_with(name, experts, cold=(), seed=0):
-    """A policy that ranks `experts` and then `cold`, each inserted in order."""
-    policy = create_policy(name, seed)
-    for expert in experts:
-        policy.insert(expert)
+def order_of(policy, ranking):
+    """The ranked experts, the first to leave first."""
+    return sorted(ranking.ranked, key=lambda expert: POLICIES[policy](ranking, expert))
+
+
+def ranked(hot, cold=()):
+    ranking = Ranking(16)
+    for expert in hot:
+        ranking.touch(expert)
     for expert in cold:
-        policy.insert(expert, cold=True)
-    return policy
+        ranking.add_cold(expert)
+    return ranking
 
 
 def test_lru_evicts_what_was_not_asked_for_longest():
@@ -52,106 +48,38 @@ def test_lfru_keeps_the_frequent_longer_than_lru_and_lets_it_age_unlike_lfu():
     assert victims_of("lfu", requests)[-1] == 4
 
 
-def test_random_victims_are_the_same_for_a_seed_and_others_for_another():
-    def answers(seed):
-        policy = policy_with("random", range(NUM_SLOTS), seed=seed)
-        chosen = []
-        for newcomer in range(NUM_SLOTS, 40):
-            (victim,) = policy.victims(1, ())
-            policy.remove(victim)
-            policy.insert(newcomer)
-            chosen.append(victim)
-        return chosen
-
-    assert answers(seed=5) == answers(seed=5)
-    assert answers(seed=5) != answers(seed=6)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_cold_experts_leave_first_and_the_newest_of_them_before_the_others(policy):
+    assert order_of(policy, ranked(hot=[0, 1], cold=[2, 3])) == [3, 2, 0, 1]
 
 
-def test_random_spares_and_favours_nobody():
-    counts = dict.fromkeys(range(NUM_SLOTS), 0)
-    for seed in range(400):
-        for victim in policy_with("random", range(NUM_SLOTS), seed=seed).victims(1, ()):
-            counts[victim] += 1
-    assert min(counts.values()) > 60  # of 100 expected
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_cold_expert_leaves_first_however_often_it_was_used_before(policy):
+    ranking = ranked(hot=[1, *[0] * 20, 2])
+    ranking.remove(0)
+    ranking.add_cold(0)
+    assert order_of(policy, ranking)[0] == 0
 
 
-def test_random_draws_anew_after_every_eviction():
-    policy = policy_with("random", range(NUM_SLOTS))
-    drawn = set()
-    for _ in range(40):
-        (victim,) = policy.victims(1, ())
-        policy.remove(victim)
-        policy.insert(victim)
-        drawn.add(victim)
-    assert drawn == set(range(NUM_SLOTS))
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("warm", [lambda ranking: ranking.touch(3), lambda ranking: ranking.keep([3], 5)])
+def test_a_needed_expert_is_cold_no_more(policy, warm):
+    ranking = ranked(hot=[0, 1], cold=[2, 3])
+    warm(ranking)
+    assert order_of(policy, ranking)[0] == 2
+    assert ranking.cold == {2}
 
 
-@pytest.mark.parametrize("name", RANKING_POLICIES)
-def test_cold_experts_leave_first(name):
-    policy = policy_with(name, [0, 1], cold=[2, 3])
-    assert set(policy.victims(2, ())) == {2, 3}
-    assert set(policy.victims(NUM_SLOTS, ())[2:]) == {0, 1}
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_two_experts_are_wanted_alike(policy):
+    ranking = ranked(hot=[0, 1], cold=[2, 3])
+    ranking.keep([2, 3], 6)  # the same touch for both
+    assert len({POLICIES[policy](ranking, expert) for expert in ranking.ranked}) == 4
+    assert order_of(policy, ranking)[2 if policy == "lru" else 0] == 2, "the lower number leaves first"
 
 
-@pytest.mark.parametrize("name", RANKING_POLICIES)
-def test_cold_experts_leave_first_however_often_they_were_used_before(name):
-    policy = policy_with(name, [0, 1])
-    for _ in range(20):
-        policy.touch(0)
-    policy.remove(0)
-    policy.insert(0, cold=True)
-    assert policy.victims(1, ()) == [0]
-
-
-@pytest.mark.parametrize("name", RANKING_POLICIES)
-def test_a_touch_warms_a_cold_expert(name):
-    policy = policy_with(name, [0, 1], cold=[2, 3])
-    for _ in range(3):
-        policy.touch(3)
-    assert policy.victims(1, ()) == [2]
-    assert policy.victims(NUM_SLOTS, ())[-1] == 3
-
-
-@pytest.mark.parametrize("name", RANKING_POLICIES)
-def test_an_expert_that_left_cold_may_come_back_warm(name):
-    policy = policy_with(name, [0, 1], cold=[2])
-    policy.remove(2)
-    policy.insert(2)
-    assert policy.victims(1, ()) == [0]
-
-
-@pytest.mark.parametrize("name", POLICIES)
-def test_protected_experts_are_never_returned(name):
-    policy = policy_with(name, range(NUM_SLOTS))
-    for protected in ({0}, {1, 3}, {0, 1, 2}, {0, 1, 2, 3}):
-        assert set(policy.victims(NUM_SLOTS, protected)) == set(range(NUM_SLOTS)) - protected
-
-
-@pytest.mark.parametrize("name", POLICIES)
-def test_no_more_victims_than_asked_for_and_none_twice(name):
-    policy = policy_with(name, range(NUM_SLOTS))
-    for count in range(NUM_SLOTS + 2):
-        victims = policy.victims(count, ())
-        assert len(victims) == len(set(victims)) == min(count, NUM_SLOTS)
-
-
-@pytest.mark.parametrize("name", POLICIES)
-def test_asking_for_victims_changes_nothing(name):
-    rng = random.Random(name)
-    asked, unasked = (policy_with(name, [0, 1, 2], cold=[3], seed=9) for _ in range(2))
-    for newcomer in range(4, 60):
-        for _ in range(3):
-            asked.victims(rng.randint(0, 4), {rng.randrange(newcomer)})
-        (victim,) = unasked.victims(1, ())
-        assert asked.victims(1, ()) == [victim]
-        for policy in (asked, unasked):
-            policy.remove(victim)
-            policy.insert(newcomer)
-            policy.touch(newcomer)
-
-
-@pytest.mark.parametrize("name", POLICIES)
-def test_what_was_removed_is_no_longer_ranked(name):
-    policy = policy_with(name, range(NUM_SLOTS))
-    policy.remove(1)
-    assert policy.ranked() == {0, 2, 3} == set(policy.victims(NUM_SLOTS, ()))
+def test_what_was_removed_is_no_longer_ranked_and_its_touches_are_kept():
+    ranking = ranked(hot=[0, 0], cold=[1])
+    ranking.remove(0)
+    ranking.remove(1)
+    assert (ranking.ranked, ranking.cold, ranking.count[0]) == (set(), set(), 2)

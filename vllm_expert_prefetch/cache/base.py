@@ -52,8 +52,9 @@ class LayerCache(ABC):
         """
 
     @abstractmethod
-    def set_budget(self, num_records: int) -> None:
-        """From now on one prefetch may bring so many records, 0 for none: also in graphs that were captured before."""
+    def set_budget(self, num_records: int, num_guesses: int) -> None:
+        """From now on one prefetch may bring so many records, 0 for none, of the first `num_guesses` of each row of a
+        guess: also in graphs that were captured before."""
 
     @property
     @abstractmethod
@@ -93,7 +94,9 @@ class Caches(ABC):
         self.link = link
 
     @abstractmethod
-    def add(self, number: int, store: HostStore, space: RowSpace, num_slots: int, top_k: int, policy: str) -> LayerCache:
+    def add(
+        self, number: int, store: HostStore, space: RowSpace, num_slots: int, top_k: int, policy: str
+    ) -> LayerCache:
         """The cache of MoE layer `number`, all slots free. Raises ValueError, with the numbers, when they do not fit."""
 
     def prefetch(self, wanted: Sequence[tuple[int, torch.Tensor]], rows: Rows) -> None:

@@ -11,7 +11,7 @@ from vllm_expert_prefetch.cache.host import HostCaches
 from vllm_expert_prefetch.config import CONFIG_KEY, ConfigError
 from vllm_expert_prefetch.memory.link import EmulatedLink
 from vllm_expert_prefetch.memory.row_space import SharedRows
-from vllm_expert_prefetch.native.library import cuda_library, host_library, why_not_cuda, why_not_host
+from vllm_expert_prefetch.native.library import host_library, why_not_cuda, why_not_host
 
 
 def why_no_cache(on_gpu: bool) -> str | None:
@@ -43,6 +43,7 @@ def create_shared_rows(rows_like: Mapping[str, torch.Tensor], num_slots: int, ar
 def page_bytes(device: torch.device) -> int:
     """What can be mapped at least, in bytes."""
     if device.type == "cuda":
-        library: Any = cuda_library()
-        return int(library.row_space_granularity(device.index or torch.cuda.current_device()))
+        from vllm_expert_prefetch.memory.device_rows import granularity
+
+        return granularity(device)
     return mmap.PAGESIZE

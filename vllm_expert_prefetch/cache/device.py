@@ -71,8 +71,8 @@ class DeviceCache(LayerCache):
         self.demand, self.ahead = Orders(self.num_experts, device), Orders(num_slots, device)
         self._mirror, self._mirror_address = caches.mirror[number], caches.mirror_address(number)
         self._mirror.copy_(state[: len(self._mirror)])
-        self._budget, self._budget_address = caches.budgets[number : number + 1], caches.budget_address(number)
-        self.set_budget(num_slots)
+        self._budget, self._budget_address = caches.budgets[number], caches.budget_address(number)
+        self.set_budget(num_slots, self.num_experts)
 
     def serve(self, topk_ids: torch.Tensor, rows: Rows, speculated: bool = False) -> torch.Tensor:
         topk_ids, orders = topk_ids.contiguous(), self.demand
@@ -117,8 +117,8 @@ class DeviceCache(LayerCache):
             *(caches.options.num_prefetch_blocks, caches.options.chunk_bytes, caches.fork(self.number)),
         )
 
-    def set_budget(self, num_records: int) -> None:
-        self._budget[0] = num_records
+    def set_budget(self, num_records: int, num_guesses: int) -> None:
+        self._budget[0], self._budget[1] = num_records, num_guesses
 
     @property
     def takes_guesses(self) -> bool:
@@ -165,10 +165,11 @@ class DeviceCaches(Caches):
         self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self.options = options or DeviceOptions()
         mirror_bytes = 8 * num_layers * len(Words._fields)
-        shared = HostMemory(mirror_bytes + 4 * num_layers, HostMemoryOptions(pin=True, cuda=True)).bytes
+        shared = HostMemory(mirror_bytes + 8 * num_layers, HostMemoryOptions(pin=True, cuda=True)).bytes
         super().__init__(num_layers, shared[:mirror_bytes].view(torch.int64).view(num_layers, -1), None)
-        self.budgets = shared[mirror_bytes:].view(torch.int32)
-        """(L) int32: how many records a prefetch may bring; every run of a plan reads its layer's."""
+        self.budgets = shared[mirror_bytes:].view(torch.int32).view(num_layers, 2)
+        """(L, 2) int32: how many records a prefetch may bring, of how many guesses of each row; every run of a plan reads
+        its layer's."""
         self._shared_address: int = library.device_pointer(shared.data_ptr(), self.device.index)
         library.load_gather_kernels(self.device.index)
         self.lane = torch.zeros(2, dtype=torch.int32, device=self.device)
@@ -191,7 +192,7 @@ class DeviceCaches(Caches):
 
     def budget_address(self, number: int) -> int:
         """Of the budget of a layer, as the GPU sees it."""
-        return self._shared_address + self.mirror.nbytes + 4 * number
+        return self._shared_address + self.mirror.nbytes + 8 * number
 
     def current_stream(self) -> int:
         """The handle of the stream that steps run on. Raises RuntimeError once closed."""

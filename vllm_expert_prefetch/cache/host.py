@@ -22,13 +22,20 @@ class HostCache(LayerCache):
     """One layer, behind one native call per step; see csrc/host/cache_bindings.cc."""
 
     def __init__(
-        self, caches: "HostCaches", number: int, store: HostStore, space: RowSpace, num_slots: int, top_k: int, policy: str
+        self,
+        caches: "HostCaches",
+        number: int,
+        store: HostStore,
+        space: RowSpace,
+        num_slots: int,
+        top_k: int,
+        policy: str,
     ) -> None:
         super().__init__(store, space, num_slots, top_k)
         library = caches.library
         self._state = torch.zeros(library.planner_words(self.num_experts, num_slots), dtype=torch.int64)
         self._mirror = caches.mirror[number]
-        self.budget = num_slots
+        self.budget = num_slots  # records of one prefetch
         numbers = (self.num_experts, num_slots, top_k, list(POLICIES).index(policy), store.record_bytes)
         segments = _segment_table(store, space)
         self._native = library.cache_create(caches.engine, segments, *numbers, self._state, self._mirror)
@@ -44,8 +51,8 @@ class HostCache(LayerCache):
         if self.budget > 0:
             self._prefetch(self._native, predicted.contiguous(), self.budget)
 
-    def set_budget(self, num_records: int) -> None:
-        self.budget = num_records
+    def set_budget(self, num_records: int, num_guesses: int) -> None:
+        self.budget = num_records  # whoever guesses on the host guesses no more than counts
 
     @property
     def takes_guesses(self) -> bool:

@@ -33,6 +33,12 @@ class Publisher:
             if caches.on_device:
                 threading.Thread(target=self._publish_now_and_then, name="expert-prefetch", daemon=True).start()
 
+    def step_begins(self, num_prefilling: int, num_decoding: int, continues: bool) -> None:
+        """See `StepClock.begin`."""
+        self.clock.begin(num_prefilling, num_decoding, continues)
+        if self._look_ahead is not None:
+            self._look_ahead.begin_step(self.clock.num_one_token_each)
+
     def step_ended(self) -> None:
         """One engine step is over: time it, and publish."""
         self.clock.end()

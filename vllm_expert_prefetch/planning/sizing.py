@@ -75,7 +75,9 @@ def size_cache(
     Raises ConfigError, with both numbers and the remedy, for fewer slots than a token needs or more than experts.
     """
     if config.slots_per_layer is not None:
-        return _checked(layers, [config.slots_per_layer] * len(layers), f"slots_per_layer = {config.slots_per_layer}", page)
+        return _checked(
+            layers, [config.slots_per_layer] * len(layers), f"slots_per_layer = {config.slots_per_layer}", page
+        )
     if config.cache_fraction is not None:
         # 0.29 of 100 is 29, not 28.999...
         slots = [int(config.cache_fraction * layer.num_experts + 1e-9) for layer in layers]

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from vllm_expert_prefetch.experts import PredictorWeights
 from vllm_expert_prefetch.prediction.base import Predictor, Signals
+from vllm_expert_prefetch.prediction.compiled import PredictorWeights
 from vllm_expert_prefetch.prediction.defaults import DefaultVectors
 from vllm_expert_prefetch.prediction.gates import Gate
 from vllm_expert_prefetch.prediction.router import QuasiHidden

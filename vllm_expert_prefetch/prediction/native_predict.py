@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_expert_prefetch.experts import NativePredictor, can_predict
 from vllm_expert_prefetch.prediction.base import Predictor, Signals
+from vllm_expert_prefetch.prediction.compiled import NativePredictor, can_predict
 from vllm_expert_prefetch.prediction.estimator import EstimatorPredictor
 from vllm_expert_prefetch.prediction.gates import Gate
 from vllm_expert_prefetch.prediction.router import DefaultVectorPredictor, RouterPredictor

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from vllm_expert_prefetch.experts import PredictorWeights
 from vllm_expert_prefetch.prediction.base import Predictor, Signals
+from vllm_expert_prefetch.prediction.compiled import PredictorWeights
 from vllm_expert_prefetch.prediction.defaults import DefaultVectors
 from vllm_expert_prefetch.prediction.fused_router import create_fused_router
 from vllm_expert_prefetch.prediction.gates import Gate, fold

@@ -57,16 +57,16 @@ class ExpertCache:
         return IN_FLIGHT if expert in self.in_flight else RESIDENT
 
     def plan(self, ids: Iterable[int]) -> Plan:
-        """Plan one step that needs the experts `ids`, in the order of its tokens; negative ids are padding.
+        """Plan one step that needs the experts `ids`, in the order of its tokens; others than 0 to E - 1 are ignored.
 
         A narrow step, of at most C experts, puts what it misses into slots: free ones, then those of the policy's
         victims. A wide step must neither flush what decoding uses nor leave the slots cold. What its last tokens miss
         takes free slots, then those of experts that it does not need and that are cold or stale, and ranks cold there.
         What finds no slot takes an overflow row.
         """
-        ids = list(ids)
-        last_at = {expert: index for index, expert in enumerate(ids) if expert >= 0}
-        needed = dict.fromkeys(expert for expert in ids if expert >= 0)
+        ids = self._known(ids)
+        last_at = {expert: index for index, expert in enumerate(ids)}
+        needed = dict.fromkeys(ids)
         is_wide = len(needed) > self.num_slots
         used, displaced = self.untouched & needed.keys(), self.displaced & needed.keys()
         self.untouched -= used
@@ -101,10 +101,10 @@ class ExpertCache:
     def plan_prefetch(self, predicted: Iterable[int], budget: int) -> PrefetchPlan:
         """Plan copies for `predicted` experts, most wanted first, and mark them IN_FLIGHT: at most `budget` of them.
 
-        Negative ids are ignored. No predicted expert is a victim, nor one in flight; when victims run out, the least
-        wanted are left out.
+        Ids are ignored as in `plan`. No predicted expert is a victim, nor one in flight; when victims run out, the
+        least wanted are left out.
         """
-        wanted = dict.fromkeys(expert for expert in predicted if expert >= 0)
+        wanted = dict.fromkeys(self._known(predicted))
         absent = [expert for expert in wanted if self.slot_of[expert] == NO_SLOT][: max(0, budget)]
         victims = self._victims(len(absent) - len(self.free), wanted)
         num_unused = len(self.untouched.intersection(victims))
@@ -128,6 +128,9 @@ class ExpertCache:
             self.in_flight.remove(expert)
             self.untouched.discard(expert)
             self.free.append(self._vacate(expert))
+
+    def _known(self, ids: Iterable[int]) -> list[int]:
+        return [expert for expert in ids if 0 <= expert < self.num_experts]
 
     def _victims(self, count: int, protected: Collection[int], only_cold_or_stale: bool = False) -> list[int]:
         """At most `count` experts that may leave, the first to leave first."""

@@ -36,8 +36,8 @@ class Plan(NamedTuple):
     `rows` maps each distinct expert that the step needs, in order of first appearance, to its row. The kernel may run
     once the copies of `loads` (the misses) have landed, and those of `late`: prefetches that were on their way, which
     are waited for or taken over, and never made twice. Every other needed expert is a hit.
-    `num_used` counts prefetched experts that are needed for the first time, `num_unused` those that were evicted without
-    having been needed, `num_displaced` needed experts that a prefetch had evicted since they were needed last.
+    `num_used` counts prefetched experts that are needed for the first time, `num_unused` those that were evicted
+    without having been needed, `num_displaced` needed experts that a prefetch had evicted since they were needed last.
     """
 
     is_wide: bool

@@ -37,7 +37,7 @@ def watch_steps(runner: Any, vllm_config: Any) -> None:
             publisher = None if worker is None else worker.publisher
         if publisher is None or not scheduler_output.total_num_scheduled_tokens:
             return execute(scheduler_output, *args, **kwargs)
-        publisher.clock.begin(*count_sequences(scheduler_output))
+        publisher.step_begins(*count_sequences(scheduler_output))
         output = execute(scheduler_output, *args, **kwargs)
         if output is not None:
             publisher.step_ended()

@@ -57,7 +57,7 @@ def replace_rows(layer: torch.nn.Module, rows: Mapping[str, torch.Tensor]) -> No
 
 
 def keep_in_place(layer: torch.nn.Module, names: Iterable[str]) -> None:
-    """Make buffers of the parameters `names`: vLLM's loader moves every parameter that it saw on the host back there."""
+    """Make buffers of the parameters `names`: vLLM's loader moves every parameter that it saw on the host back."""
     for name in list(names):
         layer.register_buffer(name, layer._parameters.pop(name), persistent=False)
 

@@ -105,7 +105,7 @@ class Worker:
         return self._caches.add(layer.number, store, space, num_slots, layer.top_k, self.config.policy)
 
     def layer_taken_over(self) -> None:
-        """Called by each layer. Says once what of the host memory could not be as it should, and how far a long load is."""
+        """Called by each layer. Says what of the host memory could not be as it should, and how far a long load is."""
         self._num_taken_over += 1
         stores = [layer.cache.store for layer in self.layers if layer.cache is not None]
         if len(stores) == self._num_taken_over == 1:
@@ -161,9 +161,7 @@ class Worker:
             "version": __version__,
             "vllm_version": compat.vllm_version(),
         }
-        counters = Counters(
-            self._counter_path(), self._labels(), info, names if self.config.metrics_per_layer else ()
-        )
+        counters = Counters(self._counter_path(), self._labels(), info, names if self.config.metrics_per_layer else ())
         num_experts = sum(layer.local_num_experts for layer in layers)
         planned = self.config.planned_hit_rate
         gauges = {

@@ -171,10 +171,11 @@ void walk(Totals& totals) {
     Reference reference(one, num_ids);
     if (pick(0, 2) == 0) {
       const PredictedIds<int32_t> predicted{ids.data(), real.data(), per_token, num_tokens};
-      int32_t budget = pick(-1, 6);
-      reference.prefetch(predicted, num_ids, std::min(budget, one.layer().num_slots()), expected);
+      const int32_t wanted[] = {pick(-1, 6), pick(0, per_token + 1)};
+      const int num_counting = std::min(wanted[1], per_token) * num_tokens;
+      reference.prefetch(predicted, num_counting, std::min(wanted[0], one.layer().num_slots()), expected);
       launch(shared, [&] {
-        plan_prefetch_kernel<kThreads, int32_t>(other.memory(nullptr), predicted, num_ids, &budget,
+        plan_prefetch_kernel<kThreads, int32_t>(other.memory(nullptr), predicted, num_ids, wanted,
                                                 other.layer().num_slots(), found.orders());
       });
       found.num_extra = expected.num_extra;

@@ -4,14 +4,21 @@ Found by structure and not by model: a linear layer from the hidden size to the 
 and the norm of the enclosing decoder layer. Names only decide between several norms.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from vllm_expert_prefetch.prediction import Gate, Norm, Routing
+from vllm_expert_prefetch.cache.base import Caches
+from vllm_expert_prefetch.config import SPECULATIVE, ExpertPrefetchConfig
+from vllm_expert_prefetch.lookahead.after import LookAhead
+from vllm_expert_prefetch.lookahead.create import create_look_ahead, why_not
+from vllm_expert_prefetch.prediction import ArtifactError, Gate, Norm, Routing
 from vllm_expert_prefetch.serving import compat
+
+if TYPE_CHECKING:
+    from vllm_expert_prefetch.serving.layer import CachedRoutedExperts
 
 _NORM_NAMES = (
     "pre_feedforward_layernorm_2",  # Gemma: the routed experts have a norm of their own
@@ -200,10 +207,39 @@ def _routing(name: str, router: Any) -> Routing:
         raise NotFound(f"{name}: {error}") from error
 
 
-def sources_or_reason(model: torch.nn.Module) -> tuple[list[Source], str]:
-    """The sources and "", or none and why; the reason is logged once."""
+def create_look_ahead_of(
+    model: torch.nn.Module,
+    layers: "Sequence[CachedRoutedExperts]",
+    config: ExpertPrefetchConfig,
+    caches: Caches | None,
+    link_bytes_per_second: float,
+) -> tuple[LookAhead | None, str]:
+    """The look-ahead of a loaded model, and its name for the start-up line; or None, and why there is none.
+
+    A model or an artifact that does not allow it is served without: exactly, and the log says why. Raises ConfigError
+    where what was asked for cannot be.
+    """
+    reason = why_not(config, len(layers), caches, compat.breaks_graphs())
+    if reason or caches is None:
+        if config.execution == SPECULATIVE:
+            compat.logger().warning("expert_prefetch: execution is speculative, but serving is exact: %s", reason)
+        return None, str(reason)
     try:
-        return find_sources(model), ""
-    except NotFound as missing:
-        compat.logger().warning("expert_prefetch: no look-ahead, serving goes on without it: %s", missing)
-        return [], str(missing)
+        gates = [source.gate for source in _sources_of(model, layers)]
+        look_ahead = create_look_ahead(config, gates, caches, link_bytes_per_second, layers[0].accelerator)
+    except (NotFound, ArtifactError) as error:
+        compat.logger().warning("expert_prefetch: no look-ahead, serving goes on without it: %s", error)
+        return None, f"off: {error}"
+    if config.execution == SPECULATIVE and not look_ahead.speculated_layers:
+        compat.logger().warning(
+            "expert_prefetch: execution is speculative, but the artifact allows it in no layer: serving is exact"
+        )
+    return look_ahead, f"{config.prefetch}: {look_ahead.predictor.name}"
+
+
+def _sources_of(model: torch.nn.Module, layers: "Sequence[CachedRoutedExperts]") -> list[Source]:
+    """The sources in the order of `layers`."""
+    by_experts: dict[Any, Source] = {source.runner.routed_experts: source for source in find_sources(model)}
+    if len(by_experts) != len(layers):
+        raise NotFound(f"{len(by_experts)} of {len(layers)} MoE layers were found in the model")
+    return [by_experts[layer] for layer in layers]

@@ -4,8 +4,8 @@ import pytest
 import torch
 from expert_tensors import NUM_EXPERTS, bits, expert_tensors
 
-from vllm_expert_prefetch.experts import HostMemoryOptions, HostStore
-from vllm_expert_prefetch.experts.host_store import SEGMENT_ALIGNMENT_BYTES
+from vllm_expert_prefetch.memory.host_memory import HostMemoryOptions
+from vllm_expert_prefetch.memory.host_store import SEGMENT_ALIGNMENT_BYTES, HostStore
 
 ALIGNED_ROWS = {"w13": 768, "w2": 512, "scale": 256, "zeros": 256, "code": 512}
 """Row bytes of `expert_tensors` rounded up to 256, written down by hand."""
@@ -27,14 +27,6 @@ def test_every_row_has_the_bits_dtype_and_shape_it_came_with(tensors, store):
         view = store.views[name]
         assert (view.dtype, view.shape) == (tensor.dtype, tensor.shape)
         assert torch.equal(bits(view), bits(tensor))
-
-
-def test_a_record_is_the_rows_of_one_expert(tensors, store):
-    assert len(store.records) == NUM_EXPERTS
-    for expert, record in enumerate(store.records):
-        for name, row in zip(tensors, record, strict=True):
-            assert torch.equal(row, tensors[name][expert])
-            assert row.data_ptr() == store.views[name][expert].data_ptr()
 
 
 def test_every_row_starts_at_a_multiple_of_256_bytes_of_its_record(store):

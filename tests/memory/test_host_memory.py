@@ -14,8 +14,13 @@ from process_memory import PAGE, has_numa_calls, mapping_at, numa_policy_at, sta
 from processes import run_python
 
 from vllm_expert_prefetch.config import ConfigError
-from vllm_expert_prefetch.experts import HostMemory, HostMemoryOptions
-from vllm_expert_prefetch.experts.host_memory import _advise_huge_pages, memlock_limit_bytes, numa_node_of_gpu
+from vllm_expert_prefetch.memory.host_memory import (
+    HostMemory,
+    HostMemoryOptions,
+    _advise_huge_pages,
+    memlock_limit_bytes,
+    numa_node_of_gpu,
+)
 
 THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 PINNED_BYTES = 4 * PAGE + 100
@@ -84,7 +89,7 @@ def test_a_memlock_limit_that_is_too_small_is_an_error_that_names_it_and_the_rem
     output = run_python(f"""
         from process_memory import obey_memlock_limit
         from vllm_expert_prefetch.config import ConfigError
-        from vllm_expert_prefetch.experts import HostMemory, HostMemoryOptions
+        from vllm_expert_prefetch.memory.host_memory import HostMemory, HostMemoryOptions
         obey_memlock_limit({SMALL_LIMIT_BYTES})
         HostMemory({PINNED_BYTES}, HostMemoryOptions(pin=True))
         try:

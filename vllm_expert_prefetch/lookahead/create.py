@@ -1,0 +1,78 @@
+"""From the configuration and the model's router gates to look-ahead, or to the reason why there is none."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from vllm_expert_prefetch.cache.base import Caches
+from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, OFF, SPECULATIVE, ConfigError, ExpertPrefetchConfig
+from vllm_expert_prefetch.lookahead.after import LookAhead
+from vllm_expert_prefetch.prediction import (
+    Artifact,
+    Gate,
+    Ingredients,
+    NextTokenPredictor,
+    Predictor,
+    create_predictor,
+    fingerprint,
+    load_artifact,
+)
+
+
+def why_not(config: ExpertPrefetchConfig, num_layers: int, caches: Caches | None, breaks_graphs: bool) -> str | None:
+    """Why this worker does not look ahead; None when it does. `caches`: None where every expert is resident.
+
+    Raises ConfigError where what was asked for cannot be.
+    """
+    if config.prefetch == OFF:
+        return "off"
+    reason, speculates = None, config.execution == SPECULATIVE
+    if caches is None:
+        reason = "every expert has a slot"
+    elif caches.on_device and breaks_graphs:
+        reason = "vLLM interrupts its CUDA graphs without joining other streams: VLLM_USE_BREAKABLE_CUDAGRAPH=0 helps"
+    if config.lookahead_layers >= max(num_layers, 2):
+        raise ConfigError(
+            f"{CONFIG_KEY}: lookahead_layers is {config.lookahead_layers} and the model has {num_layers} MoE layers: "
+            f"set it to {max(num_layers - 1, 1)} at most, or prefetch to off"
+        )
+    if reason and speculates:
+        raise ConfigError(f"{CONFIG_KEY}: execution is speculative and cannot be: {reason}. Set execution to exact")
+    if reason and config.prefetch == "on" and caches is not None:
+        raise ConfigError(f"{CONFIG_KEY}: prefetch is on and cannot be: {reason}. Set prefetch to auto or off")
+    has_link = caches is not None and (caches.on_device or caches.link is not None)
+    if reason is None and config.prefetch == AUTO and not has_link and not speculates:
+        reason = "there is no link to hide: records are copied within host memory"
+    return f"off: {reason}" if reason else None
+
+
+def create_look_ahead(
+    config: ExpertPrefetchConfig,
+    gates: Sequence[Gate],
+    caches: Caches,
+    link_bytes_per_second: float,
+    device: torch.device,
+) -> LookAhead:
+    """The look-ahead of a model with these router gates, one per MoE layer. Raises ArtifactError."""
+    predictor, artifact = choose_predictor(config, gates)
+    allowed: frozenset[int] = frozenset()
+    if config.execution == SPECULATIVE and artifact is not None:  # never in the first nor the last layer
+        allowed = frozenset(layer for layer in artifact.card.allow_list if 0 < layer < len(gates) - 1)
+    forced = config.prefetch == "on"
+    return LookAhead(predictor, caches, config.over_fetch, forced, link_bytes_per_second, device, allowed)
+
+
+def choose_predictor(config: ExpertPrefetchConfig, gates: Sequence[Gate]) -> tuple[Predictor, Artifact | None]:
+    """The predictor that the configuration names, or the artifact found best, and the artifact."""
+    artifact = None
+    if config.artifact:
+        artifact = load_artifact(Path(config.artifact), fingerprint(gates)).on(gates[0].weight.device)
+    name = config.predictor
+    if name == AUTO:
+        name = "hybrid" if artifact is not None and artifact.card.hybrid else "router"
+    ingredients = Ingredients(gates, artifact, config.lookahead_layers)
+    predictor = create_predictor(name, ingredients)
+    if artifact is not None and not predictor.crosses_tokens:
+        predictor = NextTokenPredictor(predictor, create_predictor("transition", ingredients))
+    return predictor, artifact

@@ -22,6 +22,14 @@ PREDICTORS = ("router", "router_defaults", "estimator", "hybrid", "previous", "f
 """Those of `prediction` that can serve; studies have others."""
 
 
+REMOVED = {
+    "staging": "every platform has one engine, C++ on the CPU platform and CUDA on a GPU",
+    "stream_buffer": "overflow rows, which all layers share, hold what a step needs beyond the slots",
+    "max_token_waves": "no step is split: overflow rows hold what it needs beyond the slots",
+}
+"""Keys of earlier versions, and what does it now."""
+
+
 class ConfigError(RuntimeError):
     """A setting that cannot be honoured. The message names the key and the remedy."""
 
@@ -58,7 +66,7 @@ class ExpertPrefetchConfig:
     prefetch: str = _key(
         AUTO,
         "Copy experts before they are needed: `on`; `off`; `auto`: on, layer by layer where it pays. On the CPU "
-        "platform `auto` looks ahead over an emulated link only; a GPU needs `staging: native`.",
+        "platform `auto` looks ahead over an emulated link only.",
     )
     predictor: str = _key(
         AUTO,
@@ -72,23 +80,6 @@ class ExpertPrefetchConfig:
     )
     lookahead_layers: int = _key(1, "How many MoE layers ahead to predict.")
     artifact: str | None = _key(None, "Folder that `vllm-expert-prefetch calibrate` has written for this model.")
-    staging: str = _key(
-        AUTO,
-        "Who plans and copies: `native` (the CPU platform: C++; a GPU: CUDA kernels, also inside CUDA graphs, not yet "
-        "run on a GPU), `torch` (Python and torch; a GPU then needs `--enforce-eager`), `auto` (the CPU platform: "
-        "`native` where it was built; a GPU: `torch`).",
-    )
-    stream_buffer: str = _key(
-        AUTO,
-        "Room for one layer's experts on the accelerator, shared by all layers, for steps that need more distinct "
-        "experts than there are slots: bit-exact, and the cache is left alone. `auto`: when slots and buffer together "
-        "are smaller than the experts; `on`, `off`.",
-    )
-    max_token_waves: int = _key(
-        8,
-        "Without a stream buffer, such a step is split by tokens (bit-exact) while that takes at most this many waves, "
-        "otherwise by experts (float32 accumulation, may differ by rounding). 0: always by experts.",
-    )
     pin_memory: str = _key(
         AUTO,
         "Page-lock the host store: `auto` (on a GPU yes, and without it where that fails; on CPU no), `on` (fail at "
@@ -129,10 +120,7 @@ class ExpertPrefetchConfig:
         _at_least("lookahead_layers", self.lookahead_layers, 1)
         if self.execution == SPECULATIVE:
             self._check_speculative()
-        _one_of("staging", self.staging, [AUTO, "native", "torch"])
         _one_of("pin_memory", self.pin_memory, [AUTO, "on", OFF])
-        _one_of("stream_buffer", self.stream_buffer, [AUTO, "on", OFF])
-        _at_least("max_token_waves", self.max_token_waves, 0)
         if self.numa_node is not None:
             _at_least("numa_node", self.numa_node, 0)
         if self.planned_hit_rate is not None:
@@ -154,6 +142,8 @@ class ExpertPrefetchConfig:
         """Build from what the user gave; raises ConfigError naming the nearest valid key for an unknown one."""
         valid = [entry.name for entry in fields(cls)]
         for key in values:
+            if key in REMOVED:
+                raise ConfigError(_message(f"{key} is no key any more: {REMOVED[key]}. Drop it"))
             if key not in valid:
                 nearest = difflib.get_close_matches(str(key), valid, n=1, cutoff=0.0)[0]
                 raise ConfigError(
@@ -223,6 +213,21 @@ def config_from_additional(additional: Any) -> ExpertPrefetchConfig | None:
     if not isinstance(values, Mapping):
         raise ConfigError(_message(f"expected an object of settings (or true / false), got {values!r}"))
     return ExpertPrefetchConfig.from_mapping(values)
+
+
+_PARSED = "_expert_prefetch_config"
+"""Attribute of vLLM's configuration object."""
+
+
+def config_of(vllm_config: Any) -> ExpertPrefetchConfig | None:
+    """The plugin's configuration of this vLLM configuration, parsed once and kept there; None when it was not asked for.
+
+    Raises ConfigError as `config_from_additional` does.
+    """
+    if not hasattr(vllm_config, _PARSED):
+        object.__setattr__(vllm_config, _PARSED, config_from_additional(vllm_config.additional_config))
+    config: ExpertPrefetchConfig | None = getattr(vllm_config, _PARSED)
+    return config
 
 
 def _message(text: str) -> str:

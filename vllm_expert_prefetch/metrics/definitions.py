@@ -75,7 +75,7 @@ METRICS = (
         "lookups_total",
         Kind.COUNTER,
         "lookups",
-        "Distinct experts needed, per wave of a layer, by where they were found: in a slot, on their way, absent; or "
+        "Distinct experts needed, per step of a layer, by where they were found: in a slot, on their way, absent; or "
         "speculated: executed because they were predicted, wherever they were found. What those took is in "
         "transfer_bytes_total and stall_seconds_total.",
         "outcome",
@@ -85,9 +85,10 @@ METRICS = (
         "transfer_bytes_total",
         Kind.COUNTER,
         "bytes",
-        "Bytes of expert records copied from the host store, into slots or the stream buffer.",
+        "Bytes of expert records copied from the host store: into slots because a step needed them, into overflow rows "
+        "for the same reason, or ahead.",
         "kind",
-        ("demand", "prefetch", "stream"),
+        ("demand", "overflow", "prefetch"),
     ),
     Metric(
         "transfer_seconds_total",
@@ -103,12 +104,13 @@ METRICS = (
     ),
     Metric("evictions_total", Kind.COUNTER, "evictions", "Experts that gave their slot to another."),
     Metric(
-        "waves_total",
+        "layer_steps_total",
         Kind.COUNTER,
-        "waves",
-        "Kernel calls of MoE layers, by how the step was split.",
-        "split",
-        ("none", "tokens", "experts", "stream"),
+        "steps",
+        "Steps of MoE layers that needed an expert, summed over layers: narrow ones, which need no more experts than there "
+        "are slots, and wide ones.",
+        "width",
+        ("narrow", "wide"),
     ),
     Metric(
         "steps_total",
@@ -225,6 +227,7 @@ METRICS = (
         "ratio",
         "Share of each of these tokens' gate weights that the first top-k guesses missed, summed.",
     ),
+    Metric("lookahead_enabled", Kind.GAUGE, "", "1 where the worker looks ahead, 0 where it does not: `info` says why."),
     Metric("gated_layers", Kind.GAUGE, "layers", "MoE layers whose prefetch is off because it does not pay."),
     Metric("moe_layers", Kind.GAUGE, "layers", "MoE layers served from a slot cache."),
     Metric("experts", Kind.GAUGE, "experts", "Routed experts of all MoE layers."),
@@ -232,7 +235,7 @@ METRICS = (
     Metric("resident_slots", Kind.GAUGE, "slots", "Slots that hold an expert whose record has landed."),
     Metric("host_store_bytes", Kind.GAUGE, "bytes", "Host memory that holds the routed experts."),
     Metric("cache_bytes", Kind.GAUGE, "bytes", "Accelerator memory of all slots."),
-    Metric("stream_buffer_bytes", Kind.GAUGE, "bytes", "Accelerator memory of the stream buffer, 0 without one."),
+    Metric("overflow_bytes", Kind.GAUGE, "bytes", "Accelerator memory of the overflow rows, which all layers share."),
     Metric("expert_record_bytes", Kind.GAUGE, "bytes", "Bytes copied for one expert, mean over layers."),
     Metric(
         "link_bytes_per_second",
@@ -246,10 +249,10 @@ METRICS = (
         "ratio",
         "Hit rate that the cache was sized for: `planned_hit_rate`, or the share of experts that have a slot.",
     ),
-    Metric("info", Kind.INFO, "", "Mode, policy, prefetch, staging engine, link, platform and versions, as labels."),
+    Metric("info", Kind.INFO, "", "Mode, policy, prefetch, engine, link, platform and versions, as labels."),
 )
 
-INFO_LABELS = ("execution", "policy", "prefetch", "staging", "link", "pinned", "platform", "version", "vllm_version")
+INFO_LABELS = ("execution", "policy", "prefetch", "engine", "link", "pinned", "platform", "version", "vllm_version")
 LAYER_LABEL = "layer"
 
 _NUMERIC = tuple(metric for metric in METRICS if metric.kind is not Kind.INFO)

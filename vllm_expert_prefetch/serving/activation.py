@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
-from vllm_expert_prefetch.config import CONFIG_KEY, config_from_additional
+from vllm_expert_prefetch.config import CONFIG_KEY, config_of
 from vllm_expert_prefetch.metrics.runtime_dir import carry_to_ray_workers, ensure_runtime_dir
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.refusals import check_refusals
@@ -51,7 +51,7 @@ def _replace_layers() -> None:
 
 def check_config(vllm_config: Any) -> None:
     """Refuse what cannot be served, in the process that reads the flags and before anything is loaded."""
-    config = config_from_additional(vllm_config.additional_config)
+    config = config_of(vllm_config)
     if config is None or vllm_config.model_config is None:
         return
     compat.check_version(compat.vllm_version(), compat.on_cpu_platform())
@@ -87,10 +87,10 @@ def _extend_model_loader() -> None:
 
     def load_and_verify(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
         model = load(self, vllm_config, *args, **kwargs)
-        if config_from_additional(vllm_config.additional_config) is not None:
+        if config_of(vllm_config) is not None:
             layers = compat.moe_layers_of(model)
             verify_taken_over(layers)
-            layers[0].deployment.start(model)
+            layers[0].worker.start(model)
         return model
 
     BaseModelLoader.load_model = load_and_verify  # type: ignore[method-assign]

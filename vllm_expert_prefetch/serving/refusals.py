@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_expert_prefetch.config import CONFIG_KEY, SPECULATIVE, ConfigError, ExpertPrefetchConfig
-from vllm_expert_prefetch.experts import POLICY_NUMBERS
 from vllm_expert_prefetch.serving import compat
 
 
@@ -49,22 +48,6 @@ REFUSALS = (
         "--plugin expert_prefetch",
         "serve without the plugin",
         lambda vllm_config, config: not (compat.on_cpu_platform() or compat.on_cuda_platform()),
-    ),
-    Refusal(
-        "torch.compile and CUDA graphs on a GPU",
-        "-O1, -O2, -O3 (vLLM's default)",
-        "add --enforce-eager, or set staging to native: the host decides residency, which a captured graph cannot do",
-        lambda vllm_config, config: (
-            not compat.on_cpu_platform() and config.staging != "native" and not vllm_config.model_config.enforce_eager
-        ),
-    ),
-    Refusal(
-        "planning on the GPU with a policy that only Python has",
-        "policy",
-        "choose lru, lfu or lfru, or set staging to torch",
-        lambda vllm_config, config: (
-            not compat.on_cpu_platform() and config.staging == "native" and config.policy not in POLICY_NUMBERS
-        ),
     ),
     Refusal("expert parallelism", "--enable-expert-parallel", DROP, _parallel("enable_expert_parallel")),
     Refusal("expert load balancing", "--enable-eplb", DROP, _parallel("enable_eplb")),

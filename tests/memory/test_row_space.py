@@ -35,8 +35,8 @@ def memfds():
     return [name for name in [*names, *Path("/proc/self/maps").read_text().splitlines()] if "expert_prefetch" in name]
 
 
-@pytest.fixture(autouse=True)
-def _nothing_is_left():
+@pytest.fixture
+def nothing_is_left():
     gc.collect()
     assert memfds() == []
     yield
@@ -122,6 +122,7 @@ def test_where_nothing_is_shared_no_file_is_made(monkeypatch, num_bytes, num_slo
     assert shared.num_bytes == 0
 
 
+@pytest.mark.usefixtures("nothing_is_left")
 def test_the_memory_lives_as_long_as_any_tensor_over_it_and_no_longer():
     before = status_bytes("VmSize")
     shared = SharedRows(rows_of(2**25), num_slots=4)
@@ -173,6 +174,7 @@ def test_a_seccomp_profile_without_memfd_create_is_named():
     assert "memfd_create failed (Operation not permitted)" in output
 
 
+@pytest.mark.usefixtures("nothing_is_left")
 def test_no_room_for_the_file_is_an_error_with_the_size(monkeypatch):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -182,6 +184,7 @@ def test_no_room_for_the_file_is_an_error_with_the_size(monkeypatch):
         SharedRows(rows_of(PAGE), num_slots=2)
 
 
+@pytest.mark.usefixtures("nothing_is_left")
 @pytest.mark.parametrize("call", [1, 2, 3])
 def test_a_mapping_that_is_refused_is_an_error_and_leaves_nothing_mapped(monkeypatch, call):
     before = status_bytes("VmSize")

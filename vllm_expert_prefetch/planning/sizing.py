@@ -109,17 +109,17 @@ def _most(layers: Sequence[LayerShape], num_bytes: float, page: int) -> list[int
 def _checked(layers: Sequence[LayerShape], slots: list[int], source: str, page: int) -> list[int]:
     for layer, num_slots in zip(layers, slots, strict=True):
         if num_slots < layer.top_k:
-            least = [other.top_k for other in layers]
-            enough_gb = _round_up(cache_bytes(layers, least, page) / GB)
+            needed = max(other.top_k for other in layers)
+            enough = cache_bytes(layers, [min(needed, other.num_experts) for other in layers], page)
             raise ConfigError(
-                f"{CONFIG_KEY}: {source} gives {num_slots} slots per layer, and one token needs {layer.top_k} (top-k). "
-                f"Give at least slots_per_layer = {layer.top_k}, i.e. cache_gb = {enough_gb:.3g} per rank; on a GPU lower "
-                "max_model_len or raise gpu_memory_utilization"
+                f"{CONFIG_KEY}: {source} gives {num_slots} slots per layer, and one token needs {needed} (top-k). "
+                f"Give at least slots_per_layer = {needed}, i.e. cache_gb = {_round_up(enough / GB):.3g} per rank; on "
+                "a GPU lower max_model_len or raise gpu_memory_utilization"
             )
         if num_slots > layer.num_experts:
             raise ConfigError(
                 f"{CONFIG_KEY}: {source} gives {num_slots} slots per layer, more than the {layer.num_experts} experts "
-                f"({layer.bytes * len(layers) / GB:.3g} GB per rank). Give at most slots_per_layer = "
+                f"({sum(other.bytes for other in layers) / GB:.3g} GB per rank). Give at most slots_per_layer = "
                 f"{layer.num_experts}, or drop {CONFIG_KEY}: the experts fit"
             )
     return slots

@@ -1,5 +1,5 @@
-// Random walks over the staging engine, for sanitizers: every demanded slot holds exactly its expert's record, no other
-// slot is touched, and every prefetch is landed, claimed or cancelled. Exits with 1 at the first violation.
+// Random walks over the staging engine, for sanitizers: every demanded row holds exactly its expert's record, no other
+// row is touched, and every prefetch is landed, claimed or cancelled. Exits with 1 at the first violation.
 // Usage: staging_stress [operations per walk]
 #include <atomic>
 #include <cstdio>
@@ -13,8 +13,8 @@
 
 namespace {
 
-constexpr int32_t kExperts = 12;
-constexpr int32_t kSlots = 6;
+constexpr int32_t kExperts = 12;  // and rows
+constexpr int32_t kSlots = 6;     // the rows that the walks use
 constexpr int64_t kRows[] = {700, 64, 3};
 constexpr int64_t kChunkBytes = 256;
 
@@ -37,12 +37,13 @@ class Layer {
     std::vector<vep::Segment> segments;
     for (const int64_t row : kRows) {
       stores_.emplace_back(static_cast<size_t>(row * kExperts));
-      pools_.emplace_back(static_cast<size_t>(row * kSlots), char{0});
+      rows_.emplace_back(static_cast<size_t>(row * kExperts), char{0});
       for (int64_t i = 0; i < row * kExperts; ++i)
         stores_.back()[static_cast<size_t>(i)] = byte_of(number, static_cast<int32_t>(i / row), i % row);
-      segments.push_back({stores_.back().data(), row, pools_.back().data(), row, row});
+      segments.push_back({stores_.back().data(), row, rows_.back().data(), row});
     }
-    index_ = engine.add_layer(segments, kExperts, kSlots);
+    index_ = engine.add_layer(segments, kExperts);
+    words_ = engine.row_words(index_);
   }
 
   int32_t index() const { return index_; }
@@ -61,24 +62,41 @@ class Layer {
         refuse(random);
         break;
       case 5:
-        engine_.wait_all(index_);
-        for (int32_t slot = 0; slot < kSlots; ++slot) check(slot);
+        check_all();
         break;
       default:
         demand(random);
     }
   }
 
-  void check_end() {
-    engine_.wait_all(index_);
+  // Waits for everything that is on its way.
+  void check_all() {
+    std::vector<int32_t> late;
+    for (int32_t slot = 0; slot < kSlots; ++slot) {
+      if (in_flight(slot)) late.push_back(slot);
+    }
+    demand_rows({}, late);
     for (int32_t slot = 0; slot < kSlots; ++slot) check(slot);
+    for (int32_t row = kSlots; row < kExperts; ++row) REQUIRE(holds(row, -1));
+  }
+
+  // Before anything is changed: `check` would notice.
+  bool refuses(const int32_t* loads, int64_t num_loads, const int32_t* late, int64_t num_late) {
+    try {
+      engine_.demand(index_, loads, num_loads, late, num_late);
+    } catch (const std::invalid_argument&) {
+      return true;
+    }
+    return false;
   }
 
   int64_t num_issued = 0;
+  int64_t num_cancelled = 0;
+  int64_t num_claimed = 0;
   int64_t num_loaded = 0;
 
  private:
-  bool in_flight(int32_t slot) const { return vep::in_flight(engine_.state(index_, slot)); }
+  bool in_flight(int32_t slot) const { return vep::in_flight(vep::state_of(vep::load_word(&words_[slot]))); }
 
   void prefetch(std::mt19937& random) {
     std::vector<int32_t> loads;
@@ -92,14 +110,14 @@ class Layer {
     num_issued += static_cast<int64_t>(loads.size() / 2);
   }
 
+  // As a planner does, in the thread that calls the engine.
   void cancel(std::mt19937& random) {
-    std::vector<int32_t> slots;
+    const vep::SlotWords lane{words_};
     for (int32_t slot = 0; slot < kSlots; ++slot) {
-      if (random() % 2) slots.push_back(slot);
+      if (random() % 2 == 0 || !lane.drop(slot)) continue;
+      is_dropped_[slot] = true;
+      ++num_cancelled;
     }
-    std::vector<uint8_t> dropped(slots.size());
-    engine_.cancel(index_, slots.data(), static_cast<int64_t>(slots.size()), dropped.data());
-    for (size_t i = 0; i < slots.size(); ++i) is_dropped_[slots[i]] = is_dropped_[slots[i]] || dropped[i];
   }
 
   void demand(std::mt19937& random) {
@@ -113,40 +131,53 @@ class Layer {
         loads.insert(loads.end(), {holds_[slot], slot});
       }
     }
-    engine_.demand(index_, loads.data(), static_cast<int64_t>(loads.size() / 2), late.data(),
-                   static_cast<int64_t>(late.size()));
-    num_loaded += static_cast<int64_t>(loads.size() / 2);
+    demand_rows(loads, late);
     for (const int32_t slot : late) check(slot);
     for (size_t i = 1; i < loads.size(); i += 2) check(loads[i]);
   }
 
+  void demand_rows(const std::vector<int32_t>& loads, const std::vector<int32_t>& late) {
+    const auto num_loads = static_cast<int64_t>(loads.size() / 2), num_late = static_cast<int64_t>(late.size());
+    const vep::DemandResult done = engine_.demand(index_, loads.data(), num_loads, late.data(), num_late);
+    REQUIRE(done.num_claimed <= num_late && done.late_ns <= done.stall_ns);
+    num_claimed += done.num_claimed;
+    num_loaded += num_loads;
+  }
+
   void refuse(std::mt19937& random) {
-    const int32_t wrong[][2] = {{kExperts, 0}, {-1, 0}, {0, kSlots}, {0, -1}};
-    bool refused = false;
-    try {
-      engine_.prefetch(index_, wrong[random() % 4], 1);
-    } catch (const std::invalid_argument&) {
-      refused = true;
+    const int32_t wrong[][2] = {{kExperts, 0}, {-1, 0}, {0, kExperts}, {0, -1}};
+    REQUIRE(refuses(wrong[random() % 4], 1, nullptr, 0));
+    const int32_t twice[] = {0, kSlots, 1, kSlots};
+    REQUIRE(refuses(twice, 2, nullptr, 0));
+    for (int32_t slot = 0; slot < kSlots; ++slot) {
+      const int32_t load[] = {0, slot};
+      if (is_dropped_[slot]) REQUIRE(refuses(nullptr, 0, &slot, 1));
+      if (!in_flight(slot)) REQUIRE(refuses(load, 1, &slot, 1));
     }
-    REQUIRE(refused);
   }
 
   // The slot holds its expert's bytes, unless its prefetch was dropped: then it may hold what it held before.
   void check(int32_t slot) const {
     if (is_dropped_[slot]) return;
-    REQUIRE(engine_.landed(index_, slot));
+    REQUIRE(vep::is_ready(&words_[slot]));
+    REQUIRE(holds(slot, holds_[slot]));
+  }
+
+  bool holds(int32_t row, int32_t expert) const {
     for (size_t s = 0; s < std::size(kRows); ++s) {
       for (int64_t i = 0; i < kRows[s]; ++i) {
-        const char expected = holds_[slot] < 0 ? char{0} : byte_of(number_, holds_[slot], i);
-        REQUIRE(pools_[s][static_cast<size_t>(slot * kRows[s] + i)] == expected);
+        const char expected = expert < 0 ? char{0} : byte_of(number_, expert, i);
+        if (rows_[s][static_cast<size_t>(row * kRows[s] + i)] != expected) return false;
       }
     }
+    return true;
   }
 
   vep::StagingEngine& engine_;
   const int32_t number_;
   int32_t index_ = 0;
-  std::vector<std::vector<char>> stores_, pools_;
+  int32_t* words_ = nullptr;
+  std::vector<std::vector<char>> stores_, rows_;
   int32_t holds_[kSlots] = {-1, -1, -1, -1, -1, -1};
   bool is_dropped_[kSlots] = {};
 };
@@ -158,7 +189,7 @@ void walk(double gbps, double latency_us, int num_operations, uint32_t seed) {
   std::atomic<bool> done{false};
   std::thread watcher([&] {
     while (!done) {
-      for (const Layer& layer : layers) (void)engine.landed(layer.index(), 1);
+      for (const Layer& layer : layers) (void)vep::is_ready(engine.row_words(layer.index()));
       (void)engine.counters();
       std::this_thread::yield();
     }
@@ -172,19 +203,22 @@ void walk(double gbps, double latency_us, int num_operations, uint32_t seed) {
   for (std::thread& walker : walkers) walker.join();
   done = true;
   watcher.join();
-  for (Layer& layer : layers) layer.check_end();
+  for (Layer& layer : layers) layer.check_all();
 
   const vep::StagingCounters counters = engine.counters();
-  const int64_t issued = layers[0].num_issued + layers[1].num_issued;
-  const int64_t loaded = layers[0].num_loaded + layers[1].num_loaded;
-  REQUIRE(issued == counters.prefetch_records + counters.claimed_records + counters.cancelled_records);
-  REQUIRE(counters.demand_records == loaded + counters.claimed_records);
-  REQUIRE(counters.demand_bytes == counters.demand_records * engine.record_bytes(0));
-  REQUIRE(counters.prefetch_bytes == counters.prefetch_records * engine.record_bytes(0));
-  std::printf("%g GB/s: %lld prefetched, %lld claimed, %lld awaited, %lld cancelled, %lld demanded, %lld yields\n", gbps,
-              static_cast<long long>(counters.prefetch_records), static_cast<long long>(counters.claimed_records),
-              static_cast<long long>(counters.awaited_records), static_cast<long long>(counters.cancelled_records),
-              static_cast<long long>(loaded), static_cast<long long>(counters.yields));
+  int64_t issued = 0, cancelled = 0, claimed = 0, loaded = 0;
+  for (const Layer& layer : layers) {
+    issued += layer.num_issued;
+    cancelled += layer.num_cancelled;
+    claimed += layer.num_claimed;
+    loaded += layer.num_loaded;
+  }
+  REQUIRE(issued == counters.prefetch_records + claimed + cancelled);
+  REQUIRE(counters.prefetch_bytes == counters.prefetch_records * (700 + 64 + 3));
+  std::printf("%g GB/s: %lld prefetched, %lld claimed, %lld cancelled, %lld demanded, %lld yields\n", gbps,
+              static_cast<long long>(counters.prefetch_records), static_cast<long long>(claimed),
+              static_cast<long long>(cancelled), static_cast<long long>(loaded),
+              static_cast<long long>(counters.yields));
 }
 
 // An engine that ends, or is closed, with work queued and running.
@@ -195,6 +229,7 @@ void end_early(int num_rounds) {
     Layer layer(engine, 0);
     const int32_t loads[] = {0, 0, 1, 1, 2, 2, 3, 3};
     engine.prefetch(layer.index(), loads, 4);
+    REQUIRE(layer.refuses(loads + 6, 1, nullptr, 0));  // on its way
     if (round % 2) std::this_thread::sleep_for(std::chrono::microseconds(100 * round));
     if (round % 3) {
       owner.reset();  // before the layer's memory

@@ -215,16 +215,17 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def write_checkpoint(name: str, directory: Path | str, seed: int = 0) -> Path:
+def write_checkpoint(name: str, directory: Path | str, seed: int = 0, **changes: Any) -> Path:
     """Write a random checkpoint of the family `name` into `directory` (created if needed) and return the directory.
 
-    The same name, seed and library versions give the same values. KeyError if there is no such family.
+    `changes` of the family's configuration. The same arguments and library versions give the same values. KeyError if
+    there is no such family.
     """
     import torch
     import transformers
 
     family = FAMILIES[name]
-    config = getattr(transformers, family.config_class)(**family.config, dtype="bfloat16")
+    config = getattr(transformers, family.config_class)(**{**family.config, **changes}, dtype="bfloat16")
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     model.to_empty(device="cpu")

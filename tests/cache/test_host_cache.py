@@ -5,58 +5,18 @@ import time
 
 import pytest
 import torch
-from expert_tensors import NUM_EXPERTS, bits, expert_tensors
+from expert_tensors import NUM_EXPERTS, expert_tensors
 
-from vllm_expert_prefetch.cache.create import create_shared_rows
-from vllm_expert_prefetch.cache.host import HostCaches
-from vllm_expert_prefetch.memory.host_memory import HostMemoryOptions
-from vllm_expert_prefetch.memory.host_store import HostStore
+from vllm_expert_prefetch.cache import create
+from vllm_expert_prefetch.cache.base import check_state
+from vllm_expert_prefetch.config import ConfigError
 from vllm_expert_prefetch.memory.link import EmulatedLink
 from vllm_expert_prefetch.native.library import host_library, why_not_host
+from vllm_expert_prefetch.residency import POLICIES
 
 pytestmark = pytest.mark.skipif(host_library() is None, reason=str(why_not_host()))
 
 CPU = torch.device("cpu")
-
-
-class Model:
-    """Layers with different experts that share their overflow rows."""
-
-    def __init__(self, num_layers, num_slots, tensors_of, areas=1, link=None, policy="lru", top_k=2):
-        self.caches = HostCaches(host_library(), num_layers, link)
-        stores = [HostStore(tensors_of(number), HostMemoryOptions()) for number in range(num_layers)]
-        self.shared = create_shared_rows(stores[0].views, num_slots, areas, CPU)
-        for number, store in enumerate(stores):
-            space = self.shared.row_space(number % areas)
-            self.caches.add(number, store, space, num_slots, top_k, policy)
-
-    def serve(self, number, topk_ids, num_real):
-        """Serve a step, and compare every row that a kernel would read with the host store."""
-        cache = self.caches.layers[number]
-        row_ids = cache.serve(topk_ids, num_real)
-        assert row_ids.shape == topk_ids.shape
-        assert row_ids.dtype == topk_ids.dtype
-        assert ((row_ids < 0) == (topk_ids < 0)).all()
-        for expert, row in zip(
-            topk_ids[:num_real].flatten().tolist(), row_ids[:num_real].flatten().tolist(), strict=True
-        ):
-            if expert >= 0:
-                for name, view in cache.store.views.items():
-                    assert torch.equal(bits(cache.tensors[name][row]), bits(view[expert])), (name, expert, row)
-        return row_ids
-
-
-@pytest.fixture
-def make_model():
-    made = []
-
-    def make(*arguments, **named):
-        made.append(Model(*arguments, **named))
-        return made[-1]
-
-    yield make
-    for model in made:
-        model.caches.close()
 
 
 def large_tensors(seed):
@@ -66,38 +26,46 @@ def large_tensors(seed):
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
+def ids(*experts, dtype=torch.int32):
+    """One token."""
+    return torch.tensor([experts], dtype=dtype)
+
+
+def until(condition, seconds=20):
+    deadline = time.perf_counter() + seconds
+    while not condition():
+        assert time.perf_counter() < deadline, "it did not happen"
+
+
 @pytest.mark.parametrize("areas", [1, 2])
-@pytest.mark.parametrize("policy", ["lru", "lfu", "lfru"])
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("link", [None, EmulatedLink(20.0, 1.0)], ids=["no link", "link"])
 def test_every_step_of_every_layer_reads_its_own_experts(make_model, areas, policy, link):
     rng = random.Random(7)
+    torch.manual_seed(7)
     model = make_model(3, 6, large_tensors, areas, link, policy)
     for _ in range(120):
-        for number, cache in enumerate(model.caches.layers):
-            num_rows, num_real = rng.choice([(1, 1), (2, 1), (3, 3), (12, 12), (40, 33)]), None
-            num_rows, num_real = num_rows
-            ids = torch.stack([torch.randperm(16)[:2] for _ in range(num_rows)]).to(
-                rng.choice([torch.int32, torch.int64])
-            )
+        for number, cache in enumerate(model.layers):
+            num_rows, num_real = rng.choice([(1, 1), (1, 1), (2, 1), (3, 3), (12, 12), (40, 33)])
+            dtype = rng.choice([torch.int32, torch.int64])
+            topk_ids = torch.stack([torch.randperm(16)[:2] for _ in range(num_rows)]).to(dtype)
             if rng.random() < 0.1:
-                ids[rng.randrange(num_rows)] = -1
-            model.serve(number, ids, num_real)
-            following = (number + 1) % 3
-            guess = torch.tensor(rng.sample(range(16), 4))
-            model.caches.prefetch([(following, guess)], 1)
+                topk_ids[rng.randrange(num_rows)] = -1
+            model.serve(number, topk_ids, num_real)
+            model.caches.prefetch([((number + 1) % 3, torch.tensor(rng.sample(range(16), 4)))], 1)
             cache.check_integrity()
-    for cache in model.caches.layers:
+    for number, cache in enumerate(model.layers):
         words = cache.words()
         assert words.lookups == words.hits + words.late + words.misses
-        assert min(words.hits, words.misses, words.overflow, words.used, words.wide_steps) > 0
+        assert min(words.hits, words.misses, words.overflow, words.used, words.wide_steps, words.displaced) > 0
         assert words.demanded == words.misses + words.claimed
-        pending = words.issued - words.used - words.unused - words.cancelled
-        assert 0 <= pending <= cache.num_slots
-        assert model.caches.mirror[cache_number(model, cache)].tolist() == list(words)
-
-
-def cache_number(model, cache):
-    return model.caches.layers.index(cache)
+        assert 0 <= words.issued - words.used - words.unused - words.cancelled <= cache.num_slots
+        assert model.caches.mirror[number].tolist() == list(words)
+    assert sum(cache.words().late for cache in model.layers) > 0
+    prefetched = sum(cache.words().prefetched for cache in model.layers)
+    in_flight = sum(cache.words().num_in_flight for cache in model.layers)
+    landed = host_library().engine_counters(model.caches.engine)["prefetch_records"]
+    assert prefetched - in_flight <= landed <= prefetched
 
 
 @pytest.mark.parametrize("num_slots", range(2, NUM_EXPERTS))
@@ -106,13 +74,20 @@ def test_records_of_odd_sizes_at_every_number_of_slots(make_model, num_slots):
     for seed in range(30):
         generator = torch.Generator().manual_seed(seed)
         for number in range(2):
-            ids = torch.stack([torch.randperm(NUM_EXPERTS, generator=generator)[:2] for _ in range(1 + seed % 5)])
-            model.serve(number, ids, len(ids))
+            topk_ids = torch.stack([torch.randperm(NUM_EXPERTS, generator=generator)[:2] for _ in range(1 + seed % 5)])
+            model.serve(number, topk_ids, len(topk_ids))
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (2, 3), (6, 1)])
+def test_ids_that_are_not_contiguous_are_served_as_others(make_model, shape):
+    model = make_model(1, 6, large_tensors, top_k=1)
+    topk_ids = torch.arange(6).view(shape[1], shape[0]).t()
+    model.serve(0, topk_ids, shape[0])
 
 
 def test_overflow_rows_are_one_memory_for_all_layers(make_model):
     model = make_model(2, 4, large_tensors)
-    first, second = model.caches.layers
+    first, second = model.layers
     first.tensors["w13"][15] = 7.0
     assert (second.tensors["w13"][15] == 7.0).all()
     first.tensors["w13"][3] = 7.0
@@ -123,40 +98,180 @@ def test_overflow_rows_are_one_memory_for_all_layers(make_model):
 
 def test_two_areas_are_apart(make_model):
     model = make_model(2, 4, large_tensors, areas=2)
-    first, second = model.caches.layers
+    first, second = model.layers
     first.tensors["w13"][15] = 7.0
     assert (second.tensors["w13"][15] == 0.0).all()
 
 
+def test_a_wide_step_uses_overflow_rows_and_leaves_the_slots_to_what_is_hot(make_model):
+    model = make_model(1, 4, large_tensors)
+    model.serve(0, torch.tensor([[0, 1], [2, 3]]), 2)
+    rows = model.serve(0, torch.arange(12).view(6, 2), 6)
+    assert rows.flatten()[:4].tolist() == [0, 1, 2, 3]
+    assert sorted(rows.flatten()[4:].tolist()) == list(range(4, 12))
+    words = model.layers[0].words()
+    assert (words.steps, words.wide_steps, words.hits, words.misses, words.overflow) == (2, 1, 4, 12, 8)
+
+
+def test_padding_is_neither_brought_nor_counted(make_model):
+    model = make_model(1, 4, large_tensors)
+    rows = model.serve(0, torch.tensor([[5, 6], [9, -1], [10, 11]]), 1)
+    assert rows.tolist() == [[0, 1], [0, -1], [0, 0]]
+    assert model.layers[0].words().lookups == 2
+    assert model.layers[0].serve(ids(7, -1), 0).tolist() == [[0, -1]]
+    assert model.layers[0].words().steps == 1
+
+
+def test_a_step_that_executes_a_guess_is_counted_as_speculated(make_model):
+    model = make_model(1, 4, large_tensors)
+    model.serve(0, ids(1, 2), 1, speculated=True)
+    model.serve(0, ids(2, 3), 1)
+    words = model.layers[0].words()
+    assert (words.speculated, words.hits, words.misses, words.lookups, words.demanded) == (2, 1, 1, 4, 3)
+
+
+@pytest.mark.parametrize(("policy", "resident"), [("lru", [5, 6, 7]), ("lfu", [0, 1, 7]), ("lfru", [0, 6, 7])])
+def test_who_stays_is_the_policys_choice(make_model, policy, resident):
+    model = make_model(1, 3, large_tensors, policy=policy, top_k=1)
+    for expert in [0] * 9 + [1] * 2 + [5, 6, 7]:
+        model.serve(0, ids(expert), 1)
+    words = model.layers[0].words()
+    misses = words.misses
+    for expert in resident:
+        model.serve(0, ids(expert), 1)
+    assert model.layers[0].words().misses == misses
+    assert list(POLICIES)[words.policy] == policy
+
+
 def test_a_prefetch_is_used_and_its_budget_is_kept(make_model):
     model = make_model(1, 6, large_tensors)
-    cache = model.caches.layers[0]
-    cache.set_budget(0, 3)
+    (cache,) = model.layers
+    assert cache.takes_guesses
+    cache.set_budget(0, 16)
     assert not cache.takes_guesses
     cache.prefetch(torch.tensor([1, 2]), 1)
     assert cache.words().issued == 0
-    cache.set_budget(1, 3)
+    cache.set_budget(1, 16)
     cache.prefetch(torch.tensor([1, 2]), 1)
     assert cache.words().issued == 1
-    deadline = time.perf_counter() + 20
-    while not bool((cache.tensors["w13"][0] == cache.store.views["w13"][1]).all()):
-        assert time.perf_counter() < deadline
-    model.serve(0, torch.tensor([[1, 2]]), 1)
-    assert (cache.words().used, cache.words().misses) == (1, 1)
+    until(lambda: model.holds(0, 0, 1))
+    model.serve(0, ids(1, 2), 1)
+    words = cache.words()
+    assert (words.used, words.misses, words.unused, words.num_in_flight) == (1, 1, 0, 0)
 
 
-def test_time_over_a_slow_link_is_counted_as_stall(make_model):
-    model = make_model(1, 6, large_tensors, link=EmulatedLink(16.0e-3, 0.0))
-    cache = model.caches.layers[0]
-    model.serve(0, torch.tensor([[1, 2]]), 1)
-    expected = 2 * cache.record_bytes / 16.0e6
-    assert expected <= cache.words().stall_ns / 1e9 < 3 * expected
-    assert cache.words().late_ns == 0
-    assert 0.5 * 16e6 < model.caches.measure_bandwidth() <= 16.1e6
-
-
-def test_closed_caches_say_so(make_model):
+@pytest.mark.parametrize(
+    "guess", [ids(4, 5), ids(4, 5, dtype=torch.int64)[0], torch.tensor([[4, -1], [5, 4], [99, 5]])]
+)
+def test_guesses_of_any_shape_are_taken(make_model, guess):
     model = make_model(1, 6, large_tensors)
-    model.caches.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        model.serve(0, torch.tensor([[1, 2]]), 1)
+    model.layers[0].prefetch(guess, 1)
+    assert model.layers[0].words().issued == 2
+    model.serve(0, ids(4, 5), 1)
+    assert model.layers[0].words().used == 2
+
+
+def test_guesses_for_a_layer_without_a_cache_are_dropped(make_model):
+    model = make_model(2, 6, large_tensors)
+    model.caches.layers[0] = None
+    model.caches.prefetch([(0, ids(1)), (1, ids(2))], 1)
+    assert [cache.words().issued for cache in model.layers] == [0, 1]
+
+
+def test_an_emulated_link_is_measured_as_what_it_is_and_nothing_is_counted(make_model):
+    model = make_model(3, 6, large_tensors, link=EmulatedLink(16.0e-3, 0.0))
+    model.serve(0, ids(1, 2), 1)
+    before = [cache.words() for cache in model.layers]
+    assert 0.5 * 16e6 < model.caches.measure_bandwidth() <= 16.1e6
+    assert [cache.words() for cache in model.layers] == before
+    assert model.holds(0, 0, 1)
+
+
+def test_without_a_cache_there_is_nothing_to_measure(make_model):
+    model = make_model(1, 6, large_tensors)
+    model.caches.layers[0] = None
+    assert model.caches.measure_bandwidth() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("topk_ids", "num_real", "error", "message"),
+    [
+        (torch.tensor([[1, 2]]), 2, ValueError, "ids has 2 items, needs 4"),
+        (torch.tensor([[1.0, 2.0]]), 1, TypeError, "ids must be int"),
+        (torch.tensor([[1, 2]], dtype=torch.int16), 1, TypeError, "ids must be int32"),
+    ],
+)
+def test_ids_that_make_no_sense_are_refused_before_anything_changes(make_model, topk_ids, num_real, error, message):
+    model = make_model(1, 6, large_tensors)
+    before = model.layers[0].words()
+    with pytest.raises(error, match=message):
+        model.layers[0].serve(topk_ids, num_real)
+    assert model.layers[0].words() == before
+
+
+@pytest.mark.parametrize(("num_slots", "top_k", "message"), [(3, 4, "top-k 4"), (17, 2, "17 slots")])
+def test_a_cache_whose_numbers_do_not_fit_is_refused(make_model, num_slots, top_k, message):
+    model = make_model(2, 6, large_tensors)
+    space = model.shared.row_space(0)
+    with pytest.raises(ValueError, match=message):
+        model.caches.add(1, model.layers[0].store, space, num_slots, top_k, "lru")
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        (0, 0, "null address"),
+        (2, 0, "null address"),
+        (3, 0, "rows of 0 bytes"),
+        (1, 100, "stride 100 of the store is below the row of 1024 bytes"),
+        (1, 2**61, "more than an address space"),
+        (2, None, "overlap"),
+    ],
+)
+def test_segments_that_make_no_sense_are_refused(make_model, column, value, message):
+    model = make_model(1, 6, large_tensors)
+    library = host_library()
+    store, rows = torch.zeros(16, 1024, dtype=torch.uint8), torch.zeros(16, 1024, dtype=torch.uint8)
+    segment = [store.data_ptr(), 1024, rows.data_ptr(), 1024]
+    segment[column] = segment[0] if value is None else value
+    state, mirror = torch.zeros(library.planner_words(16, 6), dtype=torch.int64), model.caches.mirror[0]
+    with pytest.raises(ValueError, match=message):
+        library.cache_create(model.caches.engine, torch.tensor([segment]), 16, 6, 2, 0, 0, state, mirror)
+
+
+@pytest.mark.parametrize(
+    ("table", "index", "value", "message"),
+    [
+        ("slot_of", 5, 0, "not inverse"),
+        ("expert_in", 0, -1, "not inverse"),
+        ("flags", 1, 0, "ranked or in flight are"),
+        ("flags", 9, 1, "ranked or in flight are"),
+        ("flags", 1, 5, "both ranked and in flight"),
+        ("flags", 1, 4, "0 counted"),
+        ("free", 0, 2, "free list"),
+    ],
+)
+def test_check_state_sees_and_names_every_corruption(make_model, table, index, value, message):
+    model = make_model(1, 4, large_tensors)
+    model.serve(0, ids(1, 2), 1)
+    (cache,) = model.layers
+    state = cache._state.clone()
+    check_state(state)
+    starts = {"slot_of": 0, "flags": 16, "last": 32, "count": 48, "expert_in": 64, "free": 68}
+    state[len(cache.words()) + starts[table] + index] = value
+    with pytest.raises(AssertionError, match=message):
+        check_state(state)
+
+
+def test_where_nothing_was_built_the_refusal_says_what_helps(monkeypatch):
+    monkeypatch.setattr(create, "why_not_host", lambda: "not built: libvep_host.so needs a compiler")
+    with pytest.raises(ConfigError, match=r"expert_prefetch: not built: libvep_host\.so needs a compiler"):
+        create.create_caches(2, None, CPU)
+
+
+def test_a_gpu_needs_the_cuda_library_as_well(monkeypatch):
+    monkeypatch.setattr(create, "why_not_cuda", lambda: "not built: libvep_cuda.so needs nvcc")
+    with pytest.raises(ConfigError, match=r"libvep_cuda\.so needs nvcc"):
+        create.create_caches(2, None, torch.device("cuda"))
+    assert create.why_no_cache(on_gpu=False) is None
+    create.create_caches(2, None, CPU).close()

@@ -73,9 +73,17 @@ def layers(llm: Any) -> list[Any]:
     return moe_layers_of(model)
 
 
+def caches(llm: Any) -> list[Any]:
+    """The caches of its layers, after a check of their books."""
+    found = [layer.cache for layer in layers(llm) if layer.cache is not None]
+    for cache in found:
+        cache.check_integrity()
+    return found
+
+
 def counters(llm: Any) -> dict[str, float]:
     """The plugin's counters of this engine, by series."""
     from vllm_expert_prefetch.metrics.definitions import SERIES
 
-    source = layers(llm)[0].deployment.counters
+    source = layers(llm)[0].worker.publisher.counters
     return {series: source.get(series) for series in SERIES}

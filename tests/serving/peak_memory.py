@@ -1,4 +1,5 @@
-"""Peak anonymous memory of loading a model, sampled from outside the process (file pages do not count)."""
+"""Peak memory of loading a model, sampled from outside the process: anonymous and shared pages, each once. Files do not
+count."""
 
 import json
 import os
@@ -12,8 +13,8 @@ _RETURN_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 """glibc gives freed tensors back: the holes it otherwise keeps between them are no copy of anything."""
 
 
-def peak_anonymous_bytes(model: str, config: dict[str, Any] | None) -> int:
-    """Load `model` in a process of its own and return the largest RssAnon seen, in bytes."""
+def peak_bytes(model: str, config: dict[str, Any] | None) -> int:
+    """Load `model` in a process of its own and return the most memory seen, in bytes."""
     here = Path(__file__).resolve()
     path = os.pathsep.join([str(here.parent), str(here.parents[1])])
     process = subprocess.Popen(
@@ -25,18 +26,19 @@ def peak_anonymous_bytes(model: str, config: dict[str, Any] | None) -> int:
     )
     peak = 0
     while process.poll() is None:
-        peak = max(peak, _anonymous_bytes(process.pid))
+        peak = max(peak, _bytes_of(process.pid))
         time.sleep(0.005)
     assert process.returncode == 0, process.stderr.read()[-3000:] if process.stderr else ""
     return peak
 
 
-def _anonymous_bytes(pid: int) -> int:
+def _bytes_of(pid: int) -> int:
+    """A page that several mappings of a process share is one page here: shared pages are counted by Pss, not by Rss."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
         return 0
-    return next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon:")), 0)
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("Pss_Anon:", "Pss_Shmem:")))
 
 
 def _load(model: str, config: dict[str, Any] | None) -> None:

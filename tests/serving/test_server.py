@@ -45,7 +45,8 @@ def test_smoke_server_gives_the_completions_of_plain_vllm(server, stock_texts):
 def test_the_start_up_line_says_what_is_offloaded(server):
     line = next(line for line in server.log.read_text().splitlines() if "MoE layers x" in line)
     assert "8 MoE layers x 16 experts, 8 slots each" in line
-    for part in ("0.006291 GB on the host", "0.003146 GB cache (50 % of the experts)", "policy lru", "staging "):
+    sizes = ("0.006291 GB on the host", "0.003146 GB cache (50 % of the experts)", "0.0003932 GB overflow rows")
+    for part in (*sizes, "policy lru", "execution exact", "prefetch off: ", "engine cpu", "link not emulated"):
         assert part in line
 
 
@@ -59,14 +60,16 @@ def test_metrics_of_the_worker_process_appear_on_vllms_endpoint(server):
     assert moved == misses * 49152
     # one prompt step and 7 decode steps of one request, 8 layers, top-2
     assert lookups >= 7 * 8 * 2
-    assert total(after, "waves_total") - total(before, "waves_total") == 8 * 8
+    assert total(after, "layer_steps_total") - total(before, "layer_steps_total") == 8 * 8
     assert total(after, "slots") == 64
     assert total(after, "experts") == 128
     assert total(after, "cache_bytes") == total(after, "host_store_bytes") / 2
+    assert total(after, "overflow_bytes") == 8 * 49152
     info = next(key for key in after if key.startswith("vllm_expert_prefetch_info"))
     for label in (
         'execution="exact"',
         'policy="lru"',
+        'engine="cpu"',
         'prefetch="off: ',
         'model_name="demo"',
         'rank="0"',

@@ -1,4 +1,4 @@
-"""After the swap no tensor with a row per expert may be reachable from a layer: kernels keep references."""
+"""Once the row space is in place, no old expert tensor may be reachable from a layer: kernels keep references."""
 
 from dataclasses import dataclass
 
@@ -10,15 +10,15 @@ from vllm_expert_prefetch.serving.takeover import (
     TakeoverError,
     expert_parameters,
     reachable_tensors,
-    swap_in_slots,
+    replace_rows,
     verify_taken_over,
 )
 
-E, C = 16, 4
+E = 16
 
 
 class Kernel(nn.Module):
-    """Stands for vLLM's quant method and kernel: `held` is what it captured before the swap."""
+    """Stands for vLLM's quant method and kernel: `held` is what it captured before the takeover."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,8 +42,8 @@ class QuantConfig:
 Kernel.__module__ = QuantConfig.__module__ = "vllm.test"  # the walk follows vLLM's objects only
 
 
-def slots_for(layer: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: torch.zeros(C, *p.shape[1:]) for name, p in expert_parameters(layer, E).items()}
+def rows_for(layer: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: torch.zeros_like(parameter) for name, parameter in expert_parameters(layer, E).items()}
 
 
 def test_parameters_of_the_router_are_left_alone():
@@ -64,18 +64,18 @@ def test_a_transposed_parameter_is_refused():
         expert_parameters(layer, E)
 
 
-def test_a_kernel_that_keeps_the_parameter_object_sees_the_slots():
+def test_a_kernel_that_keeps_the_parameter_object_sees_the_row_space():
     layer = Layer()
     layer.quant_method.held = QuantConfig(layer.w13_bias)
-    slots = slots_for(layer)
-    swap_in_slots(layer, slots)
-    assert layer.quant_method.held.bias.data_ptr() == slots["w13_bias"].data_ptr()
-    assert layer.w13_bias.shape == (C, 6)
+    rows = rows_for(layer)
+    replace_rows(layer, rows)
+    assert layer.quant_method.held.bias.data_ptr() == rows["w13_bias"].data_ptr()
+    assert layer.w13_bias.data_ptr() == rows["w13_bias"].data_ptr()
 
 
-def test_the_loader_no_longer_sees_the_slots_as_parameters():
+def test_the_loader_no_longer_sees_the_rows_as_parameters():
     layer = Layer()
-    swap_in_slots(layer, slots_for(layer))
+    replace_rows(layer, rows_for(layer))
     assert {name for name, _ in layer.named_parameters()} == {"e_score_correction_bias"}
     assert not layer.state_dict().keys() & {"w13_weight", "w13_bias"}
 
@@ -93,7 +93,7 @@ def test_a_kernel_that_keeps_the_full_tensor_is_found_by_name(capture):
     layer = Layer()
     layer.quant_method.held = capture(layer)
     with pytest.raises(TakeoverError, match=r"held.*still holds the full expert tensor"):
-        swap_in_slots(layer, slots_for(layer))
+        replace_rows(layer, rows_for(layer))
 
 
 def test_the_walk_ends_on_cycles():

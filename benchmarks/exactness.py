@@ -1,8 +1,8 @@
 """Does the plugin give the tokens of plain vLLM? Greedy decoding, stock against plugin, stock against stock as control.
 
-Tokens and log-probabilities must be equal to the last bit, in every configuration. A sequence is compared up to its first
-difference. A configuration counts only if its cache was at work: lookups, and where steps are wide, overflow rows.
-Models of two and three layers are the tiny one's first layers.
+Tokens and log-probabilities must be equal to the last bit, in every configuration. A sequence is compared up to its
+first difference. A configuration counts only if its cache was at work: lookups, and where steps are wide, overflow
+rows. Models of two and three layers are the tiny one's first layers.
 """
 
 import itertools

@@ -5,7 +5,7 @@ The engine stays; what changes between two runs are the caches (which begin anew
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,9 +13,13 @@ import torch
 from harness import Engine, load_prompts
 from vllm import SamplingParams
 
+from vllm_expert_prefetch.cache.create import create_caches
 from vllm_expert_prefetch.config import ExpertPrefetchConfig
-from vllm_expert_prefetch.experts import EmulatedLink
+from vllm_expert_prefetch.lookahead.after import LookAhead
+from vllm_expert_prefetch.memory.link import EmulatedLink
+from vllm_expert_prefetch.memory.row_space import RowSpace
 from vllm_expert_prefetch.metrics.definitions import SERIES
+from vllm_expert_prefetch.metrics.publish import Publisher
 from vllm_expert_prefetch.prediction import (
     Ingredients,
     NextTokenPredictor,
@@ -26,11 +30,9 @@ from vllm_expert_prefetch.prediction import (
     load_artifact,
 )
 from vllm_expert_prefetch.prediction.baselines import OraclePredictor
-from vllm_expert_prefetch.residency import ExpertCache, Planner, create_policy
+from vllm_expert_prefetch.residency import POLICIES, ExpertCache
 from vllm_expert_prefetch.serving import compat
-from vllm_expert_prefetch.serving.cache_factory import CacheFactory
-from vllm_expert_prefetch.serving.lookahead import LookAhead
-from vllm_expert_prefetch.serving.lookahead_sources import find_sources
+from vllm_expert_prefetch.serving.sources import find_sources
 
 INSTANT_GBPS = 10_000.0
 LATENCY_US = 10.0
@@ -65,10 +67,19 @@ class _Recorder:
     def to_execute(self, layer: int, num_tokens: int) -> None:
         return None
 
-    def after_staging(self, layer: int, step: Any, signals: Signals, routed: Signals | None = None) -> None:
+    def after(self, layer: int, signals: Signals, rows: int, routed: Signals | None = None) -> None:
         if layer == 0:
             self.steps.append([])
-        self.steps[-1].append(signals.topk_ids.clone())
+        self.steps[-1].append(signals.topk_ids[:rows].clone())
+
+    def begin_step(self, num_one_token_each: int) -> None:
+        pass
+
+    def note(self, deltas: Any, decode_step_seconds: float | None) -> None:
+        pass
+
+    def publish(self, counters: Any) -> None:
+        pass
 
 
 class StudyEngine:
@@ -84,12 +95,13 @@ class StudyEngine:
         gates = [source.gate for source in find_sources(model_runner.get_model())]
         loaded = load_artifact(Path(artifact), fingerprint(gates)) if artifact else None
         self._ingredients = Ingredients(gates, loaded)
-        self._deployment = self._layers[0].deployment
+        self._worker = self._layers[0].worker
+        self._caches = self._worker.caches
         self._num_tokens = num_tokens
         self._warm_up = num_tokens // 6
         self._traces: dict[tuple[str, ...], list[torch.Tensor]] = {}
         self._predictors: dict[str, Predictor] = {}
-        self._kept_gates: dict[tuple[str, float], Any] = {}
+        self._kept_valves: dict[tuple[str, float], Any] = {}
         self._prompts = load_prompts(16)
 
     @property
@@ -98,16 +110,16 @@ class StudyEngine:
 
     @property
     def num_experts(self) -> int:
-        return int(self._layers[0].num_experts)
+        return int(self._layers[0].cache.num_experts)
 
     @property
     def record_bytes(self) -> int:
-        return int(self._layers[0].store.record_bytes)
+        return int(self._layers[0].cache.record_bytes)
 
     @property
     def num_slots(self) -> int:
         """Per layer."""
-        return int(self._deployment.size.num_slots)
+        return int(self._layers[0].cache.num_slots)
 
     @property
     def allow_list(self) -> list[int]:
@@ -135,12 +147,11 @@ class StudyEngine:
         self._start_caches(gbps)
         look_ahead = None
         if predictor is not None:
-            rate = self.record_bytes / EmulatedLink(gbps, LATENCY_US).seconds(self.record_bytes)
-            look_ahead = LookAhead(predictor, self._layers, self._config.over_fetch, variant.is_forced, rate)
-            look_ahead.counters, look_ahead.clock = self._deployment.counters, self._deployment.clock
-            look_ahead.gates = self._kept_gates.setdefault((variant.name, gbps), look_ahead.gates)
-            look_ahead.scored_every = 1 if scores_all else LookAhead.scored_every
-            look_ahead.speculated_layers = self._speculated(variant.speculates)
+            rate = self.record_bytes / (LATENCY_US * 1e-6 + self.record_bytes / (gbps * 1e9))
+            fixed = (self._config.over_fetch, variant.is_forced, rate, torch.device("cpu"))
+            look_ahead = LookAhead(predictor, self._caches, *fixed, self._speculated(variant.speculates))
+            look_ahead.valves = self._kept_valves.setdefault((variant.name, gbps), look_ahead.valves)
+            look_ahead.recall.scored_every = 1 if scores_all else look_ahead.recall.scored_every
         self._look_ahead_with(look_ahead)
         return self._generate(prompts)
 
@@ -157,14 +168,18 @@ class StudyEngine:
         return self._predictors[name]
 
     def _start_caches(self, gbps: float) -> None:
-        self._layers[0].cache.staging.lane.close()  # what it still copies must not reach the new cache's slots
-        caches = CacheFactory(replace(self._config, emulated_link_gbps=gbps))
-        for layer in self._layers:
-            layer.start_cache(caches, self._deployment.size)
+        self._caches.close()  # what it still copies must not reach the new caches' slots
+        link = EmulatedLink(gbps, LATENCY_US)
+        self._caches = create_caches(self.num_layers, link, torch.device("cpu"))
+        for number, layer in enumerate(self._layers):
+            old = layer.cache
+            fixed = (old.store, RowSpace(old.tensors, 0), old.num_slots, old.top_k, self._config.policy)
+            layer.cache = self._caches.add(number, *fixed)
 
     def _look_ahead_with(self, look_ahead: Any) -> None:
         for layer in self._layers:
             layer.look_ahead = look_ahead
+        self._worker.publisher = Publisher(self._worker.publisher.counters, self._caches, look_ahead)
 
     def _generate(self, prompts: tuple[str, ...]) -> Run:
         engine = self.llm.llm_engine
@@ -188,20 +203,16 @@ class StudyEngine:
         return Run(tuple(measured), tokens, per_step)
 
     def _stalled(self) -> float:
-        return float(self._deployment.counters.get("stall_seconds_total"))
+        return float(self._worker.publisher.counters.get("stall_seconds_total"))
 
     def _counters(self) -> dict[str, float]:
-        return {series: self._deployment.counters.get(series) for series in SERIES}
+        return {series: self._worker.publisher.counters.get(series) for series in SERIES}
 
 
 def misses_per_token(trace: Sequence[torch.Tensor], slots: Sequence[int], num_experts: int) -> float:
     """Misses of all layers per step of one token, without prefetch, of layers with so many slots each."""
     misses, steps = 0, [step for step in trace if step.shape[1] == 1]
     for layer, num_slots in enumerate(slots):
-        cache = ExpertCache(num_experts, num_slots, create_policy(ExpertPrefetchConfig().policy, 0))
-        planner = Planner(cache, trace[0].shape[2], 8, False)
-        for step in steps:
-            plan = planner.plan(step[layer].flatten().tolist())
-            planner.complete(plan)
-            misses += plan.num_misses
+        cache = ExpertCache(num_experts, num_slots, POLICIES[ExpertPrefetchConfig().policy])
+        misses += sum(len(cache.plan(step[layer].flatten().tolist()).loads) for step in steps)
     return misses / len(steps)

@@ -220,7 +220,7 @@ _PARSED = "_expert_prefetch_config"
 
 
 def config_of(vllm_config: Any) -> ExpertPrefetchConfig | None:
-    """The plugin's configuration of this vLLM configuration, parsed once and kept there; None when it was not asked for.
+    """The plugin's configuration in vLLM's, parsed once and kept there; None when the plugin was not asked for.
 
     Raises ConfigError as `config_from_additional` does.
     """

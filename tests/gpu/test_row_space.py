@@ -76,7 +76,8 @@ def test_a_tensor_that_would_share_less_than_a_page_is_a_plain_one(page):
 def test_too_much_is_refused_with_the_number_and_leaves_nothing_behind(page):
     free, _ = torch.cuda.mem_get_info()
     values = 5 * free // 32 // page * page // 2
-    shared = DeviceSharedRows(rows_like(8, values), 4, 1, device())  # five eighths of what there is, and then as much again
+    # Five eighths of what there is, and then as much again.
+    shared = DeviceSharedRows(rows_like(8, values), 4, 1, device())
     before = bytes_taken()
     with pytest.raises(RowSpaceError, match=rf"no {4 * values * 2} bytes of GPU memory.*give less to the cache"):
         shared.row_space(0)

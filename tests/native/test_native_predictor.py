@@ -6,7 +6,7 @@ import itertools
 import pytest
 import torch
 
-from vllm_expert_prefetch.experts import NativePredictor, PredictorWeights
+from vllm_expert_prefetch.prediction.compiled import NativePredictor, PredictorWeights
 from vllm_expert_prefetch.native.library import host_library, why_not_host
 from vllm_expert_prefetch.prediction import (
     Artifact,

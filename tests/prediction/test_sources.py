@@ -9,8 +9,8 @@ from families import FAMILIES, write_checkpoint
 from torch import nn
 
 from vllm_expert_prefetch.prediction.defaults import DefaultSums
-from vllm_expert_prefetch.serving.lookahead_sources import NotFound, find_sources, sources_or_reason
 from vllm_expert_prefetch.serving.recording import RecordingEngine
+from vllm_expert_prefetch.serving.sources import NotFound, find_sources
 
 HIDDEN, EXPERTS = 8, 4
 
@@ -141,13 +141,6 @@ def not_finite(layer):
 def test_a_model_that_does_not_tell_enough_is_refused_with_the_reason(change, message):
     with pytest.raises(NotFound, match=message):
         find_sources(damaged(change))
-
-
-def test_serving_gets_a_reason_instead_of_an_error():
-    assert sources_or_reason(nn.Sequential(nn.Linear(2, 2))) == (
-        [],
-        "the model has 0 MoE layers; looking ahead needs two",
-    )
 
 
 @pytest.mark.engine

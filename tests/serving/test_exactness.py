@@ -1,4 +1,4 @@
-"""The tokens and log-probabilities of the plugin are those of plain vLLM, and what is claimed to be at work is at work."""
+"""The tokens and log-probabilities of the plugin are those of plain vLLM, while the cache is at work."""
 
 import pytest
 from engines import TINY_MODEL, Output, caches, counters, greedy, layers, open_engine, prompts

@@ -38,8 +38,8 @@ class LayerCache(ABC):
     def serve(self, topk_ids: torch.Tensor, rows: Rows, speculated: bool = False) -> torch.Tensor:
         """Serve one step: plan it, bring what is absent, and return the row of each id.
 
-        `topk_ids` (T, K) int32 or int64, negative for none; the result has the same shape and dtype. A negative id stays
-        -1; other ids of padding rows get some row that is there. `speculated`: the step executes a guess.
+        `topk_ids` (T, K) int32 or int64, negative for none; the result has the same shape and dtype. A negative id
+        stays -1; other ids of padding rows get some row that is there. `speculated`: the step executes a guess.
         Changes residency and the words. On a GPU nothing is awaited: a kernel launched next on this stream finds every
         record. Raises RuntimeError once the cache is closed.
         """
@@ -97,7 +97,8 @@ class Caches(ABC):
     def add(
         self, number: int, store: HostStore, space: RowSpace, num_slots: int, top_k: int, policy: str
     ) -> LayerCache:
-        """The cache of MoE layer `number`, all slots free. Raises ValueError, with the numbers, when they do not fit."""
+        """The cache of MoE layer `number`, all slots free. Raises ValueError, with the numbers, where they do not fit.
+        """
 
     def prefetch(self, wanted: Sequence[tuple[int, torch.Tensor]], rows: Rows) -> None:
         """Queue copies for (layer, experts) pairs in order: the nearest layer first. See `LayerCache.prefetch`."""
@@ -107,7 +108,7 @@ class Caches(ABC):
                 cache.prefetch(experts, rows)
 
     def measure_bandwidth(self) -> float:
-        """Bytes per second of copies of one record each, one of every layer, the faster of two passes; 0 without any."""
+        """Bytes per second of copies of one record each, one of every layer, the faster of two passes; 0 without."""
         caches = [cache for cache in self.layers if cache is not None]
         seconds = min(sum(cache.measure_copy() for cache in caches) for _ in range(2)) if caches else 0.0
         return sum(cache.record_bytes for cache in caches) / seconds if seconds else 0.0

@@ -71,8 +71,8 @@ class HostCache(LayerCache):
 class HostCaches(Caches):
     """The link of one worker and the thread that prefetches over it.
 
-    They keep the memory of their layers alive; the thread ends with them, at `close` or at exit. In a forked child every
-    call raises RuntimeError.
+    They keep the memory of their layers alive; the thread ends with them, at `close` or at exit. In a forked child
+    every call raises RuntimeError.
     """
 
     engine_name = "cpu"

@@ -98,7 +98,7 @@ def _native() -> dict[str, Any]:
 
 
 def _host_memory() -> dict[str, Any]:
-    from vllm_expert_prefetch.experts.host_memory import memlock_limit_bytes
+    from vllm_expert_prefetch.memory.host_memory import memlock_limit_bytes
 
     nodes = Path("/sys/devices/system/node/online")
     huge_pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -136,5 +136,5 @@ def _as_text(report: dict[str, Any]) -> str:
 
 def _as_words(found: dict[str, Any]) -> str:
     if not found["usable"]:
-        return f"no, records are copied with torch: {found['reason']}"
+        return f"no: {found['reason']}"
     return " ".join(["usable", *found.get("targets", [])])

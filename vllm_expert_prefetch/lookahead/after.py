@@ -18,8 +18,8 @@ class LookAhead:
     """One worker's look-ahead: a predictor, and for each MoE layer a valve and a budget.
 
     On the host a closed valve saves the prediction as well. On a GPU every replay of a captured step predicts and plans
-    anew, and the budget, a word that the GPU reads, is 0 where the valve is closed. Padding and dummy runs fetch nothing
-    and count nothing. A predictor that remembers (`observes`) remembers them as well: guesses are hints.
+    anew, and the budget, a word that the GPU reads, is 0 where the valve is closed. Padding and dummy runs fetch
+    nothing and count nothing. A predictor that remembers (`observes`) remembers them as well: guesses are hints.
     """
 
     def __init__(
@@ -32,8 +32,9 @@ class LookAhead:
         device: torch.device,
         speculated_layers: frozenset[int] = frozenset(),
     ) -> None:
-        """`forced`: valves never close. `link_bytes_per_second`: as measured. `speculated_layers` execute their guess in
-        steps that give every sequence one token (on the host only)."""
+        """`forced`: valves never close. `link_bytes_per_second`: as measured. `speculated_layers` execute their guess
+        in steps that give every sequence one token (on the host only).
+        """
         self.predictor = predictor
         self.speculated_layers = speculated_layers
         self._caches = caches
@@ -65,8 +66,9 @@ class LookAhead:
         return guess if covers else None
 
     def after(self, layer: int, signals: Signals, rows: Rows, routed: Signals | None = None) -> None:
-        """The experts of a step of `layer` (its number) are there or ordered, and its kernel is not launched yet: copies
-        that begin now have that kernel and the next attention to hide behind.
+        """The experts of a step of `layer` (its number) are there or ordered, and its kernel is not launched yet.
+
+        Copies that begin now have that kernel and the next attention to hide behind.
 
         `signals`: what is executed, padding included; `routed`: what the router chose, where that is something else. A
         step with more routed ids than the target has experts needs most of them, and fetches none ahead.

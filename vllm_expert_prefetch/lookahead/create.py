@@ -10,6 +10,7 @@ from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, OFF, SPECULATIVE, Conf
 from vllm_expert_prefetch.lookahead.after import LookAhead
 from vllm_expert_prefetch.prediction import (
     Artifact,
+    Card,
     Gate,
     Ingredients,
     NextTokenPredictor,
@@ -56,11 +57,15 @@ def create_look_ahead(
 ) -> LookAhead:
     """The look-ahead of a model with these router gates, one per MoE layer. Raises ArtifactError."""
     predictor, artifact = choose_predictor(config, gates)
-    allowed: frozenset[int] = frozenset()
-    if config.execution == SPECULATIVE and artifact is not None:  # never in the first nor the last layer
-        allowed = frozenset(layer for layer in artifact.card.allow_list if 0 < layer < len(gates) - 1)
+    speculates = config.execution == SPECULATIVE and artifact is not None
+    allowed = allowed_layers(artifact.card, len(gates)) if speculates and artifact is not None else frozenset()
     forced = config.prefetch == "on"
     return LookAhead(predictor, caches, config.over_fetch, forced, link_bytes_per_second, device, allowed)
+
+
+def allowed_layers(card: Card, num_layers: int) -> frozenset[int]:
+    """The layers that may execute their guess: those of the artifact's allow list, never the first nor the last one."""
+    return frozenset(layer for layer in card.allow_list if 0 < layer < num_layers - 1)
 
 
 def choose_predictor(config: ExpertPrefetchConfig, gates: Sequence[Gate]) -> tuple[Predictor, Artifact | None]:

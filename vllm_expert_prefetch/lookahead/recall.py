@@ -12,8 +12,6 @@ from vllm_expert_prefetch.prediction.truth import Score, sums_of_real
 
 _SERIES = ("scored_tokens_total", "recall_routed_total", "recall_found_total/top_k", "recall_found_total/fetched")
 _MISSING = "missing_gate_mass_total"
-_SCORED_EVERY = 16
-"""On the host one step in so many is compared: recall at negligible cost."""
 
 
 class _Pair(NamedTuple):
@@ -36,6 +34,9 @@ class Recall:
     one sum, which the host sees a step later. Steps that do not reach the last layer are left out. On the host the sums
     are kept by layer.
     """
+
+    scored_every = 16
+    """On the host one step in so many is compared: recall at negligible cost."""
 
     def __init__(self, num_layers: int, last_layer: int, device: torch.device) -> None:
         self._last_layer = last_layer
@@ -66,7 +67,7 @@ class Recall:
             if not self._compared or pair.widths == self._compared[0].widths or not self._on_device:
                 self._compared.append(pair)
         if layer == self._last_layer:
-            if self._compared and (self._on_device or self._num_steps % _SCORED_EVERY == 0):
+            if self._compared and (self._on_device or self._num_steps % self.scored_every == 0):
                 self._add(rows)
             self._compared.clear()
 

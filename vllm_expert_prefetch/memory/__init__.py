@@ -1,1 +1,1 @@
-"""The bytes: the host store, the row space that vLLM's kernel reads, and the emulated link. Imports torch, never vLLM."""
+"""The bytes: the host store, the row space that vLLM's kernel reads, and the emulated link."""

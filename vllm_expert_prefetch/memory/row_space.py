@@ -93,8 +93,8 @@ def _create_file(num_bytes: int) -> int:
         file = os.memfd_create("expert_prefetch")
     except OSError as error:
         raise RowSpaceError(
-            f"{CONFIG_KEY}: memfd_create failed ({error.strerror}), and overflow rows need it: allow this system call in "
-            "the container's seccomp profile, or give every expert a slot (cache_fraction 1)"
+            f"{CONFIG_KEY}: memfd_create failed ({error.strerror}), and overflow rows need it: allow this system call "
+            "in the container's seccomp profile, or give every expert a slot (cache_fraction 1)"
         ) from error
     try:
         os.ftruncate(file, num_bytes)

@@ -43,7 +43,8 @@ class Ledger:
         self._mirror = mirror
         self._seen = mirror.clone()
         self._words = [Words._make(row) for row in self._seen.tolist()]
-        self._counted = [[amount(w, b) for *_, amount in _SERIES] for w, b in zip(self._words, record_bytes, strict=True)]
+        self._counted = [[amount(w, b) for *_, amount in _SERIES] for w, b in zip(self._words, record_bytes,
+        strict=True)]
 
     def publish(self) -> list[Words]:
         """Add what has come since the last time. Returns each layer's difference.

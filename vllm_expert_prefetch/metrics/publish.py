@@ -2,14 +2,29 @@
 
 import threading
 import time
+from collections.abc import Sequence
+from typing import Protocol
 
 from vllm_expert_prefetch.cache.base import Caches
-from vllm_expert_prefetch.lookahead.after import LookAhead
+from vllm_expert_prefetch.cache.words import Words
 from vllm_expert_prefetch.metrics.counters import Counters
 from vllm_expert_prefetch.metrics.ledger import Ledger
 from vllm_expert_prefetch.metrics.steps import StepClock
 
 _PERIOD_SECONDS = 0.5
+
+
+class Guesser(Protocol):
+    """What the publisher asks of look-ahead."""
+
+    def begin_step(self, num_one_token_each: int) -> None:
+        """An engine step begins."""
+
+    def note(self, deltas: Sequence[Words], decode_step_seconds: float | None) -> None:
+        """What the layers did since the last call."""
+
+    def publish(self, counters: Counters) -> None:
+        """Bring what the counters say of guesses up to date."""
 
 
 class Publisher:
@@ -18,7 +33,7 @@ class Publisher:
     On a GPU the words are written a step later, so that a thread publishes as well, twice a second.
     """
 
-    def __init__(self, counters: Counters, caches: Caches | None, look_ahead: LookAhead | None) -> None:
+    def __init__(self, counters: Counters, caches: Caches | None, look_ahead: Guesser | None) -> None:
         """`caches`: None where every expert is resident."""
         self.counters = counters
         self.clock = StepClock(counters)

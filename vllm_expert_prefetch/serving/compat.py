@@ -63,16 +63,21 @@ def on_cuda_platform() -> bool:
 def rows_of(x: "torch.Tensor") -> "int | torch.Tensor":
     """Which of a step's rows (T, H) are tokens: the rest is padding, and a dummy or profile run has none.
 
-    On the CPU platform the number of tokens, which are the first rows. On a GPU int64 (T), where the KV cache takes each
-    row's token, negative for padding: a tensor that vLLM fills before every step, also before a captured one is replayed.
+    On the CPU platform the number of tokens, which are the first rows. On a GPU int64 (T), where the KV cache takes
+    each row's token, negative for padding: a tensor that vLLM fills before every step, also before a captured one is
+    replayed.
     """
     from vllm.forward_context import get_forward_context, is_forward_context_available
 
     context: Any = get_forward_context() if is_forward_context_available() else None
-    return _slots_of_rows(context, x) if x.is_cuda else _num_tokens(context, x.shape[0])
+    return _slots_of_rows(context, x) if x.is_cuda else num_real_tokens(x.shape[0])
 
 
-def _num_tokens(context: Any, num_rows: int) -> int:
+def num_real_tokens(num_rows: int) -> int:
+    """How many of a step's `num_rows` rows are tokens, which are the first ones; 0 in a dummy or profile run."""
+    from vllm.forward_context import get_forward_context, is_forward_context_available
+
+    context: Any = get_forward_context() if is_forward_context_available() else None
     metadata = context.attn_metadata if context else None
     if not isinstance(metadata, dict) or not metadata:  # a list belongs to dual-batch overlap, which is refused
         return 0

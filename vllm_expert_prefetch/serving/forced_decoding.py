@@ -14,7 +14,7 @@ import torch
 
 from vllm_expert_prefetch.config import CONFIG_KEY
 from vllm_expert_prefetch.serving import compat
-from vllm_expert_prefetch.serving.lookahead import LookAhead
+from vllm_expert_prefetch.lookahead.after import LookAhead
 from vllm_expert_prefetch.serving.recording import open_in_process
 
 PROMPT_TOKENS = 8
@@ -86,5 +86,5 @@ def open_forced_decoding(model: str, window: int, artifact: Path | None, **optio
         layers = compat.moe_layers_of(runner.get_model())
         look_ahead = layers[0].look_ahead
         if look_ahead is None:
-            raise CannotMeasure(f"it does not look ahead: {layers[0].deployment.prefetch}")
+            raise CannotMeasure(f"it does not look ahead: {layers[0].worker.prefetch}")
         yield ForcedDecoding(llm, runner, look_ahead, len(layers))

@@ -13,7 +13,7 @@ from vllm_expert_prefetch.config import CONFIG_KEY
 from vllm_expert_prefetch.prediction import Gate, Signals
 from vllm_expert_prefetch.prediction.defaults import DefaultSums
 from vllm_expert_prefetch.serving import compat
-from vllm_expert_prefetch.serving.lookahead_sources import NotFound, Source, find_sources
+from vllm_expert_prefetch.serving.sources import NotFound, Source, find_sources
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,13 @@ def watch_steps(runner: Any, vllm_config: Any) -> None:
     A step is one `execute_model`, and the `sample_tokens` that follows when the former returns None.
     """
     execute, sample = runner.execute_model, runner.sample_tokens
-    publisher: Publisher | None = None
+
+    def publisher_now() -> Publisher | None:
+        worker = find_worker(vllm_config)
+        return None if worker is None else worker.publisher
 
     def timed_execute(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        nonlocal publisher
-        if publisher is None:
-            worker = find_worker(vllm_config)
-            publisher = None if worker is None else worker.publisher
+        publisher = publisher_now()
         if publisher is None or not scheduler_output.total_num_scheduled_tokens:
             return execute(scheduler_output, *args, **kwargs)
         publisher.step_begins(*count_sequences(scheduler_output))
@@ -45,6 +45,7 @@ def watch_steps(runner: Any, vllm_config: Any) -> None:
 
     def timed_sample(*args: Any, **kwargs: Any) -> Any:
         output = sample(*args, **kwargs)
+        publisher = publisher_now()
         if publisher is not None:
             publisher.step_ended()
         return output

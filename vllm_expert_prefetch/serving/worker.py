@@ -44,11 +44,14 @@ class Worker:
         self._layers: list[weakref.ref[CachedRoutedExperts]] = []
         self._slots: list[int] = []
         self._sizing = ""
-        self._caches: Caches | None = None
+        self.caches: Caches | None = None
+        """None before the first takeover, and where every expert is resident."""
         self._shared_rows: dict[tuple[object, ...], Any] = {}
         self._private_bytes = 0
         self._num_taken_over = 0
         self._next_progress = time.monotonic() + _PROGRESS_SECONDS
+        self.prefetch = ""
+        """The look-ahead's name, or why there is none; there once the model is loaded."""
         self.publisher: Publisher | None = None
         """There once the model is loaded: a start that fails shows no metrics."""
         on_cuda = compat.on_cuda_platform()
@@ -93,16 +96,16 @@ class Worker:
 
     def create_cache(self, layer: "CachedRoutedExperts", store: HostStore, num_slots: int) -> LayerCache:
         """The cache of `layer`; overflow rows are shared with the layers whose records have the same shape."""
-        if self._caches is None:
-            self._caches = create_caches(len(self._layers), self._link(), layer.accelerator)
-            if self._caches.on_device:
-                compat.install_offloader(self._caches.join)
+        if self.caches is None:
+            self.caches = create_caches(len(self._layers), self._link(), layer.accelerator)
+            if self.caches.on_device:
+                compat.install_offloader(self.caches.join)
         key = (num_slots, *((name, view.shape, view.dtype) for name, view in store.views.items()))
         if key not in self._shared_rows:
             self._shared_rows[key] = create_shared_rows(store.views, num_slots, 1, layer.accelerator)
         space = self._shared_rows[key].row_space(0)
         self._private_bytes += space.private_bytes
-        return self._caches.add(layer.number, store, space, num_slots, layer.top_k, self.config.policy)
+        return self.caches.add(layer.number, store, space, num_slots, layer.top_k, self.config.policy)
 
     def layer_taken_over(self) -> None:
         """Called by each layer. Says what of the host memory could not be as it should, and how far a long load is."""
@@ -120,18 +123,18 @@ class Worker:
 
     def start(self, model: torch.nn.Module) -> None:
         """The model is loaded and every layer taken over: look ahead where that is asked for, count, and say so."""
-        layers, caches = self.layers, self._caches
+        layers, caches = self.layers, self.caches
         for layer in layers:
             _verify_rows(layer)
         link_rate = caches.measure_bandwidth() if caches else 0.0
-        look_ahead, prefetch = create_look_ahead_of(model, layers, self.config, caches, link_rate)
-        execution = describe_execution(self.config, look_ahead, len(layers), prefetch)
-        self.publisher = self._publish(look_ahead, prefetch, execution, link_rate)
+        look_ahead, self.prefetch = create_look_ahead_of(model, layers, self.config, caches, link_rate)
+        execution = describe_execution(self.config, look_ahead, len(layers), self.prefetch)
+        self.publisher = self._publish(look_ahead, execution, link_rate)
         for layer in layers:
             layer.look_ahead = look_ahead
-        compat.logger().info("%s", self._describe(prefetch, execution))
+        compat.logger().info("%s", self.describe(execution))
 
-    def _describe(self, prefetch: str, execution: str) -> str:
+    def describe(self, execution: str) -> str:
         """The start-up line."""
         layers, slots = self.layers, sorted(set(self._slots))
         experts = sorted({layer.local_num_experts for layer in layers})
@@ -142,18 +145,18 @@ class Worker:
             f"expert_prefetch: {len(layers)} MoE layers x {_range(experts)} experts, {_range(slots)} slots each; "
             f"{store / GB:.4g} GB on the host ({'page-locked' if self._is_pinned() else 'pageable'}), "
             f"{private / GB:.4g} GB cache ({share:.0f} % of the experts), {shared / GB:.4g} GB overflow rows; "
-            f"policy {self.config.policy}, execution {execution}, prefetch {prefetch}; "
+            f"policy {self.config.policy}, execution {execution}, prefetch {self.prefetch}; "
             f"engine {self._engine_name()}, link {link or 'not emulated'}"
             + (f"; sizing: {self._sizing}" if self._sizing else "")
         )
 
-    def _publish(self, look_ahead: LookAhead | None, prefetch: str, execution: str, link_rate: float) -> Publisher:
+    def _publish(self, look_ahead: LookAhead | None, execution: str, link_rate: float) -> Publisher:
         layers = self.layers
         names = [_short_name(layer.layer_name, layer.number) for layer in layers]
         info = {
             "execution": execution,
             "policy": self.config.policy,
-            "prefetch": prefetch,
+            "prefetch": self.prefetch,
             "engine": self._engine_name(),
             "link": str(self._link() or "real"),
             "pinned": str(self._is_pinned()).lower(),
@@ -180,7 +183,7 @@ class Worker:
             counters.set(name, value)
         if self.config.metrics_port is not None:
             serve_counters(counters, self.config.metrics_port + compat.local_rank())
-        return Publisher(counters, self._caches, look_ahead)
+        return Publisher(counters, self.caches, look_ahead)
 
     def _shapes(self, first: "CachedRoutedExperts", tensors: dict[str, torch.Tensor]) -> list[LayerShape]:
         """Of all layers. Post-processing may change the rows: layers that were like `first` will be."""
@@ -215,7 +218,7 @@ class Worker:
         return None if gbps is None else EmulatedLink(gbps, self.config.emulated_link_latency_us)
 
     def _engine_name(self) -> str:
-        return self._caches.engine_name if self._caches else "none: every expert is resident"
+        return self.caches.engine_name if self.caches else "none: every expert is resident"
 
     def _is_pinned(self) -> bool:
         return all(layer.cache.store.memory.is_pinned for layer in self.layers if layer.cache is not None)

@@ -1,0 +1,246 @@
+"""Looking ahead, against caches that only note what they are asked: which layer's experts, how many, and when not."""
+
+import pytest
+import torch
+from toy_moe import EXPERTS, TOP_K, make_gates, tokens
+
+from vllm_expert_prefetch.cache.words import Words
+from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig
+from vllm_expert_prefetch.lookahead.after import LookAhead, most_wanted
+from vllm_expert_prefetch.lookahead.create import choose_predictor, why_not
+from vllm_expert_prefetch.memory.link import EmulatedLink
+from vllm_expert_prefetch.prediction import Ingredients, Prediction, Predictor, Signals, create_predictor
+from vllm_expert_prefetch.prediction.truth import score
+
+CPU = torch.device("cpu")
+NUM_SLOTS, RECORD_BYTES = 8, 1000
+
+
+class NotedCache:
+    """Notes what it is asked to prefetch, and how many of it may come."""
+
+    num_experts, num_slots, top_k, record_bytes = EXPERTS, NUM_SLOTS, TOP_K, RECORD_BYTES
+
+    def __init__(self):
+        self.asked, self.records, self.guesses = [], None, None
+
+    def set_budget(self, num_records, num_guesses):
+        self.records, self.guesses = num_records, num_guesses
+
+    @property
+    def takes_guesses(self):
+        return self.records > 0
+
+
+class NotedCaches:
+    on_device = False
+    link = EmulatedLink(1.0, 0.0)
+
+    def __init__(self, num_layers):
+        self.layers = [NotedCache() for _ in range(num_layers)]
+        self.order = []
+
+    def prefetch(self, wanted, rows):
+        for layer, experts in wanted:
+            self.order.append(layer)
+            self.layers[layer].asked.append((experts.tolist(), rows))
+
+
+class Told(Predictor):
+    """Guesses the experts 0, 1, 2... of each token of the layer so far ahead."""
+
+    name = "told"
+
+    def predict(self, source, signals, count):
+        rows = len(signals.topk_ids)
+        return Prediction(torch.arange(count).repeat(rows, 1), torch.linspace(1, 0.1, count).repeat(rows, 1))
+
+
+def make(predictor=None, num_layers=4, over_fetch=1, forced=True, link=1e9, **named):
+    caches = NotedCaches(num_layers)
+    look_ahead = LookAhead(predictor or Told(num_layers), caches, over_fetch, forced, link, CPU, **named)
+    return look_ahead, caches
+
+
+def signals(num_tokens=1):
+    return Signals(torch.ones(num_tokens, 4), torch.tensor([[0, 1]] * num_tokens), torch.ones(num_tokens, TOP_K))
+
+
+def a_step(look_ahead, num_layers=4, num_tokens=1, num_rows=None):
+    for layer in range(num_layers):
+        look_ahead.after(layer, signals(num_rows or num_tokens), num_tokens)
+
+
+def words(**named):
+    return Words(*[0] * len(Words._fields))._replace(**named)
+
+
+def test_every_layer_but_the_last_asks_for_the_next_ones_experts():
+    look_ahead, caches = make()
+    a_step(look_ahead)
+    assert caches.order == [1, 2, 3]
+    assert caches.layers[1].asked == [([0, 1, 2], 1)]
+    assert caches.layers[0].asked == []
+
+
+def test_a_greater_distance_asks_for_layers_further_ahead():
+    look_ahead, caches = make(Told(4, distance=2))
+    a_step(look_ahead)
+    assert caches.order == [2, 3]
+
+
+@pytest.mark.parametrize("lookahead_layers", [1, 2])
+def test_the_configured_distance_is_the_predictors(lookahead_layers):
+    predictor, _ = choose_predictor(ExpertPrefetchConfig(lookahead_layers=lookahead_layers), make_gates())
+    assert predictor.distance == lookahead_layers
+    assert predictor.target_of(0) == lookahead_layers
+
+
+@pytest.mark.parametrize("name", ["router", "previous"])
+def test_the_configured_predictor_is_made(name):
+    assert choose_predictor(ExpertPrefetchConfig(predictor=name), make_gates())[0].name == name
+
+
+def test_padding_is_neither_guessed_for_nor_scored():
+    look_ahead, caches = make()
+    look_ahead.recall.scored_every = 1
+    a_step(look_ahead, num_tokens=2, num_rows=4)
+    assert caches.layers[1].asked[0][1] == 2
+    assert look_ahead.recall._sums[:, 0].tolist() == [0, 2, 2, 2]
+
+
+def test_a_step_with_more_ids_than_experts_fetches_nothing_ahead():
+    look_ahead, caches = make()
+    a_step(look_ahead, num_tokens=EXPERTS // TOP_K + 1)
+    assert caches.order == []
+    a_step(look_ahead, num_tokens=EXPERTS // TOP_K)
+    assert caches.order == [1, 2, 3]
+
+
+@pytest.mark.parametrize("over_fetch", [0, 1, 3])
+def test_over_fetch_asks_for_less_likely_experts_as_well(over_fetch):
+    look_ahead, caches = make(over_fetch=over_fetch)
+    a_step(look_ahead)
+    assert len(caches.layers[1].asked[0][0]) == TOP_K + over_fetch
+    assert caches.layers[1].guesses == TOP_K + over_fetch
+
+
+@pytest.mark.parametrize(("distance", "window", "records"), [(1, 2.1, 3), (2, 2.1, 3), (1, 0.2, 1), (2, 0.2, 1)])
+def test_the_budget_is_what_the_link_can_begin_in_the_time_there_is(distance, window, records):
+    """A record takes a second; layers take `window`, and the time grows with the distance as the records' does."""
+    look_ahead, caches = make(Told(4, distance=distance), link=RECORD_BYTES)
+    for _ in range(200):
+        look_ahead.note([words(steps=1)] * 4, 4 * window)
+    assert caches.layers[1].records == records
+    assert caches.layers[1].guesses == (TOP_K + 1 if window >= 1 else TOP_K), "over_fetch only where a record fits"
+
+
+def test_time_that_steps_waited_is_no_time_to_copy_in():
+    look_ahead, caches = make(link=RECORD_BYTES)
+    for _ in range(200):
+        look_ahead.note([words(steps=1, stall_ns=2 * 10**9)] * 4, 12.0)
+    assert caches.layers[1].records == 1
+
+
+def test_a_closed_valve_stops_guessing_and_a_forced_one_never_closes():
+    for forced, expected in ((False, 0), (True, NUM_SLOTS)):
+        look_ahead, caches = make(forced=forced)
+        for step in range(400):
+            stall = 2 * 10**9 if caches.layers[1].records else 10**9
+            look_ahead.note([words(steps=1, stall_ns=stall)] * 4, None)
+            if step > 300 and not forced and caches.layers[1].records == 0:
+                break
+        assert caches.layers[1].records == expected
+        before = len(caches.order)
+        a_step(look_ahead)
+        assert len(caches.order) - before == (3 if forced else 0)
+
+
+def test_what_guessing_took_is_told_to_the_valve():
+    look_ahead, _ = make()
+    noted = []
+    look_ahead.valves[1].note = lambda delta, spent: noted.append(spent)
+    a_step(look_ahead)
+    look_ahead.note([words(steps=1)] * 4, None)
+    look_ahead.note([words(steps=1)] * 4, None)
+    assert noted[0] > 0
+    assert noted[1] == 0
+
+
+def test_recall_is_that_of_the_guesses():
+    gates = make_gates()
+    look_ahead, _ = make(create_predictor("router", Ingredients(gates)), num_layers=len(gates))
+    look_ahead.recall.scored_every = 1
+    hidden = tokens(3)
+    guesses, expected = {}, torch.zeros(5, dtype=torch.float64)
+    for layer in range(len(gates)):
+        true = Signals(hidden + layer, torch.tensor([[0, 1], [2, 3], [1, 2]]), torch.rand(3, TOP_K))
+        if layer in guesses:
+            expected += torch.stack(list(score(guesses[layer], true)))
+        look_ahead.after(layer, true, 3)
+        guesses[layer + 1] = look_ahead._guesses[layer + 1] if layer + 1 < len(gates) else None
+    assert torch.allclose(look_ahead.recall._sums.sum(0), expected)
+    assert expected[0] == 3 * (len(gates) - 1)
+
+
+def test_a_layer_executes_its_guess_where_every_sequence_gives_one_token():
+    look_ahead, _ = make(speculated_layers=frozenset({2}))
+    look_ahead.begin_step(3)
+    a_step(look_ahead, num_tokens=3)
+    assert look_ahead.to_execute(2, 3) is not None
+    assert look_ahead.to_execute(1, 3) is None, "not allowed there"
+    assert look_ahead.to_execute(2, 2) is None
+    look_ahead.begin_step(0)
+    assert look_ahead.to_execute(2, 3) is None, "a prompt is in this step"
+
+
+def prediction(rows):
+    ids = torch.tensor([[expert for expert, _ in row] for row in rows])
+    return Prediction(ids, torch.tensor([[weight for _, weight in row] for row in rows]))
+
+
+def test_one_token_is_fetched_for_in_the_order_of_its_guesses():
+    assert most_wanted(prediction([[(5, 0.1), (2, 0.7), (3, 0.2)]]), 8).tolist() == [5, 2, 3]
+
+
+def test_a_batch_is_fetched_for_by_the_summed_weight_of_its_guesses():
+    guesses = prediction([[(1, 0.5), (2, 0.3)], [(2, 0.4), (3, 0.45)], [(1, 0.1), (7, 0.2)]])
+    assert most_wanted(guesses, 8).tolist() == [2, 1, 3, 7]
+
+
+def test_a_guess_without_weight_comes_last_and_is_not_forgotten():
+    guesses = prediction([[(4, 0.0), (6, 0.3)], [(6, 0.2), (0, 0.1)]])
+    assert most_wanted(guesses, 8).tolist() == [6, 0, 4]
+
+
+LINKED, WITHOUT_LINK = NotedCaches(3), NotedCaches(3)
+WITHOUT_LINK.link = None
+
+
+@pytest.mark.parametrize(
+    ("config", "caches", "reason"),
+    [
+        ({}, LINKED, None),
+        ({"prefetch": "off"}, LINKED, "off"),
+        ({}, WITHOUT_LINK, "off: there is no link to hide: records are copied within host memory"),
+        ({"prefetch": "on"}, WITHOUT_LINK, None),
+        ({}, None, "off: every expert has a slot"),
+        ({"prefetch": "on"}, None, "off: every expert has a slot"),
+    ],
+)
+def test_why_nothing_looks_ahead(config, caches, reason):
+    assert why_not(ExpertPrefetchConfig(**config), 3, caches, breaks_graphs=False) == reason
+
+
+def test_graphs_that_break_are_a_reason_on_a_gpu():
+    caches = NotedCaches(3)
+    caches.on_device = True
+    assert why_not(ExpertPrefetchConfig(), 3, caches, breaks_graphs=False) is None
+    assert "VLLM_USE_BREAKABLE_CUDAGRAPH=0" in why_not(ExpertPrefetchConfig(), 3, caches, breaks_graphs=True)
+    with pytest.raises(ConfigError, match="prefetch is on and cannot be: vLLM interrupts"):
+        why_not(ExpertPrefetchConfig(prefetch="on"), 3, caches, breaks_graphs=True)
+
+
+def test_looking_further_ahead_than_there_are_layers_is_refused():
+    with pytest.raises(ConfigError, match="lookahead_layers is 3 and the model has 3 MoE layers: set it to 2 at most"):
+        why_not(ExpertPrefetchConfig(lookahead_layers=3), 3, LINKED, breaks_graphs=False)

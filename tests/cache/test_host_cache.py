@@ -255,7 +255,7 @@ def test_check_state_sees_and_names_every_corruption(make_model, table, index, v
     model = make_model(1, 4, large_tensors)
     model.serve(0, ids(1, 2), 1)
     (cache,) = model.layers
-    state = cache._state.clone()
+    state = cache.state.clone()
     check_state(state)
     starts = {"slot_of": 0, "flags": 16, "last": 32, "count": 48, "expert_in": 64, "free": 68}
     state[len(cache.words()) + starts[table] + index] = value

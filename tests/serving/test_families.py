@@ -1,5 +1,5 @@
-"""Every family gives the tokens of plain vLLM with a part of its experts in slots: shared experts, expert biases, grouped
-top-k with a correction bias, routed scaling and dense first layers are vLLM's own code."""
+"""Every family gives the tokens of plain vLLM with a part of its experts in slots: shared experts, expert biases,
+grouped top-k with a correction bias, routed scaling and dense first layers are vLLM's own code."""
 
 import pytest
 from engines import caches, counters, greedy, layers, open_engine

@@ -1,18 +1,18 @@
 """Look-ahead in a running engine: it changes how fast experts are there, and never which tokens come out."""
 
 import itertools
-import time
-from types import SimpleNamespace
 
 import pytest
 import torch
-from engines import TINY_MODEL, counters, greedy, layers, open_engine, prompts
-from toy_moe import EXPERTS, TOP_K, make_gates, tokens
+from engines import TINY_MODEL, caches, counters, greedy, layers, open_engine, prompts
+from toy_moe import make_gates
 
-from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig
-from vllm_expert_prefetch.experts import Step
-from vllm_expert_prefetch.experts.layer_cache import Prefetch
+from vllm_expert_prefetch.cache.base import tables_of
+from vllm_expert_prefetch.config import ExpertPrefetchConfig
+from vllm_expert_prefetch.lookahead import create
+from vllm_expert_prefetch.lookahead.after import LookAhead
 from vllm_expert_prefetch.metrics.counters import read_counters
+from vllm_expert_prefetch.metrics.publish import Publisher
 from vllm_expert_prefetch.prediction import (
     PREDICTORS,
     Artifact,
@@ -23,20 +23,19 @@ from vllm_expert_prefetch.prediction import (
     NextTokenPredictor,
     Prediction,
     Predictor,
-    Signals,
     create_predictor,
     fingerprint,
     save_artifact,
 )
 from vllm_expert_prefetch.prediction.defaults import DefaultVectors
-from vllm_expert_prefetch.serving import lookahead
-from vllm_expert_prefetch.serving.lookahead import LookAhead, why_not
-from vllm_expert_prefetch.serving.lookahead_sources import find_sources
+from vllm_expert_prefetch.serving.sources import find_sources
 
 pytestmark = pytest.mark.engine
 
 LINK = {"cache_fraction": 0.5, "emulated_link_gbps": 0.5, "emulated_link_latency_us": 20}
 PROMPTS = prompts(4)
+UNTOUCHED = 8
+"""A flag of csrc/residency.h: brought by a prefetch, and needed by no step yet."""
 
 
 class Garbage(Predictor):
@@ -69,12 +68,10 @@ def stock():
 def check_conservation(counted, llm):
     settled = sum(counted[f"predictions_total/{outcome}"] for outcome in ("used", "unused", "cancelled"))
     issued = pending = 0
-    for layer in layers(llm):
-        layer.cache.planner.check_integrity()
-        header = layer.cache.planner.state[:24].tolist()
-        issued += header[18]
-        start = 24 + layer.num_experts
-        pending += sum(bool(flag & 8) for flag in layer.cache.planner.state[start:][: layer.num_experts].tolist())
+    for cache in caches(llm):
+        issued += cache.words().issued
+        _, (_, flags, *_) = tables_of(cache.state)
+        pending += sum(bool(flag & UNTOUCHED) for flag in flags)
     assert issued == settled + pending
     return issued
 
@@ -86,7 +83,7 @@ def test_the_router_predictor_is_bit_equal_and_saves_stalls(stock, over_fetch):
         assert generate(llm) == stock
         counted = counters(llm)
         assert check_conservation(counted, llm) > 100
-        by_layer = read_counters(layers(llm)[0].deployment.counters.path)
+        by_layer = read_counters(layers(llm)[0].worker.publisher.counters.path)
     for series in ("predictions_total/used", "recall_routed_total", "recall_found_total/fetched"):
         own = [by_layer.value(f"layer_{series}", layer) for layer in range(8)]
         assert sum(own) == counted[series]
@@ -118,22 +115,22 @@ def test_every_predictor_is_bit_equal_with_every_over_fetch(stock):
     with open_engine(TINY_MODEL, LINK | {"prefetch": "on"}) as llm:
         model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()
         gates = [source.gate for source in find_sources(model)]
-        ingredients = Ingredients(gates, untrained(gates))
+        ingredients, worker = Ingredients(gates, untrained(gates)), layers(llm)[0].worker
         for name, over_fetch in itertools.product([*names, "hybrid across tokens"], (0, 1, 14)):
             predictor = create_predictor(name.split()[0], ingredients)
             if "across" in name:
                 predictor = NextTokenPredictor(predictor, create_predictor("transition", ingredients))
-            before = layers(llm)[0].look_ahead
-            look_ahead = LookAhead(predictor, layers(llm), over_fetch, True, 0.5e9)
-            look_ahead.counters, look_ahead.clock = before.counters, before.clock
+            look_ahead = LookAhead(predictor, worker.caches, over_fetch, True, 0.5e9, torch.device("cpu"))
+            worker.publisher = Publisher(worker.publisher.counters, worker.caches, look_ahead)
             for layer in layers(llm):
                 layer.look_ahead = look_ahead
             assert greedy(llm, PROMPTS) == stock[0], (name, over_fetch)
+        worker.publisher.publish()
         check_conservation(counters(llm), llm)
 
 
 def test_garbage_predictions_change_no_token(stock, monkeypatch):
-    monkeypatch.setattr(lookahead, "create_predictor", lambda name, given: Garbage(len(given.gates), given.distance))
+    monkeypatch.setattr(create, "create_predictor", lambda name, given: Garbage(len(given.gates), given.distance))
     with open_engine(TINY_MODEL, LINK | {"prefetch": "on"}) as llm:
         assert generate(llm) == stock
         counted = counters(llm)
@@ -169,61 +166,16 @@ def test_the_info_metric_says_why_nothing_looks_ahead(config, reason):
     with open_engine(TINY_MODEL, {"cache_fraction": 0.5} | config) as llm:
         greedy(llm, PROMPTS[:1], num_tokens=2)
         assert layers(llm)[0].look_ahead is None
-        assert layers(llm)[0].deployment._info()["prefetch"] == reason
-
-
-def test_look_ahead_that_cannot_be_is_refused_when_it_was_asked_for_and_off_when_it_was_not():
-    with pytest.raises(ConfigError, match="prefetch is on and cannot be: it needs native staging"):
-        why_not(ExpertPrefetchConfig(prefetch="on"), [object()], has_link=True)
-    assert "native staging" in (why_not(ExpertPrefetchConfig(), [object()], has_link=True) or "")
-
-
-def test_looking_further_ahead_than_there_are_layers_is_refused():
-    with pytest.raises(ConfigError, match="lookahead_layers is 3 and the model has 3 MoE layers: set it to 2 at most"):
-        why_not(ExpertPrefetchConfig(lookahead_layers=3), [object()] * 3, has_link=True)
+        assert layers(llm)[0].worker.prefetch == reason
 
 
 def test_an_artifact_that_is_not_there_leaves_exact_serving_and_says_so(stock, tmp_path):
     config = LINK | {"prefetch": "auto", "artifact": str(tmp_path / "missing")}
     with open_engine(TINY_MODEL, config) as llm:
         assert greedy(llm, PROMPTS) == stock[0]
-        described = layers(llm)[0].deployment._info()["prefetch"]
+        described = layers(llm)[0].worker.prefetch
     assert described.startswith("off: ")
     assert "missing" in described
-
-
-class Asked:
-    """A cache that notes what it is asked to prefetch, and how many of it."""
-
-    num_slots = 8
-    staging = SimpleNamespace(record_bytes=1000, lane=SimpleNamespace(counters=lambda: {"prefetch_bytes": 0}))
-
-    def __init__(self):
-        self.asked = []
-
-    def prefetch(self, wanted, budget):
-        self.asked.append((len(wanted), budget))
-        return Prefetch(0, 0, 0)
-
-
-@pytest.mark.parametrize(("link_bytes_per_second", "expected"), [(1e9, (5, 8)), (1.0, (2, 1))])
-def test_what_the_link_can_begin_in_time_is_asked_for_and_over_fetch_only_where_a_record_fits(
-    link_bytes_per_second, expected
-):
-    gates = make_gates()
-    made = [SimpleNamespace(cache=Asked(), num_experts=EXPERTS, top_k=TOP_K) for _ in gates]
-    predictor = create_predictor("router", Ingredients(gates))
-    look_ahead = LookAhead(predictor, made, over_fetch=3, forced=True, link_bytes_per_second=link_bytes_per_second)
-    look_ahead.counters = SimpleNamespace(layers=(), add=lambda index, amount: None, set=lambda series, value: None)
-    look_ahead.clock = SimpleNamespace(num_one_token_each=0)
-    narrow = Step(0, 1, TOP_K, *[0] * 8, 0.0, 0.0, torch.zeros(1, TOP_K), ())
-    for _ in range(3):
-        for layer in range(len(gates)):
-            look_ahead.after_staging(layer, narrow, Signals(tokens(1), torch.tensor([[0, 1]]), torch.ones(1, TOP_K)))
-            time.sleep(0.001)
-    asked = made[1].cache.asked
-    assert asked[0] == (5, 8), "nothing is known of the time yet: the slots are the budget"
-    assert asked[-1] == expected
 
 
 def test_with_an_artifact_the_last_layer_speaks_of_the_next_tokens_first(tmp_path):
@@ -234,6 +186,6 @@ def test_with_an_artifact_the_last_layer_speaks_of_the_next_tokens_first(tmp_pat
         ({"artifact": str(tmp_path / "artifact")}, "hybrid, next token by transition"),
         ({"artifact": str(tmp_path / "artifact"), "predictor": "previous"}, "previous"),
     ):
-        predictor, _ = lookahead._create(ExpertPrefetchConfig(**config), gates)
+        predictor, _ = create.choose_predictor(ExpertPrefetchConfig(**config), gates)
         assert predictor.name == name
         assert predictor.target_of(len(gates) - 1) == (None if name == "router" else 0)

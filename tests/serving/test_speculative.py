@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
-import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
 from engines import TINY_MODEL, counters, greedy, layers, open_engine, prompts
 
 from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig
+from vllm_expert_prefetch.lookahead.create import allowed_layers, why_not
 from vllm_expert_prefetch.metrics.counters import read_counters
 from vllm_expert_prefetch.metrics.definitions import OUTCOMES, PHASES
 from vllm_expert_prefetch.prediction import Artifact, Card, Prediction, Predictor, fingerprint, save_artifact
+from vllm_expert_prefetch.serving.speculation import describe_execution
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K = 8, 16, 2
 ALLOWED = frozenset({2, 3, 5})
@@ -64,17 +66,17 @@ def recorded(llm, run):
     """`run(llm)`, and the router's choices in it, per layer and step."""
     trace = [[] for _ in range(NUM_LAYERS)]
     look_ahead = look_ahead_of(llm)
-    after_staging = look_ahead.after_staging
+    after = look_ahead.after
 
-    def note(layer, step, signals, routed=None):
-        trace[layer].append((signals.topk_ids.clone(), signals.topk_weights.clone()))
-        after_staging(layer, step, signals, routed)
+    def note(layer, signals, rows, routed=None):
+        trace[layer].append((signals.topk_ids[:rows].clone(), signals.topk_weights[:rows].clone()))
+        after(layer, signals, rows, routed)
 
-    look_ahead.after_staging = note
+    look_ahead.after = note
     try:
         return run(llm), trace
     finally:
-        del look_ahead.after_staging
+        del look_ahead.after
 
 
 def run_batch(llm):
@@ -82,12 +84,12 @@ def run_batch(llm):
 
 
 def speculated_by_layer(llm):
-    snapshot = read_counters(layers(llm)[0].deployment.counters.path)
+    snapshot = read_counters(layers(llm)[0].worker.publisher.counters.path)
     return [snapshot.value("layer_lookups_total/speculated", layer) for layer in range(NUM_LAYERS)]
 
 
 def artifact_for(model, allow_list):
-    from vllm_expert_prefetch.serving.lookahead_sources import find_sources
+    from vllm_expert_prefetch.serving.sources import find_sources
 
     gates = [source.gate for source in find_sources(model)]
     card = Card(
@@ -147,7 +149,7 @@ class Served:
 def served(reference):
     config = SERVED | {"execution": "speculative", "artifact": reference.artifact}
     with open_engine(TINY_MODEL, config) as llm:
-        allowed, line = look_ahead_of(llm).speculated_layers, layers(llm)[0].deployment.describe()
+        allowed, line = look_ahead_of(llm).speculated_layers, layers(llm)[0].worker.describe()
         use(llm, Replay(reference.trace))
         before = speculated_by_layer(llm)
         _, gained = gains(llm, lambda: run_batch(llm))
@@ -266,25 +268,15 @@ def test_what_speculative_execution_lacks_is_named(options, named):
     assert all(words in str(refused.value) for words in named)
 
 
-@pytest.mark.engine
-def test_it_is_refused_where_nothing_can_look_ahead(reference):
-    config = SERVED | {"execution": "speculative", "artifact": reference.artifact, "staging": "torch"}
-    with pytest.raises(ConfigError, match="execution is speculative and cannot be: it needs native staging"):  # noqa: SIM117
-        with open_engine(TINY_MODEL, config):
-            pass
+def test_it_is_refused_where_nothing_can_look_ahead():
+    with pytest.raises(ConfigError, match="execution is speculative and cannot be: every expert has a slot"):
+        why_not(speculative(), NUM_LAYERS, None, breaks_graphs=False)
 
 
-def test_an_empty_allow_list_is_a_warning_and_exact_serving(monkeypatch):
-    from vllm_expert_prefetch.serving import compat, speculation
-
-    said = []
-    log = logging.getLogger("speculative")
-    log.addHandler(type("Keep", (logging.Handler,), {"emit": lambda _, record: said.append(record.getMessage())})())
-    monkeypatch.setattr(compat, "logger", lambda: log)
+def test_an_empty_allow_list_is_exact_serving():
     card = Card("toy", "", [], 1, {}, {}, 1, {}, allow_list=[0, 7])
-    assert speculation.allowed_layers(card, NUM_LAYERS) == frozenset()
-    assert "allows it in no layer: serving is exact" in said[0]
-    described = speculation.describe_execution(speculative(), frozenset(), NUM_LAYERS, "on: hybrid")
+    assert allowed_layers(card, NUM_LAYERS) == frozenset()
+    described = describe_execution(speculative(), SimpleNamespace(speculated_layers=frozenset()), NUM_LAYERS, "on: x")
     assert described.startswith("exact (speculative was asked for")
 
 
@@ -330,6 +322,7 @@ def test_the_accuracy_command_refuses_bad_input_before_a_model_is_loaded(tmp_pat
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.engine
 def test_compiled_layers_execute_their_guesses_as_eager_ones_do():
     with open_engine(TINY_MODEL, SERVED | {"prefetch": "on"}, enforce_eager=False) as llm:
         exact, trace = recorded(llm, run_batch)

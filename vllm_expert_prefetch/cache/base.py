@@ -136,13 +136,18 @@ def check_tables(slot_of: list[int], expert_in: list[int], flags: list[int], fre
     assert sorted(free[: words.num_free]) == empty, f"free list {free[: words.num_free]}, empty slots {empty}"
 
 
-def check_state(state: torch.Tensor) -> None:
-    """`check_tables` of a planner's whole state, an int64 tensor."""
+def tables_of(state: torch.Tensor) -> tuple[Words, list[list[int]]]:
+    """A planner's whole state, an int64 tensor: its words, and slot_of, flags, last, count, expert_in and free slots."""
     numbers = state.tolist()
     words = Words._make(numbers[: len(Words._fields)])
     tables, start = [], len(Words._fields)
     for size in [words.num_experts] * 4 + [words.num_slots] * 2:
         tables.append(numbers[start : start + size])
         start += size
-    slot_of, flags, _, _, expert_in, free = tables
+    return words, tables
+
+
+def check_state(state: torch.Tensor) -> None:
+    """`check_tables` of a planner's whole state."""
+    words, (slot_of, flags, _, _, expert_in, free) = tables_of(state)
     check_tables(slot_of, expert_in, flags, free, words)

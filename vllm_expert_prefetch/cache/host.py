@@ -33,12 +33,12 @@ class HostCache(LayerCache):
     ) -> None:
         super().__init__(store, space, num_slots, top_k)
         library = caches.library
-        self._state = torch.zeros(library.planner_words(self.num_experts, num_slots), dtype=torch.int64)
+        self.state = torch.zeros(library.planner_words(self.num_experts, num_slots), dtype=torch.int64)
         self._mirror = caches.mirror[number]
         self.budget = num_slots  # records of one prefetch
         numbers = (self.num_experts, num_slots, top_k, list(POLICIES).index(policy), store.record_bytes)
         segments = _segment_table(store, space)
-        self._native = library.cache_create(caches.engine, segments, *numbers, self._state, self._mirror)
+        self._native = library.cache_create(caches.engine, segments, *numbers, self.state, self._mirror)
         self._serve, self._prefetch, self._copy = library.cache_serve, library.cache_prefetch, library.cache_copy
 
     def serve(self, topk_ids: torch.Tensor, rows: Rows, speculated: bool = False) -> torch.Tensor:
@@ -65,7 +65,7 @@ class HostCache(LayerCache):
         return float(self._copy(self._native, 0, self.num_experts - 1))
 
     def check_integrity(self) -> None:
-        check_state(self._state)
+        check_state(self.state)
 
 
 class HostCaches(Caches):

@@ -75,6 +75,7 @@ class LookAhead:
         """
         if isinstance(rows, int):
             signals, routed = _first(signals, rows), None if routed is None else _first(routed, rows)
+        self._guesses[layer] = None
         true = signals if routed is None else routed
         self.recall.compare(layer, true, rows)
         if self.predictor.observes:

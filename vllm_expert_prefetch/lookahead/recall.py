@@ -36,7 +36,7 @@ class Recall:
     """
 
     scored_every = 16
-    """On the host one step in so many is compared: recall at negligible cost."""
+    """On the host one step in so many of those with guesses is compared: recall at negligible cost."""
 
     def __init__(self, num_layers: int, last_layer: int, device: torch.device) -> None:
         self._last_layer = last_layer
@@ -59,7 +59,6 @@ class Recall:
         """The true routing of `layer` is known; `rows` as in `cache.base.Rows`."""
         if layer <= self._at:  # another step; what an unfinished one has left lies in memory that may be gone
             self._compared.clear()
-            self._num_steps += 1
         self._at = layer
         guess = self._guesses.pop(layer, None)
         if guess is not None and len(guess) in (1, len(true.topk_ids)):
@@ -69,6 +68,7 @@ class Recall:
         if layer == self._last_layer:
             if self._compared and (self._on_device or self._num_steps % self.scored_every == 0):
                 self._add(rows)
+            self._num_steps += bool(self._compared)
             self._compared.clear()
 
     def _add(self, rows: int | torch.Tensor) -> None:

@@ -50,6 +50,7 @@ class Worker:
         self._private_bytes = 0
         self._num_taken_over = 0
         self._next_progress = time.monotonic() + _PROGRESS_SECONDS
+        self.execution = config.execution
         self.prefetch = ""
         """The look-ahead's name, or why there is none; there once the model is loaded."""
         self.publisher: Publisher | None = None
@@ -128,13 +129,13 @@ class Worker:
             _verify_rows(layer)
         link_rate = caches.measure_bandwidth() if caches else 0.0
         look_ahead, self.prefetch = create_look_ahead_of(model, layers, self.config, caches, link_rate)
-        execution = describe_execution(self.config, look_ahead, len(layers), self.prefetch)
-        self.publisher = self._publish(look_ahead, execution, link_rate)
+        self.execution = describe_execution(self.config, look_ahead, len(layers), self.prefetch)
+        self.publisher = self._publish(look_ahead, link_rate)
         for layer in layers:
             layer.look_ahead = look_ahead
-        compat.logger().info("%s", self.describe(execution))
+        compat.logger().info("%s", self.describe())
 
-    def describe(self, execution: str) -> str:
+    def describe(self) -> str:
         """The start-up line."""
         layers, slots = self.layers, sorted(set(self._slots))
         experts = sorted({layer.local_num_experts for layer in layers})
@@ -145,16 +146,16 @@ class Worker:
             f"expert_prefetch: {len(layers)} MoE layers x {_range(experts)} experts, {_range(slots)} slots each; "
             f"{store / GB:.4g} GB on the host ({'page-locked' if self._is_pinned() else 'pageable'}), "
             f"{private / GB:.4g} GB cache ({share:.0f} % of the experts), {shared / GB:.4g} GB overflow rows; "
-            f"policy {self.config.policy}, execution {execution}, prefetch {self.prefetch}; "
+            f"policy {self.config.policy}, execution {self.execution}, prefetch {self.prefetch}; "
             f"engine {self._engine_name()}, link {link or 'not emulated'}"
             + (f"; sizing: {self._sizing}" if self._sizing else "")
         )
 
-    def _publish(self, look_ahead: LookAhead | None, execution: str, link_rate: float) -> Publisher:
+    def _publish(self, look_ahead: LookAhead | None, link_rate: float) -> Publisher:
         layers = self.layers
         names = [_short_name(layer.layer_name, layer.number) for layer in layers]
         info = {
-            "execution": execution,
+            "execution": self.execution,
             "policy": self.config.policy,
             "prefetch": self.prefetch,
             "engine": self._engine_name(),

@@ -49,10 +49,10 @@ def _exact(exact: dict[str, Any], rows: list[Row]) -> Goal:
     if "rows" not in exact:
         return _goal("tokens exact", 0, None)
     differing = sum(row["differing_tokens"] for row in [*exact["rows"], *rows])
-    unequal = sum(not row["bit_equal"] for row in exact["rows"])
+    unequal = sum(not row["as_stock"] for row in exact["rows"])
     idle = sum(not row["at_work"] for row in exact["rows"])
     text = (
-        f"{differing} tokens differ, {unequal} of {len(exact['rows'])} configurations not bit-equal, {idle} not at work"
+        f"{differing} tokens differ, {unequal} of {len(exact['rows'])} configurations not as stock, {idle} not at work"
     )
     return _goal("tokens exact", text, differing == unequal == idle == 0)
 

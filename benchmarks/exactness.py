@@ -61,7 +61,7 @@ def generate(job: dict[str, Any], result: dict[str, Any]) -> None:
         result[str(batch)] = {
             "sequences": [_sequence(output.outputs[0]) for output in outputs],
             "lookups": sum(value for name, value in grown.items() if name.startswith("lookups_total")),
-            "wide_steps": grown.get("layer_steps_total/wide", 0),
+            "wide_steps": grown.get("moe_steps_total/wide", 0),
             "overflow_bytes": grown.get("transfer_bytes_total/overflow", 0),
             "texts": [output.outputs[0].text for output in outputs[:4]],
         }

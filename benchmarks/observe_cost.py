@@ -12,7 +12,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from harness import TINY_MODEL, Engine, engine_job, finish, job_output, load_prompts, parser, run_in_process
+
+from vllm_expert_prefetch.cache.words import Words
 
 LIMIT = 0.005
 STEPS_PER_TURN = 8
@@ -26,21 +29,17 @@ class Switch:
 
         self._runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
         self.layers = moe_layers_of(self._runner.get_model())
-        self.deployment = self.layers[0]._deployment
+        self.publisher = self.layers[0].worker.publisher
         self._watched = {name: self._runner.__dict__[name] for name in ("execute_model", "sample_tokens")}
 
     def off(self) -> None:
         """No counter is written, no step is timed."""
         for name in self._watched:
             self._runner.__dict__.pop(name, None)
-        for layer in self.layers:
-            layer.__dict__["_count"] = lambda plan, staging=layer.staging: staging.reset_totals()
 
     def on(self) -> None:
         """As it is served."""
         self._runner.__dict__.update(self._watched)
-        for layer in self.layers:
-            layer.__dict__.pop("_count", None)
 
 
 def decode_steps(llm: Any, prompt: str, num_tokens: int, number: int, between: Callable[[int], None]) -> list[float]:
@@ -79,20 +78,21 @@ def compare(
 
 
 def counting_seconds(switch: Switch, repeats: int = 2000) -> float:
-    """What the counting of one decode step takes: every layer's plan, one of them with a miss, and the clock."""
-    from vllm_expert_prefetch.residency import Plan, Split, Wave
-
-    def plan(misses: int) -> Plan:
-        return Plan(Split.NONE, (Wave((), (), (), None),), 2 - misses, 0, misses, misses)
-
-    plans = [plan(index % 4 == 0) for index in range(len(switch.layers))]
-    started = time.perf_counter()
+    """What the counting of one decode step takes: every layer's words, one of four with a miss, and the clock."""
+    mirror = switch.layers[0].worker.caches.mirror
+    grown = torch.zeros_like(mirror)
+    grown[:, Words._fields.index("steps")] = 1
+    grown[:, Words._fields.index("hits")] = 2
+    grown[::4, Words._fields.index("misses")] = 1
+    mirror_before, seconds = mirror.clone(), 0.0
     for _ in range(repeats):
-        switch.deployment.clock.begin(0, 1, True)
-        for layer, counted in zip(switch.layers, plans, strict=True):
-            layer._count(counted)
-        switch.deployment.step_ended()
-    return (time.perf_counter() - started) / repeats
+        mirror += grown
+        started = time.perf_counter()
+        switch.publisher.step_begins(0, 1, True)
+        switch.publisher.step_ended()
+        seconds += time.perf_counter() - started
+    mirror.copy_(mirror_before)
+    return seconds / repeats
 
 
 def measure(path: str) -> None:

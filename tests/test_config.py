@@ -2,11 +2,13 @@
 
 import dataclasses
 import math
+import re
+from types import SimpleNamespace
 
 import pytest
 from doc_tables import config_table, documented
 
-from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig, config_from_additional
+from vllm_expert_prefetch.config import REMOVED, ConfigError, ExpertPrefetchConfig, config_from_additional, config_of
 from vllm_expert_prefetch.residency import POLICIES
 
 KEYS = [entry.name for entry in dataclasses.fields(ExpertPrefetchConfig)]
@@ -23,9 +25,6 @@ GOOD = {
     "over_fetch": [0, 1, 8],
     "lookahead_layers": [1, 2],
     "artifact": [None, "folder"],
-    "staging": ["auto", "native", "torch"],
-    "stream_buffer": ["auto", "on", "off"],
-    "max_token_waves": [0, 1, 100],
     "pin_memory": ["auto", "on", "off"],
     "numa_node": [None, 0, 3],
     "huge_pages": [True, False],
@@ -46,9 +45,6 @@ BAD = {
     "over_fetch": [-1, 1.5, "1", None, True],
     "lookahead_layers": [0, -1, 1.0, None],
     "artifact": [1, True],
-    "staging": ["cuda", True, None],
-    "stream_buffer": ["yes", True, None],
-    "max_token_waves": [-1, 1.5, "8", None, False],
     "pin_memory": ["yes", True, None],
     "numa_node": [-1, 0.0, "0", True],
     "huge_pages": [1, 0, "true", None],
@@ -98,7 +94,6 @@ def test_true_is_not_a_number_and_not_a_name(key):
         ("cache-fraction", "cache_fraction"),
         ("slots", "slots_per_layer"),
         ("polcy", "policy"),
-        ("token_waves", "max_token_waves"),
         ("numa", "numa_node"),
         ("hugepages", "huge_pages"),
         ("emulated_link_gbs", "emulated_link_gbps"),
@@ -117,6 +112,12 @@ def test_an_unknown_key_that_resembles_none_is_refused_as_well(unknown):
         ExpertPrefetchConfig.from_mapping({unknown: 1})
 
 
+@pytest.mark.parametrize(("key", "instead"), REMOVED.items())
+def test_a_removed_key_is_refused_with_what_does_it_now(key, instead):
+    with pytest.raises(ConfigError, match=re.escape(f"{key} is no key any more: {instead}. Drop it")):
+        ExpertPrefetchConfig.from_mapping({key: "auto"})
+
+
 @pytest.mark.parametrize("left_out", [None, *SIZES])
 def test_cache_sizes_exclude_each_other(left_out):
     given = {"cache_gb": 4, "cache_fraction": 0.5, "slots_per_layer": 8}
@@ -131,20 +132,13 @@ def test_an_emulated_latency_needs_an_emulated_link():
         ExpertPrefetchConfig(emulated_link_latency_us=5)
 
 
-@pytest.mark.parametrize(
-    ("options", "num_slots"),
-    [
-        ({"slots_per_layer": 12}, 12),
-        ({"cache_fraction": 0.5}, 50),
-        ({"cache_fraction": 0.505}, 50),
-        ({"cache_fraction": 0.29}, 29),  # 0.29 * 100 is 28.999999999999996
-        ({"cache_fraction": 1.0}, 100),
-        ({"cache_gb": 3}, None),
-        ({}, None),
-    ],
-)
-def test_slots_asked_for_are_the_number_or_the_fraction_rounded_down(options, num_slots):
-    assert ExpertPrefetchConfig(**options).slots_asked(num_experts=100) == num_slots
+def test_a_configuration_is_parsed_once_and_kept_on_vllms():
+    vllm_config = SimpleNamespace(additional_config={"expert_prefetch": {"policy": "lfu"}})
+    config = config_of(vllm_config)
+    assert config == ExpertPrefetchConfig(policy="lfu")
+    vllm_config.additional_config = {}
+    assert config_of(vllm_config) is config
+    assert config_of(SimpleNamespace(additional_config={})) is None
 
 
 def test_a_configuration_cannot_be_changed():

@@ -151,14 +151,6 @@ class ExpertPrefetchConfig:
                 )
         return cls(**values)
 
-    def slots_asked(self, num_experts: int) -> int | None:
-        """Slots per layer when given as a number or a fraction of `num_experts`; None when a size decides."""
-        if self.slots_per_layer is not None:
-            return self.slots_per_layer
-        if self.cache_fraction is not None:
-            return int(self.cache_fraction * num_experts + 1e-9)  # 0.29 of 100 is 29, not 28.999...
-        return None
-
     def _check_types(self) -> None:
         for entry in fields(self):
             value = getattr(self, entry.name)

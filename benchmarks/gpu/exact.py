@@ -3,8 +3,8 @@
 Two models: the trained tiny MoE, and a random checkpoint whose experts are large enough that layers share overflow rows
 on a GPU. A configuration counts only if its cache was at work.
 
-Stock against stock is the control. Where two runs of plain vLLM differ from each other, in the same mode and batch, there
-is nothing to be equal to: the tokens must be the same, and no log-probability further off than theirs.
+Stock against stock is the control. Where two runs of plain vLLM differ from each other, in the same mode and batch,
+there is nothing to be equal to: the tokens must be the same, and no log-probability further off than theirs.
 """
 
 import sys

@@ -101,14 +101,14 @@ LINK = (
         "Bytes over the link",
         "timeseries",
         "Bps",
-        "Expert records copied from host memory: demanded by a step, prefetched, or streamed past the cache.",
+        "Expert records copied from host memory: for a step into slots or into overflow rows, or ahead.",
         [(rate("transfer_bytes_total", by="kind"), "{{kind}}")],
     ),
     Panel(
         "Speed while copying",
         "timeseries",
         "Bps",
-        "Bytes per second of demanded and streamed copies, and the speed measured when the server started.",
+        "Bytes per second of the copies that steps waited for, and the speed measured when the server started.",
         [
             (
                 share(rate("transfer_bytes_total", own='kind!="prefetch"'), rate("transfer_seconds_total")),
@@ -121,7 +121,7 @@ LINK = (
         "Link use",
         "timeseries",
         "percentunit",
-        "Share of the time in which something demanded or streamed was being copied, mean of the ranks.",
+        "Share of the time in which something that a step waited for was being copied, mean of the ranks.",
         [(f"avg by (instance) (rate({P}transfer_seconds_total{{{RANKS}}}[{RATE}]))", "{{instance}}")],
         limits=(0.7, 0.9),
         colours=OK_TO_BAD,
@@ -202,11 +202,11 @@ STEPS = (
         [(share(rate("step_seconds_sum", by="phase"), rate("step_seconds_count", by="phase")), "{{phase}}")],
     ),
     Panel(
-        "Waves",
+        "Steps of MoE layers",
         "timeseries",
         "ops",
-        "Kernel calls of MoE layers. Other than none: the step needed more distinct experts than there are slots.",
-        [(rate("waves_total", by="split"), "{{split}}")],
+        "Wide: the step needed more distinct experts than there are slots, and used overflow rows.",
+        [(rate("moe_steps_total", by="width"), "{{width}}")],
     ),
     Panel(
         "Servers",
@@ -325,10 +325,10 @@ CAPACITY = Dashboard(
             "Accelerator memory",
             "timeseries",
             "bytes",
-            "Slots and stream buffer, ranks summed.",
+            "Slots and overflow rows, ranks summed.",
             [
                 (gauge("cache_bytes"), "slots {{instance}}"),
-                (gauge("stream_buffer_bytes"), "stream buffer {{instance}}"),
+                (gauge("overflow_bytes"), "overflow rows {{instance}}"),
             ],
         ),
         Panel(
@@ -345,10 +345,10 @@ CAPACITY = Dashboard(
             "Accelerator memory saved",
             "timeseries",
             "bytes",
-            "Experts without a slot, less the stream buffer: what is free for the KV cache.",
+            "Experts without a slot, less the overflow rows: what is free for the KV cache.",
             [
                 (
-                    f"{gauge('host_store_bytes')} - {gauge('cache_bytes')} - {gauge('stream_buffer_bytes')}",
+                    f"{gauge('host_store_bytes')} - {gauge('cache_bytes')} - {gauge('overflow_bytes')}",
                     "{{instance}}",
                 )
             ],

@@ -97,7 +97,7 @@ RECORDINGS = (
 _LINK_IS_SLOW = f"{R}link_bytes_per_second:rate5m < 0.5 * {R}link_bytes_per_second:at_start"
 _HITS_ARE_FEW = f"{R}hit_ratio:rate5m < 0.95 * {R}planned_hit_ratio"
 _STALLS = f"{R}stall_ratio:rate5m > {STALL_LIMIT}"
-_PREFETCH_IS_OFF = f'max by ({SERVER}) ({P}info{{prefetch=~"off.*"}})'
+_PREFETCH_IS_OFF = f"max by ({SERVER}) ({P}lookahead_enabled) == 0"
 _STALLS_SUMMARY = "{{ $labels.instance }} waits for experts during {{ $value | humanizePercentage }} of its steps' time"
 
 ALERTS = (
@@ -155,7 +155,7 @@ ALERTS = (
     ),
     Alert(
         "ExpertPrefetchPrecisionLow",
-        f'{R}prefetch_precision:rate5m < 0.3 and max by ({SERVER}) ({P}info{{prefetch=~"on.*"}}) '
+        f'{R}prefetch_precision:rate5m < 0.3 and max by ({SERVER}) ({P}info{{prefetch=~"on:.*"}}) '
         f"and {_rate('predictions_total')} > 0",
         10,
         "{{ $labels.instance }} uses only {{ $value | humanizePercentage }} of what it prefetches",

@@ -61,7 +61,8 @@ def test_every_step_of_every_layer_reads_its_own_experts(make_model, areas, poli
         assert words.demanded == words.misses + words.claimed
         assert 0 <= words.issued - words.used - words.unused - words.cancelled <= cache.num_slots
         assert model.caches.mirror[number].tolist() == list(words)
-    assert sum(cache.words().late for cache in model.layers) > 0
+    if link:  # without one, copies are mostly there in time
+        assert sum(cache.words().late for cache in model.layers) > 0
     prefetched = sum(cache.words().prefetched for cache in model.layers)
     in_flight = sum(cache.words().num_in_flight for cache in model.layers)
     landed = host_library().engine_counters(model.caches.engine)["prefetch_records"]

@@ -196,16 +196,13 @@ def test_no_token_is_missing_from_the_totals(observed):
     assert observed.gained("tpot_seconds_count") == observed.load.tokens - observed.load.requests
     steps = observed.gained("steps_total")
     assert steps == observed.gained("step_seconds_count") > 0
-    assert observed.gained("waves_total") >= steps * NUM_LAYERS
-    assert observed.gained("waves_total", split="none") + observed.gained("waves_total", split="stream") == (
-        steps * NUM_LAYERS
-    )
+    assert observed.gained("moe_steps_total") == steps * NUM_LAYERS
 
 
 def test_bytes_are_misses_times_the_record(observed):
     """A late expert whose prefetch had not started is copied on demand: without prefetching it is the misses alone."""
     misses, late = (observed.gained("lookups_total", outcome=outcome) for outcome in ("miss", "late"))
-    demanded = sum(observed.gained("transfer_bytes_total", kind=kind) for kind in ("demand", "stream"))
+    demanded = sum(observed.gained("transfer_bytes_total", kind=kind) for kind in ("demand", "overflow"))
     assert demanded % RECORD_BYTES == 0
     assert 0 < misses <= demanded / RECORD_BYTES <= misses + late
     assert observed.gained("transfer_bytes_total", kind="prefetch") % RECORD_BYTES == 0

@@ -30,6 +30,7 @@ HEALTHY = {
     f'{P}tpot_seconds_bucket{{le="0.01", {RANK}}}': "0+4000x40",
     f'{P}tpot_seconds_bucket{{le="+Inf", {RANK}}}': "0+5000x40",
     f"{P}slots{{{RANK}}}": "64x40",
+    f"{P}lookahead_enabled{{{RANK}}}": "0x40",
     f"{P}experts{{{RANK}}}": "128x40",
     f"{P}planned_hit_ratio{{{RANK}}}": "0.8x40",
     f"{P}link_bytes_per_second{{{RANK}}}": "1000000x40",

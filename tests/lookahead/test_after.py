@@ -186,7 +186,7 @@ def test_recall_is_that_of_the_guesses():
 def test_a_layer_executes_its_guess_where_every_sequence_gives_one_token():
     look_ahead, _ = make(speculated_layers=frozenset({2}))
     look_ahead.begin_step(3)
-    a_step(look_ahead, num_tokens=3)
+    a_step(look_ahead, num_layers=2, num_tokens=3)
     assert look_ahead.to_execute(2, 3) is not None
     assert look_ahead.to_execute(1, 3) is None, "not allowed there"
     assert look_ahead.to_execute(2, 2) is None

@@ -32,7 +32,9 @@ def memfds():
             names.append(os.readlink(path))
         except OSError:  # the listing's own
             continue
-    return [name for name in [*names, *Path("/proc/self/maps").read_text().splitlines()] if "expert_prefetch" in name]
+    return [
+        name for name in [*names, *Path("/proc/self/maps").read_text().splitlines()] if "memfd:expert_prefetch" in name
+    ]
 
 
 @pytest.fixture

@@ -201,7 +201,7 @@ def test_two_registries_show_the_same(tmp_path, registry):
     other = CollectorRegistry()
     register_collector(other, tmp_path)
     counters = make_counters(tmp_path)
-    counters.add(INDEX["waves_total/tokens"], 3)
+    counters.add(INDEX["moe_steps_total/wide"], 3)
     assert generate_latest(registry) == generate_latest(other) != b""
 
 

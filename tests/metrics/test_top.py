@@ -65,7 +65,7 @@ def test_rates_are_what_happened_between_the_two(counters, page):
     summary = summarise(before, parse_scrape(page(), 102.0))
     assert summary["hit_ratio"] == 0.75
     assert summary["lookups_per_second"] == {"hit": 15, "late": 0, "miss": 5, "speculated": 0}
-    assert summary["transfer_bytes_per_second"] == {"demand": 2000, "prefetch": 0, "stream": 0}
+    assert summary["transfer_bytes_per_second"] == {"demand": 2000, "overflow": 0, "prefetch": 0}
     assert summary["link_bytes_per_second"] == 8000
     assert summary["stall_ratio"] == 0.25
     assert summary["tpot_seconds"] == pytest.approx(0.005)

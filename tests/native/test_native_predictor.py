@@ -6,7 +6,6 @@ import itertools
 import pytest
 import torch
 
-from vllm_expert_prefetch.prediction.compiled import NativePredictor, PredictorWeights
 from vllm_expert_prefetch.native.library import host_library, why_not_host
 from vllm_expert_prefetch.prediction import (
     Artifact,
@@ -21,6 +20,7 @@ from vllm_expert_prefetch.prediction import (
     create_predictor,
     native_predict,
 )
+from vllm_expert_prefetch.prediction.compiled import NativePredictor, PredictorWeights
 from vllm_expert_prefetch.prediction.defaults import DefaultVectors
 from vllm_expert_prefetch.prediction.estimator import EstimatorPredictor
 from vllm_expert_prefetch.prediction.native_predict import NativelyPredicting, natively

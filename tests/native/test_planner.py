@@ -59,7 +59,18 @@ class Twins:
         self.word_tensor = torch.frombuffer(self.words, dtype=torch.int32)
         self.totals = dict.fromkeys(
             (
-                *"steps wide_steps hits late misses overflow evictions used unused displaced".split(),
+                *[
+                    "steps",
+                    "wide_steps",
+                    "hits",
+                    "late",
+                    "misses",
+                    "overflow",
+                    "evictions",
+                    "used",
+                    "unused",
+                    "displaced",
+                ],
                 "issued",
                 "cancelled",
             ),

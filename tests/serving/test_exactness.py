@@ -93,7 +93,7 @@ def test_counters_are_conserved():
     assert (hits, misses) == (sum(layer.hits for layer in words), sum(layer.misses for layer in words))
     moved = counted["transfer_bytes_total/demand"] + counted["transfer_bytes_total/overflow"]
     assert moved == misses * RECORD_BYTES > 0
-    assert counted["layer_steps_total/narrow"] + counted["layer_steps_total/wide"] == 8 * NUM_LAYERS
+    assert counted["moe_steps_total/narrow"] + counted["moe_steps_total/wide"] == 8 * NUM_LAYERS
     # Top-2 of 4 requests: 2 to 8 distinct experts in each decode step of each layer.
     assert hits + misses >= 2 * 8 * NUM_LAYERS
     assert counted["resident_slots"] == sum(layer.num_resident for layer in words) > 0

@@ -60,7 +60,7 @@ def test_metrics_of_the_worker_process_appear_on_vllms_endpoint(server):
     assert moved == misses * 49152
     # one prompt step and 7 decode steps of one request, 8 layers, top-2
     assert lookups >= 7 * 8 * 2
-    assert total(after, "layer_steps_total") - total(before, "layer_steps_total") == 8 * 8
+    assert total(after, "moe_steps_total") - total(before, "moe_steps_total") == 8 * 8
     assert total(after, "slots") == 64
     assert total(after, "experts") == 128
     assert total(after, "cache_bytes") == total(after, "host_store_bytes") / 2

@@ -97,8 +97,7 @@ class Caches(ABC):
     def add(
         self, number: int, store: HostStore, space: RowSpace, num_slots: int, top_k: int, policy: str
     ) -> LayerCache:
-        """The cache of MoE layer `number`, all slots free. Raises ValueError, with the numbers, where they do not fit.
-        """
+        """The cache of MoE layer `number`, all slots free. Raises ValueError where the numbers do not fit."""
 
     def prefetch(self, wanted: Sequence[tuple[int, torch.Tensor]], rows: Rows) -> None:
         """Queue copies for (layer, experts) pairs in order: the nearest layer first. See `LayerCache.prefetch`."""
@@ -137,7 +136,7 @@ def check_tables(slot_of: list[int], expert_in: list[int], flags: list[int], fre
 
 
 def tables_of(state: torch.Tensor) -> tuple[Words, list[list[int]]]:
-    """A planner's whole state, an int64 tensor: its words, and slot_of, flags, last, count, expert_in and free slots."""
+    """A planner's whole state, an int64 tensor: its words; slot_of, flags, last, count, expert_in and free slots."""
     numbers = state.tolist()
     words = Words._make(numbers[: len(Words._fields)])
     tables, start = [], len(Words._fields)

@@ -168,8 +168,8 @@ class DeviceCaches(Caches):
         shared = HostMemory(mirror_bytes + 8 * num_layers, HostMemoryOptions(pin=True, cuda=True)).bytes
         super().__init__(num_layers, shared[:mirror_bytes].view(torch.int64).view(num_layers, -1), None)
         self.budgets = shared[mirror_bytes:].view(torch.int32).view(num_layers, 2)
-        """(L, 2) int32: how many records a prefetch may bring, and how many guesses of each row count. Every run of a plan
-        reads its layer's."""
+        """(L, 2) int32: how many records a prefetch may bring, and how many guesses of each row count. Every run of a
+        plan reads its layer's."""
         self._shared_address: int = library.device_pointer(shared.data_ptr(), self.device.index)
         library.load_gather_kernels(self.device.index)
         self.lane = torch.zeros(2, dtype=torch.int32, device=self.device)

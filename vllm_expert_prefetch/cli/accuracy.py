@@ -73,8 +73,8 @@ def _measure(args: argparse.Namespace) -> int:
     text = read_text(args.data or sample_data())
     card = load_artifact(args.artifact).card if args.artifact else None
 
-    from vllm_expert_prefetch.serving.forced_decoding import CannotMeasure, open_forced_decoding
     from vllm_expert_prefetch.lookahead.create import allowed_layers
+    from vllm_expert_prefetch.serving.forced_decoding import CannotMeasure, open_forced_decoding
 
     try:
         with open_forced_decoding(args.model, args.window, args.artifact, **args.engine) as decoder, Bar() as bar:

@@ -92,8 +92,8 @@ def _calibrate(args: argparse.Namespace, text: Any) -> int:
     from vllm_expert_prefetch.calibration.report import recall_table
     from vllm_expert_prefetch.calibration.training import TrainingOptions
     from vllm_expert_prefetch.serving import compat
-    from vllm_expert_prefetch.serving.sources import NotFound
     from vllm_expert_prefetch.serving.recording import open_recording_engine
+    from vllm_expert_prefetch.serving.sources import NotFound
 
     options = Options(
         window=args.window,

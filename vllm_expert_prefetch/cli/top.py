@@ -106,7 +106,7 @@ def _title(summary: dict[str, Any]) -> str:
 
 
 def _rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
-    copied, steps, waves = (summary[f"{name}_per_second"] for name in ("transfer_bytes", "steps", "waves"))
+    copied, steps, of_layers = (summary[f"{name}_per_second"] for name in ("transfer_bytes", "steps", "moe_steps"))
     held = (
         f"{summary['slots']:.0f} slots ({summary['resident_slots']:.0f} resident) for {summary['experts']:.0f} experts"
     )
@@ -120,7 +120,7 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("link", f"{_bytes(summary['link_bytes_per_second'])}/s", _at_start(summary)),
         ("evictions", f"{summary['evictions_per_second']:.0f}/s", ""),
         ("steps", f"{sum(steps.values()):.1f}/s", _listed(steps, "{:.1f}".format)),
-        ("waves", f"{sum(waves.values()):.0f}/s", _listed(waves, "{:.0f}".format)),
+        ("MoE steps", f"{sum(of_layers.values()):.0f}/s", _listed(of_layers, "{:.0f}".format)),
         ("cache", _bytes(summary["cache_bytes"]), f"{held}, {_bytes(summary['host_store_bytes'])} on the host"),
     ]
 

@@ -104,7 +104,7 @@ METRICS = (
     ),
     Metric("evictions_total", Kind.COUNTER, "evictions", "Experts that gave their slot to another."),
     Metric(
-        "layer_steps_total",
+        "moe_steps_total",
         Kind.COUNTER,
         "steps",
         "Steps of MoE layers that needed an expert, summed over layers: narrow ones, which need no more experts than "
@@ -227,7 +227,7 @@ METRICS = (
         "ratio",
         "Share of each of these tokens' gate weights that the first top-k guesses missed, summed.",
     ),
-    Metric("lookahead_enabled", Kind.GAUGE, "", "1 where the worker looks ahead, 0 where not: `info` says why."),
+    Metric("lookahead_enabled", Kind.GAUGE, "workers", "1 where the worker looks ahead, 0 where it does not."),
     Metric("gated_layers", Kind.GAUGE, "layers", "MoE layers whose prefetch is off because it does not pay."),
     Metric("moe_layers", Kind.GAUGE, "layers", "MoE layers served from a slot cache."),
     Metric("experts", Kind.GAUGE, "experts", "Routed experts of all MoE layers."),

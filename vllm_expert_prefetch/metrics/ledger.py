@@ -15,8 +15,8 @@ _AMOUNTS: dict[str, Callable[[Words, int], float]] = {
     "lookups_total/late": lambda words, record: words.late,
     "lookups_total/miss": lambda words, record: words.misses,
     "lookups_total/speculated": lambda words, record: words.speculated,
-    "layer_steps_total/narrow": lambda words, record: words.steps - words.wide_steps,
-    "layer_steps_total/wide": lambda words, record: words.wide_steps,
+    "moe_steps_total/narrow": lambda words, record: words.steps - words.wide_steps,
+    "moe_steps_total/wide": lambda words, record: words.wide_steps,
     "transfer_bytes_total/demand": lambda words, record: record * (words.demanded - words.overflow),
     "transfer_bytes_total/overflow": lambda words, record: record * words.overflow,
     "transfer_bytes_total/prefetch": lambda words, record: record * words.prefetched,
@@ -43,8 +43,9 @@ class Ledger:
         self._mirror = mirror
         self._seen = mirror.clone()
         self._words = [Words._make(row) for row in self._seen.tolist()]
-        self._counted = [[amount(w, b) for *_, amount in _SERIES] for w, b in zip(self._words, record_bytes,
-        strict=True)]
+        self._counted = [
+            [amount(w, b) for *_, amount in _SERIES] for w, b in zip(self._words, record_bytes, strict=True)
+        ]
 
     def publish(self) -> list[Words]:
         """Add what has come since the last time. Returns each layer's difference.

@@ -108,7 +108,7 @@ def summarise(before: Scrape, after: Scrape) -> dict[str, Any]:
         "link_bytes_per_second": share(gained("transfer_bytes_total"), gained("transfer_seconds_total")),
         "link_bytes_per_second_at_start": both.mean("link_bytes_per_second"),
         "evictions_per_second": gained("evictions_total") / both.seconds,
-        "waves_per_second": both.rates("waves_total", "split"),
+        "moe_steps_per_second": both.rates("moe_steps_total", "width"),
         "steps_per_second": both.rates("steps_total", "phase"),
         **{
             name: after.total(name)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from vllm_expert_prefetch.config import CONFIG_KEY
-from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.lookahead.after import LookAhead
+from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.recording import open_in_process
 
 PROMPT_TOKENS = 8

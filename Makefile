@@ -13,6 +13,8 @@ PORT ?= 8000
 # tiny (in the repository), or smollm2-moe (made on the spot, about 5 minutes)
 DEMO ?= tiny
 CACHE_FRACTION ?= 0.5
+# Without a GPU there is no link to hide, so the demo emulates one: GB/s, 0 for none
+LINK_GBPS ?= 0.2
 SERVE_ARGS ?=
 PYTEST_ARGS ?=
 GPU_CHECK_ARGS ?=
@@ -24,9 +26,11 @@ BIN = $(VENV)/bin
 SETUP = $(PYTHON) .ci/setup_env.py --torch-index-url "$(TORCH_INDEX_URL)"
 DEMO_DIR = .demo/$(patsubst %-moe,%,$(DEMO))-moe
 URL = http://localhost:$(PORT)
+EMULATES = $(filter-out 0,$(LINK_GBPS))
+comma = ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve lint check test test-triton bench observe sanitize release-check gpu-check matrix clean
+.PHONY: help setup serve lint check test test-triton mutants bench observe sanitize release-check gpu-check matrix clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -36,11 +40,13 @@ setup:  ## Make .venv: vLLM for this machine, this package, and its tools (quick
 
 define TRY
 
-Ready. In another terminal:
+Ready.$(if $(EMULATES), Copies are slowed down to $(LINK_GBPS) GB/s$(comma) an EMULATED link; without it: make serve LINK_GBPS=0.) In another terminal:
 
   curl -s $(URL)/v1/completions -H 'Content-Type: application/json' -d '{"model": "demo", "prompt": "In the beginning", "max_tokens": 32, "temperature": 0}'
 
   curl -s $(URL)/metrics | grep expert_prefetch
+
+  $(BIN)/vllm-expert-prefetch top $(URL)
 
 Ctrl-C stops the server.
 
@@ -50,7 +56,7 @@ endef
 # Eager: starts in half the time and needs no C++ compiler. The KV cache is explicit because vLLM
 # otherwise reserves most of the memory. vLLM's own thread binding (all cores but one) suits small machines best.
 serve: export TRY := $(TRY)
-serve: setup  ## Serve the demo model with the plugin (PORT=8000, DEMO=tiny or smollm2-moe, CACHE_FRACTION=0.5)
+serve: setup  ## Serve the demo model with the plugin (PORT=8000, DEMO=tiny or smollm2-moe, CACHE_FRACTION=0.5, LINK_GBPS=0.2)
 	@if curl -s -o /dev/null $(URL); then echo "Port $(PORT) is taken. Another one: make serve PORT=8001" >&2; exit 1; fi
 	@$(BIN)/vllm-expert-prefetch demo-model "$(DEMO_DIR)" --kind $(DEMO)
 	@while kill -0 $$$$ 2>/dev/null; do \
@@ -58,7 +64,11 @@ serve: setup  ## Serve the demo model with the plugin (PORT=8000, DEMO=tiny or s
 	done & \
 	exec $(BIN)/vllm serve "$(DEMO_DIR)" --plugin expert_prefetch \
 		--additional-config.expert_prefetch.cache_fraction $(CACHE_FRACTION) --served-model-name demo \
+		$(if $(EMULATES),--additional-config.expert_prefetch.emulated_link_gbps $(LINK_GBPS)) \
 		--port $(PORT) --max-model-len 2048 --kv-cache-memory-bytes 1G --enforce-eager $(SERVE_ARGS)
+
+mutants: setup  ## Slow: every mutant of tests/mutants.toml must be killed by the fast tests (half an hour)
+	$(BIN)/python .ci/mutants.py
 
 lint: setup  ## ruff and mypy
 	$(BIN)/ruff check --extend-exclude .venv-matrix .

@@ -147,6 +147,14 @@ def test_each_alert_fires_on_what_it_is_for_and_says_which_cause(tmp_path, alert
 
 
 @needs_promtool
+@pytest.mark.parametrize(("enabled", "cause"), [(0, "prefetch_off"), (1, "cache_too_small")])
+def test_stalls_with_as_many_hits_as_planned_have_another_cause_where_prefetching_is_on(tmp_path, enabled, cause):
+    changes = {STALL: "0+30x40", f"{P}lookahead_enabled{{{RANK}}}": f"{enabled}x40"}
+    done = promtool_test(tmp_path, changes, {f"ExpertPrefetchStallsHigh/{cause}"})
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@needs_promtool
 @pytest.mark.parametrize("alert", alert_rules(), ids=key_of)
 def test_each_alert_waits_before_it_fires(tmp_path, alert):
     changes, _ = SICK[key_of(alert)]

@@ -11,7 +11,9 @@ import pytest
 from counter_files import INFO, Worker, labels, make_counters
 from processes import run_python
 from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.registry import Collector
 
 from vllm_expert_prefetch.metrics.collector import ExpertPrefetchCollector, register_collector
 from vllm_expert_prefetch.metrics.counters import SUFFIX, layer_index
@@ -140,9 +142,24 @@ def test_a_directory_that_is_gone_is_no_error(tmp_path):
     assert generate_latest(registry) == b""
 
 
-def test_registering_reads_no_file(tmp_path):
+def test_registering_reads_no_file_and_claims_every_name(tmp_path):
+    """In a registry like vLLM's, which collects from what does not describe itself."""
     (tmp_path / f"unreadable{SUFFIX}").write_text("not counters")
-    register_collector(CollectorRegistry(), tmp_path)
+    registry = CollectorRegistry(auto_describe=True)
+    register_collector(registry, tmp_path)
+    for metric in METRICS:
+        with pytest.raises(ValueError, match="Duplicated timeseries"):
+            registry.register(Named(metric.full_name))
+
+
+class Named(Collector):
+    """Shows one metric of this name."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def collect(self):
+        return [Metric(self.name.removesuffix("_info"), "", "info" if self.name.endswith("_info") else "gauge")]
 
 
 def test_each_rank_has_series_of_its_own(tmp_path, registry):

@@ -1,6 +1,7 @@
 """`vllm-expert-prefetch top`: rates between two scrapes of a page that a collector really makes."""
 
 import http.server
+import io
 import json
 import threading
 from contextlib import contextmanager
@@ -8,6 +9,8 @@ from contextlib import contextmanager
 import pytest
 from counter_files import make_counters
 from prometheus_client import CollectorRegistry, generate_latest
+from rich.console import Console
+from rich.text import Text
 from servers import free_port
 
 from vllm_expert_prefetch.cli import top
@@ -86,7 +89,27 @@ def test_an_idle_server_has_no_ratios(counters, page):
     happen(counters)
     idle = summarise(parse_scrape(page(), 0.0), parse_scrape(page(), 1.0))
     assert [idle[name] for name in ("hit_ratio", "stall_ratio", "tpot_seconds", "link_bytes_per_second")] == [None] * 4
-    assert top.render(idle)
+
+
+def test_an_idle_server_shows_what_it_has_and_a_dash_for_what_it_has_not(counters, page):
+    happen(counters)
+    lines = rendered(summarise(parse_scrape(page(), 0.0), parse_scrape(page(), 1.0))).splitlines()
+    shown = {line[:10].strip(): line[10:].split() for line in lines if line.strip()}
+    assert lines[0].startswith("a/model  policy some policy")
+    assert shown["TPOT"] == ["-"]
+    assert shown["hit rate"] == ["-", "planned", "50.0", "%"]
+    assert shown["stalls"][0] == "-"
+    assert shown["lookups"] == ["0/s"]
+    assert shown["copied"] == ["0", "B/s"]
+    assert " ".join(shown["cache"]).endswith("8 slots (0 resident) for 16 experts, 0 B on the host")
+    assert "layers" not in shown
+
+
+def rendered(summary):
+    """What the terminal shows, without colours."""
+    console = Console(width=200, file=io.StringIO())
+    console.print(top.render(summary))
+    return console.file.getvalue()
 
 
 def test_a_server_that_started_anew_counts_from_zero(counters, page):
@@ -119,8 +142,13 @@ def test_a_page_without_the_plugin_is_refused():
 
 @pytest.mark.parametrize("counts", [(1, 1, 1, 1), (39, 1, 0, 0), (1, 0, 0, 999), (3, 3, 3, 0), (1, 2, 4, 8)])
 def test_a_bar_is_divided_exactly(counts):
-    bar = top._bar(dict(zip(("hit", "late", "speculated", "miss"), counts, strict=True)))
-    assert bar.count("█") == 40
+    outcomes = ("hit", "late", "speculated", "miss")
+    bar = Text.from_markup(top._bar(dict(zip(outcomes, counts, strict=True))))
+    cells = {part.style: part.end - part.start for part in bar.spans}
+    lengths = [cells.get(top._COLOURS[outcome], 0) for outcome in outcomes]
+    assert sum(lengths) == len(bar.plain) == 40
+    for length, count in zip(lengths, counts, strict=True):
+        assert abs(length - 40 * count / sum(counts)) < 1
 
 
 @contextmanager

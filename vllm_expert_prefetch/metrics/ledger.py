@@ -10,41 +10,58 @@ from vllm_expert_prefetch.metrics.definitions import INDEX, LAYER_INDEX
 
 _NANO = 1e-9
 
-_AMOUNTS: dict[str, Callable[[Words, int], float]] = {
-    "lookups_total/hit": lambda words, record: words.hits,
-    "lookups_total/late": lambda words, record: words.late,
-    "lookups_total/miss": lambda words, record: words.misses,
-    "lookups_total/speculated": lambda words, record: words.speculated,
-    "moe_steps_total/narrow": lambda words, record: words.steps - words.wide_steps,
-    "moe_steps_total/wide": lambda words, record: words.wide_steps,
-    "transfer_bytes_total/demand": lambda words, record: record * (words.demanded - words.overflow),
-    "transfer_bytes_total/overflow": lambda words, record: record * words.overflow,
-    "transfer_bytes_total/prefetch": lambda words, record: record * words.prefetched,
-    "transfer_seconds_total": lambda words, record: _NANO * (words.stall_ns - words.late_ns),
-    "stall_seconds_total": lambda words, record: _NANO * words.stall_ns,
-    "evictions_total": lambda words, record: words.evictions,
-    "predictions_total/used": lambda words, record: words.used,
-    "predictions_total/unused": lambda words, record: words.unused,
-    "predictions_total/cancelled": lambda words, record: words.cancelled,
-    "displaced_lookups_total": lambda words, record: words.displaced,
+_TOTALS: dict[str, Callable[[Words, Words], float]] = {
+    "lookups_total/hit": lambda words, sized: words.hits,
+    "lookups_total/late": lambda words, sized: words.late,
+    "lookups_total/miss": lambda words, sized: words.misses,
+    "lookups_total/speculated": lambda words, sized: words.speculated,
+    "moe_steps_total/narrow": lambda words, sized: words.steps - words.wide_steps,
+    "moe_steps_total/wide": lambda words, sized: words.wide_steps,
+    "transfer_bytes_total/demand": lambda words, sized: sized.demanded - sized.overflow,
+    "transfer_bytes_total/overflow": lambda words, sized: sized.overflow,
+    "transfer_bytes_total/prefetch": lambda words, sized: sized.prefetched,
+    "transfer_seconds_total": lambda words, sized: _NANO * (words.stall_ns - words.late_ns),
+    "stall_seconds_total": lambda words, sized: _NANO * words.stall_ns,
+    "evictions_total": lambda words, sized: words.evictions,
+    "predictions_total/used": lambda words, sized: words.used,
+    "predictions_total/unused": lambda words, sized: words.unused,
+    "predictions_total/cancelled": lambda words, sized: words.cancelled,
+    "displaced_lookups_total": lambda words, sized: words.displaced,
 }
-"""Series -> what the worker's total is, from one layer's words and the bytes of its record."""
+"""Series -> its total since the start. `words` are summed over the layers that it counts; `sized` likewise, after each
+layer's words are multiplied by the bytes of its record. A series with "layer_" before its name counts one layer.
+"""
 
-_SERIES = [(INDEX[series], LAYER_INDEX.get(f"layer_{series}"), amount) for series, amount in _AMOUNTS.items()]
+_ALL = [(INDEX[series], total) for series, total in _TOTALS.items()]
+_ONE = [
+    (LAYER_INDEX[f"layer_{series}"], total) for series, total in _TOTALS.items() if f"layer_{series}" in LAYER_INDEX
+]
 
 
 class Ledger:
     """Adds what the words of all layers have grown by to a worker's counters."""
 
     def __init__(self, counters: Counters, record_bytes: Sequence[int], mirror: torch.Tensor) -> None:
-        """`record_bytes` of each layer; `mirror` (L, len(Words)) int64: their words, as last written."""
+        """`record_bytes` of each layer; `mirror` (L, len(Words)) int64: their words, as last written.
+
+        What the words say now is not counted. With `counters.layers` there are L of them, in the order of `mirror`.
+        """
+        num_layers = len(mirror)
         self._counters = counters
-        self._record_bytes = record_bytes
         self._mirror = mirror
         self._seen = mirror.clone()
-        self._words = [Words._make(row) for row in self._seen.tolist()]
-        self._counted = [
-            [amount(w, b) for *_, amount in _SERIES] for w, b in zip(self._words, record_bytes, strict=True)
+        self._unchanged = [Words._make(row) for row in torch.zeros_like(mirror).tolist()]
+        counted = torch.ones(1, num_layers, dtype=torch.float64)
+        self._series = [_ALL]
+        if counters.layers:
+            counted = torch.cat([counted, torch.eye(num_layers, dtype=torch.float64)])
+            starts = map(layer_start, range(num_layers))
+            self._series += [[(start + place, total) for place, total in _ONE] for start in starts]
+        # Rows in pairs: which layers are summed, and the same with the bytes of their records.
+        self._weights = torch.stack([counted, counted * torch.tensor(record_bytes)], 1).flatten(0, 1)
+        self._totals = [
+            [total(*pair) for _, total in series]
+            for series, pair in zip(self._series, self._sums(self._seen), strict=True)
         ]
 
     def publish(self) -> list[Words]:
@@ -54,22 +71,20 @@ class Ledger:
         """
         now = self._mirror.clone()
         if torch.equal(now, self._seen):
-            return [words.since(words) for words in self._words]
+            return self._unchanged
+        deltas = [Words._make(row) for row in (now - self._seen).tolist()]
         self._seen = now
-        before, self._words = self._words, [Words._make(row) for row in now.tolist()]
-        for layer, words in enumerate(self._words):
-            if words != before[layer]:
-                self._add(layer, words)
-        self._counters.set("resident_slots", sum(words.num_resident for words in self._words))
-        return [words.since(then) for words, then in zip(self._words, before, strict=True)]
+        sums = self._sums(now)
+        for series, totals, pair in zip(self._series, self._totals, sums, strict=True):
+            for number, (place, total) in enumerate(series):
+                amount = total(*pair)
+                if amount > totals[number]:
+                    self._counters.add(place, amount - totals[number])
+                    totals[number] = amount
+        self._counters.set("resident_slots", sums[0][0].num_resident)
+        return deltas
 
-    def _add(self, layer: int, words: Words) -> None:
-        counted, add = self._counted[layer], self._counters.add
-        start = layer_start(layer) if self._counters.layers else None
-        for number, (index, own, amount) in enumerate(_SERIES):
-            grown = amount(words, self._record_bytes[layer]) - counted[number]
-            if grown > 0:
-                counted[number] += grown
-                add(index, grown)
-                if start is not None and own is not None:
-                    add(start + own, grown)
+    def _sums(self, words: torch.Tensor) -> list[tuple[Words, Words]]:
+        """The words, (L, len(Words)) int64, summed over each set of layers: as they are, and times their records."""
+        sums = [Words._make(row) for row in (self._weights @ words.double()).tolist()]
+        return list(zip(sums[::2], sums[1::2], strict=True))

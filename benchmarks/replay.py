@@ -1,0 +1,140 @@
+"""What does a prompt do to the cache that decodes? Recorded routing of real models, replayed through the planner.
+
+`--traces FOLDER` holds files `NAME.route.csv`: lines `turn,phase,step,layer,slot,expert,...` behind `#` comments and a
+header, phase 0 for the prompt and 1 for decoding. Hit rates of decode steps, per cent, equal slots in every layer:
+
+* `one_step`: the prompt is one step, as vLLM serves it; `by_token`: the same prompt, token by token, as if decoded;
+* `untouched`: slots that hold experts 0 to C - 1, and a prompt that changes nothing (the rule before overflow rows);
+* `foreign_cost`: points of the 100 tokens after 2,000 tokens of another prompt in the middle, lost against none.
+"""
+
+import random
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from harness import finish, parser
+
+from vllm_expert_prefetch.residency import POLICIES, ExpertCache
+
+Token = dict[int, list[int]]
+"""Layer -> routed experts."""
+
+FOREIGN_TOKENS, WINDOW = 2000, 100
+
+
+def load(path: Path) -> tuple[list[Token], list[Token]]:
+    """The prompt's and the decoded tokens of a recording."""
+    phases: tuple[dict[int, Token], dict[int, Token]] = (defaultdict(dict), defaultdict(dict))
+    for line in path.read_text().splitlines():
+        if line.startswith(("#", "turn")):
+            continue
+        _, phase, step, layer, _, expert = map(int, line.split(",")[:6])
+        phases[phase][step].setdefault(layer, []).append(expert)
+    prompt, decoded = ([steps[step] for step in sorted(steps)] for steps in phases)
+    return prompt, decoded
+
+
+class Replay:
+    """One model's layers, decoding the same tokens again and again in different ways."""
+
+    def __init__(
+        self, prompt: list[Token], decoded: list[Token], num_experts: int, num_slots: int, policy: str
+    ) -> None:
+        self.prompt, self.decoded, self.num_experts = prompt, decoded, num_experts
+        self.layers = sorted(decoded[0])
+        self.caches = {layer: ExpertCache(num_experts, num_slots, POLICIES[policy]) for layer in self.layers}
+
+    def prefill(self, one_step: bool) -> None:
+        """Serve the prompt as one step, or token by token."""
+        for layer, cache in self.caches.items():
+            routed = [token[layer] for token in self.prompt if layer in token]
+            for ids in [[expert for token in routed for expert in token]] if one_step else routed:
+                cache.plan(ids)
+
+    def fill(self) -> None:
+        """Experts 0 to C - 1 in the slots, and cold."""
+        for cache in self.caches.values():
+            cache.settle(
+                [load.expert for load in cache.plan_prefetch(range(cache.num_slots), cache.num_slots).loads], ()
+            )
+
+    def interrupt(self, num_tokens: int, top_k: int) -> None:
+        """Serve another prompt, whose tokens need any experts."""
+        rng = random.Random(0)
+        for cache in self.caches.values():
+            cache.plan([e for _ in range(num_tokens) for e in rng.sample(range(self.num_experts), top_k)])
+
+    def decode(self, start: int, end: int) -> float:
+        """Serve these decoded tokens one by one; the share of hits, per cent."""
+        hits = needed = 0
+        for token in self.decoded[start:end]:
+            for layer, cache in self.caches.items():
+                plan = cache.plan(token.get(layer, []))
+                hits += plan.num_hits
+                needed += len(plan.rows)
+        return 100 * hits / needed
+
+
+def measure(prompt: list[Token], decoded: list[Token], num_experts: int, share: float, policy: str) -> dict[str, Any]:
+    """All figures of one model, policy and share of experts with a slot."""
+    num_slots = int(share * num_experts + 1e-9)
+
+    def replay() -> Replay:
+        return Replay(prompt, decoded, num_experts, num_slots, policy)
+
+    found = {}
+    for name, one_step in (("one_step", True), ("by_token", False)):
+        model = replay()
+        model.prefill(one_step)
+        found[name] = model.decode(0, len(decoded))
+    model = replay()
+    model.fill()
+    found["untouched"] = model.decode(0, len(decoded))
+    middle = max(0, len(decoded) - WINDOW) or len(decoded) // 2
+    after = []
+    for is_interrupted in (False, True):
+        model = replay()
+        model.prefill(one_step=True)
+        model.decode(0, middle)
+        if is_interrupted:
+            model.interrupt(FOREIGN_TOKENS, len(decoded[0][model.layers[0]]))
+        after.append(model.decode(middle, middle + WINDOW))
+    found["foreign_cost"] = after[0] - after[1]
+    return {name: round(value, 2) for name, value in found.items()}
+
+
+def main() -> int:
+    """Replay every recording in the folder."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--traces", type=Path, required=True, help="folder of recordings, *.route.csv")
+    arguments.add_argument("--experts", type=int, default=128, help="routed experts of each layer")
+    arguments.add_argument("--shares", default="0.125,0.25,0.35,0.5", help="shares of the experts with a slot")
+    options = arguments.parse_args()
+    recordings = sorted(options.traces.glob("*.route.csv"))
+    if not recordings:
+        print(f"no *.route.csv in {options.traces}", file=sys.stderr)
+        return 1
+    policies = ["lru"] if options.quick else list(POLICIES)
+    rows = []
+    for path in recordings:
+        prompt, decoded = load(path)
+        for share in map(float, options.shares.split(",")):
+            for policy in policies:
+                figures = measure(prompt, decoded, options.experts, share, policy)
+                rows.append(
+                    {"model": path.name.removesuffix(".route.csv"), "share": share, "policy": policy, **figures}
+                )
+                if not options.json:
+                    print(rows[-1], flush=True)
+    worst = {
+        "most_below_by_token": round(max(row["by_token"] - row["one_step"] for row in rows), 2),
+        "most_foreign_cost": max(row["foreign_cost"] for row in rows),
+    }
+    finish("replay", {**worst, "rows": rows}, options)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -26,7 +26,7 @@ constexpr int kNever = 0x7fffffff;
 constexpr int kPaddingRow = -1;
 constexpr int kStaleRounds = 8;  // residency.STALE_ROUNDS
 
-enum class Policy : int64_t { kLru = 0, kLfu = 1, kLfru = 2 };
+enum class Policy : int64_t { kLru, kLfu, kLfru, kNumPolicies };  // as in residency.POLICIES
 
 // The words in front of a layer's state, by the names that Python knows them by (cache/words.py).
 #define VEP_WORDS(WORD)                                                                       \

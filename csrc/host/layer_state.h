@@ -16,11 +16,11 @@ namespace vep {
 // Writes a fresh state: every slot free, every expert ABSENT. Throws std::invalid_argument with the numbers.
 inline void init_layer(int64_t* words, int64_t num_experts, int64_t num_slots, int64_t top_k, int64_t policy) {
   if (num_experts < 1 || num_experts > 4096 || num_slots < 1 || num_slots > num_experts || top_k < 1 ||
-      top_k > num_slots || policy < 0 || policy > 2) {
+      top_k > num_slots || policy < 0 || policy >= static_cast<int64_t>(Policy::kNumPolicies)) {
     throw std::invalid_argument("a cache of " + std::to_string(num_experts) + " experts (1 to 4096), " +
                                 std::to_string(num_slots) + " slots (top-k to experts), top-k " +
                                 std::to_string(top_k) + ", policy " + std::to_string(policy) +
-                                " (0 lru, 1 lfu, 2 lfru)");
+                                " (its place in residency.POLICIES)");
   }
   std::memset(words, 0, sizeof(int64_t) * static_cast<size_t>(Layer::words(num_experts, num_slots)));
   const Layer layer{words};

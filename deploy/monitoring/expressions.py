@@ -5,7 +5,9 @@ RANKS = 'model_name=~"$model", instance=~"$instance", rank=~"$rank"'
 SERVER = 'model_name=~"$model", instance=~"$instance"'
 RATE = "$__rate_interval"
 
-HIT_RATE = "Share of lookups that found their expert in a slot. A lookup is one distinct expert that one wave needs."
+HIT_RATE = (
+    "Share of lookups that found their expert in a slot. A lookup: one distinct expert that a layer's step needs."
+)
 TPOT = (
     "Time per output token as the worker's step clock sees it, beside vLLM's own inter-token latency. vLLM's histogram "
     "has wider buckets, so that its quantiles are coarser; the means agree."

@@ -173,7 +173,7 @@ def main() -> None:
     if wants_cuda(compiler, find_nvcc()):
         extensions.append(extension("cuda", "*.c[cu]"))
     if not compiler:
-        print("no C++20 compiler found: the package is built without native libraries, and copies records with torch")
+        print("no C++20 compiler found: the package is built without native libraries, and can serve nothing")
     setup(ext_modules=extensions, cmdclass={"build_ext": BuildLibraries, "bdist_wheel": TaggedWheel})
 
 

@@ -164,7 +164,7 @@ def test_doctor_names_each_library_and_why_it_is_not_used(fresh):
         reason = getattr(fresh, f"why_not_{part}")()
         assert (native[part]["usable"], native[part]["reason"]) == (reason is None, reason)
         words = doctor._as_words(native[part])
-        assert words.startswith("usable") if reason is None else words.endswith(f"copied with torch: {reason}")
+        assert words.startswith("usable") if reason is None else words.endswith(f"no: {reason}")
 
 
 def test_doctor_shows_the_gpu_targets(fresh, monkeypatch):

@@ -1,7 +1,7 @@
 """The native libraries, found, checked and loaded when they are first asked for.
 
-`host_library()` holds the C++ planner, staging engine and predictor, `cuda_library()` the kernels. Where one is
-missing, it is None and `why_not_host()` or `why_not_cuda()` says why; the torch engine serves then.
+`host_library()` holds the C++ planner, engine and predictor, `cuda_library()` the kernels. Where one is missing, it is
+None and `why_not_host()` or `why_not_cuda()` says why.
 """
 
 import functools
@@ -36,6 +36,16 @@ def cuda_library() -> Any | None:
     return _load("cuda")[0]
 
 
+def why_not_built(part: str) -> str | None:
+    """Why libvep_{part}.so ("host" or "cuda") is not there, or not wanted; None when it is. Loads nothing."""
+    try:
+        _check_switch()
+        _find(part)
+    except Unusable as error:
+        return str(error)
+    return None
+
+
 def why_not_host() -> str | None:
     """Why `host_library()` is None; None when it is not."""
     return _load("host")[1]
@@ -68,11 +78,16 @@ def _check_switch() -> None:
         raise Unusable(f"turned off by {SWITCH}=0")
 
 
-def _open(part: str) -> Any:
+def _find(part: str) -> Path:
     path = FOLDER / f"libvep_{part}.so"
     if not path.exists():
         needs = "nvcc and a C++20 compiler" if part == "cuda" else "a C++20 compiler"
         raise Unusable(f"not built: {path.name} needs {needs} when the package is installed. Then {_remedy(part)}")
+    return path
+
+
+def _open(part: str) -> Any:
+    path = _find(part)
     try:
         with _gpus_counted_without_cuda():
             import tvm_ffi

@@ -12,7 +12,7 @@ from typing import Any
 from vllm_expert_prefetch.config import CONFIG_KEY, config_of
 from vllm_expert_prefetch.metrics.runtime_dir import carry_to_ray_workers, ensure_runtime_dir
 from vllm_expert_prefetch.serving import compat
-from vllm_expert_prefetch.serving.refusals import check_refusals
+from vllm_expert_prefetch.serving.refusals import check_libraries, check_refusals
 from vllm_expert_prefetch.serving.signals import make_server_interruptible
 
 PLUGIN_GROUP = "vllm.general_plugins"
@@ -56,6 +56,7 @@ def check_config(vllm_config: Any) -> None:
         return
     compat.check_version(compat.vllm_version(), compat.on_cpu_platform())
     check_refusals(vllm_config, config)
+    check_libraries(compat.on_cuda_platform())
     _show_metrics()
     make_server_interruptible()
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllm_expert_prefetch.config import CONFIG_KEY, SPECULATIVE, ConfigError, ExpertPrefetchConfig
+from vllm_expert_prefetch.native.library import why_not_built
 from vllm_expert_prefetch.serving import compat
 
 
@@ -138,6 +139,9 @@ def _is_quantised(quant_method: Any) -> bool:
     return not isinstance(quant_method, UnquantizedFusedMoEMethod)
 
 
+_BACKENDS = ("TRITON", "CPU")
+"""Of unquantised experts, by the names of vLLM's UnquantizedMoeBackend."""
+
 LAYER_REFUSALS = (
     LayerRefusal(
         "kernels that contain the router (monolithic)",
@@ -148,6 +152,12 @@ LAYER_REFUSALS = (
     LayerRefusal(
         "quantised experts", "--quantization", "use the bf16, fp16 or fp32 checkpoint of the model", _is_quantised
     ),
+    LayerRefusal(
+        "MoE kernels whose rows may depend on each other: all but Triton's and the CPU platform's",
+        "--moe-backend",
+        "choose --moe-backend triton",
+        lambda quant_method: quant_method.unquantized_backend.name not in _BACKENDS,
+    ),
 )
 
 
@@ -156,6 +166,15 @@ def check_refusals(vllm_config: Any, config: ExpertPrefetchConfig) -> None:
     for refusal in REFUSALS:
         if refusal.applies(vllm_config, config):
             raise ConfigError(_refused(refusal))
+
+
+def check_libraries(on_gpu: bool) -> None:
+    """Raise ConfigError when a library that this platform needs was not built. Loads nothing: whoever reads flags may
+    fork, and must not have started CUDA."""
+    for part in ("host", "cuda")[: 1 + on_gpu]:
+        missing = why_not_built(part)
+        if missing:
+            raise ConfigError(f"{CONFIG_KEY}: {missing}")
 
 
 def check_layer_refusals(layer_name: str, quant_method: Any) -> None:

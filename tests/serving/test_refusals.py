@@ -1,0 +1,166 @@
+"""What is refused, entry by entry: each applies where it should, and is documented as it is."""
+
+from types import SimpleNamespace
+
+import pytest
+from doc_tables import documented, layer_refusals_table, refusals_table
+from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
+
+from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig
+from vllm_expert_prefetch.native import library
+from vllm_expert_prefetch.serving import compat, refusals
+from vllm_expert_prefetch.serving.refusals import (
+    LAYER_REFUSALS,
+    REFUSALS,
+    check_layer_refusals,
+    check_libraries,
+    check_refusals,
+)
+
+
+def parallel(**given):
+    names = ("enable_expert_parallel", "enable_eplb", "enable_elastic_ep", "enable_dbo")
+    sizes = ("data", "pipeline", "prefill_context", "decode_context")
+    served = {name: False for name in names} | {"ubatch_size": 0} | {f"{name}_parallel_size": 1 for name in sizes}
+    return SimpleNamespace(**(served | given))
+
+
+def served(**given):
+    """A configuration of vLLM, as far as refusals look, that is served."""
+    model = SimpleNamespace(get_num_experts=lambda: 8, enable_sleep_mode=False, enforce_eager=False)
+    offload = SimpleNamespace(
+        uva=SimpleNamespace(cpu_offload_gb=0), prefetch=SimpleNamespace(offload_group_size=0), offload_backend="auto"
+    )
+    parts = {
+        "model_config": model,
+        "parallel_config": parallel(),
+        "lora_config": None,
+        "weight_transfer_config": None,
+        "load_config": SimpleNamespace(load_format="auto"),
+        "speculative_config": None,
+        "offload_config": offload,
+    }
+    return SimpleNamespace(**(parts | given))
+
+
+def offloaded(**given):
+    plain = {"cpu_offload_gb": 0, "offload_group_size": 0, "offload_backend": "auto"} | given
+    return SimpleNamespace(
+        uva=SimpleNamespace(cpu_offload_gb=plain["cpu_offload_gb"]),
+        prefetch=SimpleNamespace(offload_group_size=plain["offload_group_size"]),
+        offload_backend=plain["offload_backend"],
+    )
+
+
+def model(**given):
+    return SimpleNamespace(**({"get_num_experts": lambda: 8, "enable_sleep_mode": False} | given))
+
+
+DRAFT = SimpleNamespace(draft_model_config=SimpleNamespace(get_num_experts=lambda: 4))
+CASES = {
+    "a dense model": [{"model_config": model(get_num_experts=lambda: 0)}],
+    "accelerators other than NVIDIA GPUs and the CPU platform": ["rocm"],
+    "expert parallelism": [{"parallel_config": parallel(enable_expert_parallel=True)}],
+    "expert load balancing": [{"parallel_config": parallel(enable_eplb=True)}],
+    "elastic expert parallelism": [{"parallel_config": parallel(enable_elastic_ep=True)}],
+    "dual-batch overlap": [{"parallel_config": parallel(enable_dbo=True)}],
+    "micro-batching": [{"parallel_config": parallel(ubatch_size=2)}],
+    "data parallelism": [{"parallel_config": parallel(data_parallel_size=2)}],
+    "pipeline parallelism": [{"parallel_config": parallel(pipeline_parallel_size=2)}],
+    "context parallelism in prefill": [{"parallel_config": parallel(prefill_context_parallel_size=2)}],
+    "context parallelism in decode": [{"parallel_config": parallel(decode_context_parallel_size=2)}],
+    "LoRA": [{"lora_config": object()}],
+    "sleep mode": [{"model_config": model(enable_sleep_mode=True)}],
+    "weight transfer into a running engine": [{"weight_transfer_config": object()}],
+    "weights that another process has post-processed": [{"load_config": SimpleNamespace(load_format="ipc_cache")}],
+    "speculative decoding with a Mixture-of-Experts draft": [{"speculative_config": DRAFT}],
+    "vLLM's own weight offloading": [
+        {"offload_config": offloaded(cpu_offload_gb=1)},
+        {"offload_config": offloaded(offload_group_size=2)},
+        {"offload_config": offloaded(offload_backend="uva")},
+    ],
+    "speculative execution on a GPU": ["gpu", {"execution": "speculative", "artifact": "folder"}],
+    "an emulated link on a GPU": ["gpu", {"emulated_link_gbps": 5}],
+}
+"""What is refused -> what of vLLM's configuration asks for it; or the platform, and keys of the plugin."""
+
+
+def platform(monkeypatch, name):
+    monkeypatch.setattr(compat, "on_cpu_platform", lambda: name == "cpu")
+    monkeypatch.setattr(compat, "on_cuda_platform", lambda: name == "gpu")
+
+
+def test_every_refusal_has_a_case_and_every_case_a_refusal():
+    assert CASES.keys() == {refusal.what for refusal in REFUSALS}
+
+
+@pytest.mark.parametrize("what", CASES)
+def test_it_is_refused_with_its_flag_and_remedy_and_nothing_else_is(monkeypatch, what):
+    first, *keys = CASES[what]
+    on = first if isinstance(first, str) else "cpu"
+    cases = [{}] if isinstance(first, str) else CASES[what]
+    config = ExpertPrefetchConfig(**(keys[0] if isinstance(first, str) and keys else {}))
+    refusal = next(refusal for refusal in REFUSALS if refusal.what == what)
+    for given in cases:
+        platform(monkeypatch, on)
+        with pytest.raises(ConfigError) as refused:
+            check_refusals(served(**given), config)
+        assert all(text in str(refused.value) for text in (what, refusal.flag, refusal.remedy))
+    platform(monkeypatch, "cpu")
+    check_refusals(served(), ExpertPrefetchConfig())
+
+
+class Method(UnquantizedFusedMoEMethod):
+    def __init__(self, backend="TRITON", monolithic=False):
+        self.unquantized_backend = SimpleNamespace(name=backend)
+        self._monolithic = monolithic
+
+    @property
+    def is_monolithic(self):
+        return self._monolithic
+
+
+QUANTISED = SimpleNamespace(is_monolithic=False)
+
+
+@pytest.mark.parametrize(
+    ("method", "number"),
+    [(Method(monolithic=True), 0), (QUANTISED, 1), (Method("FLASHINFER_CUTLASS"), 2), (Method("BATCHED_TRITON"), 2)],
+)
+def test_a_layer_is_refused_by_its_kernel(method, number):
+    with pytest.raises(ConfigError) as refused:
+        check_layer_refusals("layer.7", method)
+    refusal = LAYER_REFUSALS[number]
+    assert all(text in str(refused.value) for text in (refusal.what, refusal.flag, refusal.remedy, "layer.7"))
+
+
+@pytest.mark.parametrize("backend", ["TRITON", "CPU"])
+def test_a_layer_with_rows_of_its_own_is_served(backend):
+    check_layer_refusals("layer.7", Method(backend))
+
+
+def test_every_layer_refusal_has_a_case():
+    assert len(LAYER_REFUSALS) == 3
+
+
+@pytest.mark.parametrize(("on_gpu", "missing"), [(False, "host"), (True, "host"), (True, "cuda")])
+def test_a_library_that_was_not_built_is_refused_before_anything_is_loaded(monkeypatch, tmp_path, on_gpu, missing):
+    for part in {"host", "cuda"} - {missing}:
+        (tmp_path / f"libvep_{part}.so").touch()
+    monkeypatch.setattr(library, "FOLDER", tmp_path)
+    with pytest.raises(ConfigError, match=f"expert_prefetch: not built: libvep_{missing}.so needs"):
+        check_libraries(on_gpu)
+    (tmp_path / f"libvep_{missing}.so").touch()
+    check_libraries(on_gpu)
+
+
+def test_the_cpu_platform_needs_no_cuda_library(monkeypatch, tmp_path):
+    (tmp_path / "libvep_host.so").touch()
+    monkeypatch.setattr(library, "FOLDER", tmp_path)
+    check_libraries(on_gpu=False)
+
+
+@pytest.mark.parametrize(("name", "table"), [("refusals", refusals_table), ("layer_refusals", layer_refusals_table)])
+def test_the_documented_table_is_the_code(name, table):
+    assert documented(name) == table(), "python tests/doc_tables.py brings it up to date"
+    assert len(getattr(refusals, name.upper())) > 2

@@ -1,0 +1,177 @@
+"""Every configuration key changes something: for each, two values, and what is then seen to differ."""
+
+from dataclasses import fields
+from types import SimpleNamespace
+
+import pytest
+import torch
+from toy_moe import LAYERS, TOP_K, make_gates
+
+from vllm_expert_prefetch.cache.create import create_shared_rows
+from vllm_expert_prefetch.cache.host import HostCaches
+from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig
+from vllm_expert_prefetch.lookahead.create import choose_predictor, create_look_ahead, why_not
+from vllm_expert_prefetch.memory import host_memory
+from vllm_expert_prefetch.memory.host_memory import HostMemory, HostMemoryOptions
+from vllm_expert_prefetch.memory.host_store import HostStore
+from vllm_expert_prefetch.native.library import host_library, why_not_host
+from vllm_expert_prefetch.planning.sizing import LayerShape, size_cache
+from vllm_expert_prefetch.prediction import ArtifactError
+from vllm_expert_prefetch.residency import POLICIES
+from vllm_expert_prefetch.serving import compat, worker
+from vllm_expert_prefetch.serving.speculation import describe_execution
+from vllm_expert_prefetch.serving.worker import Worker
+
+pytestmark = pytest.mark.skipif(host_library() is None, reason=str(why_not_host()))
+
+SHAPES = [LayerShape(8, 2, (4096, 4096))] * 4
+
+
+def made_worker(monkeypatch, config):
+    """A worker with one layer of eight experts, half of them with a slot, and its cache."""
+    monkeypatch.setattr(compat, "on_cuda_platform", lambda: False)
+    made = Worker(SimpleNamespace(), config)
+    layer = SimpleNamespace(accelerator=torch.device("cpu"), number=0, top_k=TOP_K, local_num_experts=8)
+    layer.layer_name, layer.look_ahead = "model.layers.0.mlp.experts", None
+    made._layers.append(lambda: layer)
+    made._slots = [4]
+    store = HostStore({"w13": torch.zeros(8, 3000)}, made.host_memory)
+    layer.cache = made.create_cache(layer, store, 4)
+    return made
+
+
+def published(monkeypatch, tmp_path, config):
+    """What the worker publishes when it starts, and the ports it serves counters on."""
+    made = made_worker(monkeypatch, config)
+    ports = []
+    monkeypatch.setattr(worker, "serve_counters", lambda counters, port: ports.append(port))
+    monkeypatch.setattr(compat, "local_rank", lambda: 0)
+    monkeypatch.setattr(made, "_counter_path", lambda: tmp_path / f"{id(made)}.counters")
+    monkeypatch.setattr(made, "_labels", lambda: {"model_name": "m", "engine": "0", "rank": "0"})
+    publisher = made._publish(None, 0.0)
+    return publisher.counters, ports
+
+
+def slots(monkeypatch, tmp_path, config):
+    return size_cache(config, SHAPES, None, 4096)[0]
+
+
+def policy(monkeypatch, tmp_path, config):
+    return list(POLICIES)[made_worker(monkeypatch, config).caches.layers[0].words().policy]
+
+
+def execution(monkeypatch, tmp_path, config):
+    allowed = SimpleNamespace(speculated_layers=frozenset({1}))
+    return describe_execution(config, allowed, LAYERS, "on")
+
+
+def caches_of(config):
+    caches = HostCaches(host_library(), LAYERS, None)
+    for number in range(LAYERS):
+        store = HostStore({"w13": torch.zeros(8, 16)}, HostMemoryOptions())
+        caches.add(
+            number, store, create_shared_rows(store.views, 4, 1, torch.device("cpu")).row_space(0), 4, TOP_K, "lru"
+        )
+    return caches
+
+
+def prefetch(monkeypatch, tmp_path, config):
+    return why_not(config, LAYERS, caches_of(config), breaks_graphs=False)
+
+
+def predictor(monkeypatch, tmp_path, config):
+    return choose_predictor(config, make_gates())[0].name
+
+
+def over_fetch(monkeypatch, tmp_path, config):
+    look_ahead = create_look_ahead(config, make_gates(), caches_of(config), 1e9, torch.device("cpu"))
+    return look_ahead._num_guesses(1, False)
+
+
+def distance(monkeypatch, tmp_path, config):
+    return choose_predictor(config, make_gates())[0].distance
+
+
+def artifact(monkeypatch, tmp_path, config):
+    try:
+        return choose_predictor(config, make_gates())[1]
+    except ArtifactError as error:
+        return str(error)
+
+
+def pinned(monkeypatch, tmp_path, config):
+    locked = []
+    monkeypatch.setattr(host_memory, "_lock", lambda memory, size: locked.append(size))
+    return made_worker(monkeypatch, config)._is_pinned(), bool(locked)
+
+
+def numa_node(monkeypatch, tmp_path, config):
+    bound = []
+    monkeypatch.setattr(host_memory, "_bind_to_node", lambda address, size, node: bound.append(node))
+    made_worker(monkeypatch, config)
+    return bound
+
+
+def huge_pages(monkeypatch, tmp_path, config):
+    advised = []
+    monkeypatch.setattr(host_memory, "_advise_huge_pages", lambda mapping: advised.append(True))
+    HostMemory(4096, made_worker(monkeypatch, config).host_memory)
+    return bool(advised)
+
+
+def link(monkeypatch, tmp_path, config):
+    made = made_worker(monkeypatch, config)
+    return made.caches.link, str(made._link())
+
+
+def planned(monkeypatch, tmp_path, config):
+    return published(monkeypatch, tmp_path, config)[0].get("planned_hit_ratio")
+
+
+def per_layer(monkeypatch, tmp_path, config):
+    return published(monkeypatch, tmp_path, config)[0].layers
+
+
+def port(monkeypatch, tmp_path, config):
+    return published(monkeypatch, tmp_path, config)[1]
+
+
+LINKED = {"emulated_link_gbps": 5}
+TABLE = {
+    "cache_gb": (slots, {"cache_gb": 0.00013}, {"cache_gb": 0.0002}),
+    "cache_fraction": (slots, {"cache_fraction": 0.25}, {"cache_fraction": 0.75}),
+    "slots_per_layer": (slots, {"slots_per_layer": 3}, {"slots_per_layer": 5}),
+    "policy": (policy, {"policy": "lru"}, {"policy": "lfru"}),
+    "execution": (execution, {}, {"execution": "speculative", "artifact": "folder"}),
+    "prefetch": (prefetch, {"prefetch": "off"}, {"prefetch": "on"}),
+    "predictor": (predictor, {"predictor": "router"}, {"predictor": "previous"}),
+    "over_fetch": (over_fetch, {"over_fetch": 0}, {"over_fetch": 3}),
+    "lookahead_layers": (distance, {"lookahead_layers": 1}, {"lookahead_layers": 2}),
+    "artifact": (artifact, {}, {"artifact": "/nowhere"}),
+    "pin_memory": (pinned, {"pin_memory": "off"}, {"pin_memory": "on"}),
+    "numa_node": (numa_node, {}, {"numa_node": 0}),
+    "huge_pages": (huge_pages, {}, {"huge_pages": True}),
+    "emulated_link_gbps": (link, {"emulated_link_gbps": 5}, {"emulated_link_gbps": 7}),
+    "emulated_link_latency_us": (link, LINKED, LINKED | {"emulated_link_latency_us": 9}),
+    "planned_hit_rate": (planned, {}, {"planned_hit_rate": 0.9}),
+    "metrics_per_layer": (per_layer, {}, {"metrics_per_layer": True}),
+    "metrics_port": (port, {}, {"metrics_port": 9400}),
+}
+"""Key -> what is looked at, and two settings that differ in the key alone."""
+
+
+def test_every_key_stands_here():
+    assert TABLE.keys() == {entry.name for entry in fields(ExpertPrefetchConfig)}
+
+
+@pytest.mark.parametrize("key", TABLE)
+def test_two_values_are_seen_to_differ(monkeypatch, tmp_path, key):
+    look, *settings = TABLE[key]
+    one, other = (look(monkeypatch, tmp_path, ExpertPrefetchConfig(**setting)) for setting in settings)
+    assert one != other
+
+
+def test_auto_sizes_by_half():
+    assert size_cache(ExpertPrefetchConfig(), SHAPES, None, 4096) == [4] * 4
+    with pytest.raises(ConfigError, match="slots_per_layer = 1 gives 1 slots per layer, and one token needs 2"):
+        size_cache(ExpertPrefetchConfig(slots_per_layer=1), SHAPES, None, 4096)

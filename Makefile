@@ -70,10 +70,11 @@ serve: setup  ## Serve the demo model with the plugin (PORT=8000, DEMO=tiny or s
 mutants: setup  ## Slow: every mutant of tests/mutants.toml must be killed by the fast tests (half an hour)
 	$(BIN)/python .ci/mutants.py
 
-lint: setup  ## ruff and mypy
+lint: setup  ## ruff, mypy and clang-format
 	$(BIN)/ruff check --extend-exclude .venv-matrix .
 	$(BIN)/ruff format --check --extend-exclude .venv-matrix .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'tests/native/cpp/*' | grep -E '\.(cc|cu|cuh|h)$$')
 
 check: lint  ## lint, and the tests that start no engine
 	$(BIN)/pytest -m "not engine" $(PYTEST_ARGS)

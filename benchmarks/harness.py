@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -140,7 +140,7 @@ def provenance() -> dict[str, Any]:
     )
     return {
         "commit": commit.stdout.strip() or None,
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "machine": f"{processor}, {os.cpu_count()} cores, no GPU, 1 thread per engine",
         "versions": {
             "vllm": vllm_version,

@@ -8,6 +8,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.progress import Progress, TaskID
+
 from vllm_expert_prefetch import __version__
 
 
@@ -151,18 +154,16 @@ class Bar:
     """A progress bar per stage."""
 
     def __enter__(self) -> "Bar":
-        self._stage, self._bar = "", None
+        self._progress = Progress(console=Console(stderr=True))
+        self._tasks: dict[str, TaskID] = {}
+        self._progress.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._progress.stop()
 
     def show(self, stage: str, done: int, total: int) -> None:
-        from tqdm import tqdm
-
-        if stage != self._stage:
-            self.__exit__()
-            self._stage, self._bar = stage, tqdm(total=total, desc=stage)
-        assert self._bar is not None
-        self._bar.update(done - self._bar.n)
+        """So much of `stage` is done."""
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(stage, total=total)
+        self._progress.update(self._tasks[stage], completed=done)

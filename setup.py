@@ -25,6 +25,8 @@ CUDA_ARCHS = ("80", "86", "89", "90", "100", "120")
 SHARED = ["-shared", "-O3", "-std=c++20"]
 STATIC = ["-static-libstdc++", "-static-libgcc"]
 HOST_FLAGS = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", *STATIC]
+NVCC_WHEELS = [f"nvidia-{part}==13.0.*" for part in ("cuda-nvcc", "cuda-runtime", "cuda-cccl", "cuda-crt", "nvvm")]
+"""NVIDIA's compiler and its headers from PyPI, 130 MB: a build requirement where a GPU has no toolkit beside it."""
 OLDEST_GLIBC = 17  # manylinux_2_17 is the lowest tag that pip takes for every architecture
 
 
@@ -42,10 +44,24 @@ def find_compiler() -> list[str]:
 
 @functools.cache
 def find_nvcc() -> str | None:
-    """CUDA's compiler: in CUDA_HOME, else in PATH, else, while CUDA_HOME is unset, in its usual place."""
-    home = os.environ.get("CUDA_HOME")
-    places = [f"{home}/bin", os.environ.get("PATH", os.defpath)] if home else [os.environ.get("PATH", os.defpath)]
-    return shutil.which("nvcc", path=os.pathsep.join(places if home else [*places, "/usr/local/cuda/bin"]))
+    """CUDA's compiler: in CUDA_HOME, in PATH, while CUDA_HOME is unset in its usual place, or from wheels."""
+    home, path = os.environ.get("CUDA_HOME"), os.environ.get("PATH", os.defpath)
+    places = [f"{home}/bin", path] if home else [path, "/usr/local/cuda/bin"]
+    return shutil.which("nvcc", path=os.pathsep.join([*places, *wheels_bin()]))
+
+
+def wheels_bin() -> list[str]:
+    """Where NVCC_WHEELS have put nvcc, if they are installed for this Python."""
+    spec = importlib.util.find_spec("nvidia")
+    folders = [Path(folder) / "cu13" / "bin" for folder in (spec.submodule_search_locations or [])] if spec else []
+    return [str(folder) for folder in folders if (folder / "nvcc").is_file()]
+
+
+def build_requirements(compiler: list[str]) -> list[str]:
+    """What pip must fetch to build: nvcc, where it is missing and the CUDA library is asked for, or there is a GPU."""
+    setting = os.environ.get("VEP_BUILD_CUDA", "auto")
+    is_wanted = setting == "1" or (setting == "auto" and Path("/proc/driver/nvidia/version").exists())
+    return NVCC_WHEELS if compiler and is_wanted and not find_nvcc() else []
 
 
 def wants_cuda(compiler: list[str], nvcc: str | None) -> bool:
@@ -113,7 +129,7 @@ def cuda_command(nvcc: str, compiler: list[str], sources: list[str], output: Pat
     codes.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
     flags = [*common_flags("cuda", version), f'-DVEP_CUDA_ARCHS="{" ".join(archs)}"', *SHARED, *codes]
     flags += ["-Werror=all-warnings", "-Xcompiler", ",".join([*HOST_FLAGS, path_map()])]
-    flags += ["--cudart=static", "--threads=0", "-Xfatbin=-compress-all"]
+    flags += ["--cudart=static", "--threads=0", "-Xfatbin=-compress-all", f"-L{Path(nvcc).parents[1] / 'lib'}"]
     host_compiler = ["-ccbin", compiler[0]] if len(compiler) == 1 else []
     return [nvcc, *flags, *host_compiler, *sources, "-o", str(output), *link_flags()]
 
@@ -170,11 +186,17 @@ def main() -> None:
     """What setuptools runs: choose the libraries, then build whatever its command asks for."""
     compiler = find_compiler()
     extensions = [extension("host", "*.cc")] if compiler else []
-    if wants_cuda(compiler, find_nvcc()):
+    requirements = build_requirements(compiler)
+    if not requirements and wants_cuda(compiler, find_nvcc()):
         extensions.append(extension("cuda", "*.c[cu]"))
     if not compiler:
         print("no C++20 compiler found: the package is built without native libraries, and can serve nothing")
-    setup(ext_modules=extensions, cmdclass={"build_ext": BuildLibraries, "bdist_wheel": TaggedWheel})
+    # With pip's build isolation, setuptools turns setup_requires into requirements of the build, and calls again.
+    setup(
+        setup_requires=requirements,
+        ext_modules=extensions,
+        cmdclass={"build_ext": BuildLibraries, "bdist_wheel": TaggedWheel},
+    )
 
 
 if __name__ == "__main__":

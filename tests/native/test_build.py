@@ -83,6 +83,41 @@ def test_a_wrong_target_is_named(build, monkeypatch):
         build.cuda_archs("nvcc")
 
 
+@pytest.mark.parametrize(
+    ("setting", "has_gpu", "has_nvcc", "compiler", "fetched"),
+    [
+        ("1", False, False, ["g++"], True),
+        ("auto", True, False, ["g++"], True),
+        ("auto", False, False, ["g++"], False),
+        ("auto", True, True, ["g++"], False),
+        ("1", False, True, ["g++"], False),
+        ("0", True, False, ["g++"], False),
+        ("1", True, False, [], False),
+    ],
+)
+def test_nvcc_is_fetched_where_it_is_wanted_and_missing(
+    build, monkeypatch, setting, has_gpu, has_nvcc, compiler, fetched
+):
+    monkeypatch.setenv("VEP_BUILD_CUDA", setting)
+    monkeypatch.setattr(build, "find_nvcc", lambda: "nvcc" if has_nvcc else None)
+    monkeypatch.setattr(build.Path, "exists", lambda path: has_gpu)
+    assert build.build_requirements(compiler) == (build.NVCC_WHEELS if fetched else [])
+
+
+def test_nvcc_is_found_among_the_wheels(build, monkeypatch, tmp_path):
+    nvcc = tmp_path / "nvidia" / "cu13" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text("#!/bin/sh\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.syspath_prepend(tmp_path)
+    build.find_nvcc.cache_clear()
+    found = build.find_nvcc()
+    build.find_nvcc.cache_clear()
+    assert found == str(nvcc)
+
+
 def test_targets_that_nvcc_lacks_are_left_out_and_named(build, tmp_path, capsys):
     nvcc = tmp_path / "nvcc"
     nvcc.write_text("#!/bin/sh\nprintf 'sm_80\\nsm_86\\nsm_89\\nsm_90\\n'\n")

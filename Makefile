@@ -23,6 +23,7 @@ OBSERVE_ARGS ?=
 MATRIX ?= 0.30.0 0.31.0 0.32.0
 
 BIN = $(VENV)/bin
+MYPY_TESTS = --allow-untyped-defs --no-check-untyped-defs --no-warn-unused-ignores --disable-error-code annotation-unchecked
 SETUP = $(PYTHON) .ci/setup_env.py --torch-index-url "$(TORCH_INDEX_URL)"
 DEMO_DIR = .demo/$(patsubst %-moe,%,$(DEMO))-moe
 URL = http://localhost:$(PORT)
@@ -74,6 +75,8 @@ lint: setup  ## ruff, mypy and clang-format
 	$(BIN)/ruff check --extend-exclude .venv-matrix .
 	$(BIN)/ruff format --check --extend-exclude .venv-matrix .
 	$(BIN)/mypy
+	MYPYPATH=tests:tests/serving:tests/native:benchmarks:benchmarks/gpu:deploy $(BIN)/mypy $(MYPY_TESTS) \
+		$$(git ls-files 'tests/*.py' | grep -v conftest.py)
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'tests/native/cpp/*' | grep -E '\.(cc|cu|cuh|h)$$')
 
 check: lint  ## lint, and the tests that start no engine

@@ -35,7 +35,9 @@ class Engine:
         """A vLLM `LLM` in this process."""
         from vllm import LLM
 
-        additional = {} if self.config is None else {"additional_config": {"expert_prefetch": self.config}}
+        additional: dict[str, Any] = (
+            {} if self.config is None else {"additional_config": {"expert_prefetch": self.config}}
+        )
         return LLM(
             self.model,
             enforce_eager=self.eager,

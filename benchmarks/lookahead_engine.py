@@ -86,7 +86,7 @@ class StudyEngine:
     """`residency`: share of the experts that have a slot."""
 
     def __init__(self, model: str, residency: float, eager: bool, artifact: str | None, num_tokens: int) -> None:
-        link = {"emulated_link_gbps": INSTANT_GBPS, "emulated_link_latency_us": LATENCY_US}
+        link: dict[str, Any] = {"emulated_link_gbps": INSTANT_GBPS, "emulated_link_latency_us": LATENCY_US}
         self._config = ExpertPrefetchConfig(cache_fraction=residency, **link)
         config = {"cache_fraction": residency, "prefetch": "off", **link}
         self.llm = Engine(model, eager, config, max_num_seqs=MOST_REQUESTS).open()

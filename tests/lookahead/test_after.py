@@ -34,7 +34,7 @@ class NotedCache:
 
 class NotedCaches:
     on_device = False
-    link = EmulatedLink(1.0, 0.0)
+    link: EmulatedLink | None = EmulatedLink(1.0, 0.0)
 
     def __init__(self, num_layers):
         self.layers = [NotedCache() for _ in range(num_layers)]

@@ -62,3 +62,7 @@ def test_the_documented_table_is_the_code():
 def test_the_documentation_names_every_label():
     text = (DOCS / "metrics.md").read_text()
     assert [label for label in (*COMMON_LABELS, *INFO_LABELS, LAYER_LABEL) if f"`{label}`" not in text] == []
+
+
+def test_the_labels_of_the_info_metric_are_none_of_the_common_ones():
+    assert not set(INFO_LABELS) & set(COMMON_LABELS)

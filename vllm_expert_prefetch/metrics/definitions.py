@@ -249,10 +249,10 @@ METRICS = (
         "ratio",
         "Hit rate that the cache was sized for: `planned_hit_rate`, or the share of experts that have a slot.",
     ),
-    Metric("info", Kind.INFO, "", "Mode, policy, prefetch, engine, link, platform and versions, as labels."),
+    Metric("info", Kind.INFO, "", "Mode, policy, prefetch, link, platform and versions, as labels."),
 )
 
-INFO_LABELS = ("execution", "policy", "prefetch", "engine", "link", "pinned", "platform", "version", "vllm_version")
+INFO_LABELS = ("execution", "policy", "prefetch", "link", "pinned", "platform", "version", "vllm_version")
 LAYER_LABEL = "layer"
 
 _NUMERIC = tuple(metric for metric in METRICS if metric.kind is not Kind.INFO)

@@ -103,6 +103,18 @@ def _has_kv_slots(layer: Any) -> bool:
     return not isinstance(layer, MambaBase)
 
 
+def allow_amx() -> None:
+    """Ask Linux for AMX, where the processor has it.
+
+    vLLM's CPU attention (0.32) uses it and does not ask, which ends the process with an illegal instruction.
+    """
+    import torch
+
+    ask = getattr(torch.cpu, "_init_amx", None)
+    if ask is not None:
+        ask()
+
+
 def install_offloader(join: Callable[[], None]) -> None:
     """Have vLLM call `join` before it captures or replays a CUDA graph, and before a capture ends."""
     from vllm.model_executor.offloader.base import NoopOffloader, set_offloader

@@ -4,6 +4,7 @@ from typing import Any
 
 from vllm_expert_prefetch.config import config_of
 from vllm_expert_prefetch.metrics.publish import Publisher
+from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.worker import find_worker
 
 
@@ -14,9 +15,12 @@ def extend_worker() -> None:
     init_device = WorkerWrapperBase.init_device
 
     def init_device_and_watch(self: Any) -> None:
+        is_asked_for = config_of(self.vllm_config) is not None
+        if is_asked_for and compat.on_cpu_platform():
+            compat.allow_amx()
         init_device(self)
         runner = getattr(self.worker, "model_runner", None)
-        if runner is not None and config_of(self.vllm_config) is not None:
+        if runner is not None and is_asked_for:
             watch_steps(runner, self.vllm_config)
 
     WorkerWrapperBase.init_device = init_device_and_watch  # type: ignore[method-assign]

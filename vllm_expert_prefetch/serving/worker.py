@@ -158,7 +158,6 @@ class Worker:
             "execution": self.execution,
             "policy": self.config.policy,
             "prefetch": self.prefetch,
-            "engine": self._engine_name(),
             "link": str(self._link() or "real"),
             "pinned": str(self._is_pinned()).lower(),
             "platform": "cuda" if self.host_memory.cuda else "cpu",

@@ -1,18 +1,27 @@
 """What does a prompt do to the cache that decodes? Recorded routing of real models, replayed through the planner.
 
 `--traces FOLDER` holds files `NAME.route.csv`: lines `turn,phase,step,layer,slot,expert,...` behind `#` comments and a
-header, phase 0 for the prompt and 1 for decoding. Hit rates of decode steps, per cent, equal slots in every layer:
+header, phase 0 for the prompt and 1 for decoding. Hit rates of decode steps, per cent, equal slots in every layer.
+
+Right after the prompt:
 
 * `one_step`: the prompt is one step, as vLLM serves it; `by_token`: the same prompt, token by token, as if decoded;
-* `untouched`: slots that hold experts 0 to C - 1, and a prompt that changes nothing (the rule before overflow rows);
-* `foreign_cost`: points of the 100 tokens after 2,000 tokens of another prompt in the middle, lost against none.
+* `untouched`: slots that hold experts 0 to C - 1, and a prompt that changes nothing (the rule before overflow rows).
+
+The `next_tokens` tokens (100, or the second half of a shorter recording) behind another prompt in the middle:
+
+* `undisturbed`: without it;
+* `after_foreign`: 2,000 tokens in one step, which choose among all experts, so that the step needs each of them;
+* `after_long`: the same number in four steps, which choose among 60 % of each layer's experts, drawn at random. The
+  others go without use for so long that they may lose their slots.
+
+`foreign_cost` and `long_cost` are the points lost.
 """
 
 import random
 import sys
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 from harness import finish, parser
 
@@ -22,6 +31,7 @@ Token = dict[int, list[int]]
 """Layer -> routed experts."""
 
 FOREIGN_TOKENS, WINDOW = 2000, 100
+LONG_STEPS, LONG_SHARE = 4, 0.6
 
 
 def load(path: Path) -> tuple[list[Token], list[Token]]:
@@ -60,11 +70,14 @@ class Replay:
                 [load.expert for load in cache.plan_prefetch(range(cache.num_slots), cache.num_slots).loads], ()
             )
 
-    def interrupt(self, num_tokens: int, top_k: int) -> None:
-        """Serve another prompt, whose tokens need any experts."""
+    def interrupt(self, num_tokens: int, num_steps: int, share: float) -> None:
+        """Serve another prompt in `num_steps` steps, whose tokens choose among a `share` of each layer's experts."""
         rng = random.Random(0)
+        top_k = len(self.decoded[0][self.layers[0]])
         for cache in self.caches.values():
-            cache.plan([e for _ in range(num_tokens) for e in rng.sample(range(self.num_experts), top_k)])
+            chosen = rng.sample(range(self.num_experts), int(share * self.num_experts))
+            for _ in range(num_steps):
+                cache.plan([e for _ in range(num_tokens // num_steps) for e in rng.sample(chosen, top_k)])
 
     def decode(self, start: int, end: int) -> float:
         """Serve these decoded tokens one by one; the share of hits, per cent."""
@@ -77,8 +90,8 @@ class Replay:
         return 100 * hits / needed
 
 
-def measure(prompt: list[Token], decoded: list[Token], num_experts: int, share: float, policy: str) -> dict[str, Any]:
-    """All figures of one model, policy and share of experts with a slot."""
+def measure(prompt: list[Token], decoded: list[Token], num_experts: int, share: float, policy: str) -> dict[str, float]:
+    """All figures of one model, policy and share of experts with a slot, by the names above."""
     num_slots = int(share * num_experts + 1e-9)
 
     def replay() -> Replay:
@@ -93,16 +106,17 @@ def measure(prompt: list[Token], decoded: list[Token], num_experts: int, share: 
     model.fill()
     found["untouched"] = model.decode(0, len(decoded))
     middle = max(0, len(decoded) - WINDOW) or len(decoded) // 2
-    after = []
-    for is_interrupted in (False, True):
+    others = {"undisturbed": None, "after_foreign": (1, 1.0), "after_long": (LONG_STEPS, LONG_SHARE)}
+    for name, other in others.items():
         model = replay()
         model.prefill(one_step=True)
         model.decode(0, middle)
-        if is_interrupted:
-            model.interrupt(FOREIGN_TOKENS, len(decoded[0][model.layers[0]]))
-        after.append(model.decode(middle, middle + WINDOW))
-    found["foreign_cost"] = after[0] - after[1]
-    return {name: round(value, 2) for name, value in found.items()}
+        if other is not None:
+            model.interrupt(FOREIGN_TOKENS, *other)
+        found[name] = model.decode(middle, middle + WINDOW)
+    found["foreign_cost"] = found["undisturbed"] - found["after_foreign"]
+    found["long_cost"] = found["undisturbed"] - found["after_long"]
+    return {name: round(value, 2) for name, value in found.items()} | {"next_tokens": len(decoded[middle:][:WINDOW])}
 
 
 def main() -> int:
@@ -131,6 +145,7 @@ def main() -> int:
     worst = {
         "most_below_by_token": round(max(row["by_token"] - row["one_step"] for row in rows), 2),
         "most_foreign_cost": max(row["foreign_cost"] for row in rows),
+        "most_long_cost": max(row["long_cost"] for row in rows),
     }
     finish("replay", {**worst, "rows": rows}, options)
     return 0

@@ -8,8 +8,9 @@ namespace vep {
 inline constexpr int kMaxSegments = 16;
 inline constexpr int64_t kVectorBytes = 16;
 
-// One expert tensor (w13, w2, scales...). Expert e's row in the host store is at store + e * store_stride; row r of the row
-// space is at rows + r * row_bytes. All are multiples of kVectorBytes where the GPU copies; addresses are valid there.
+// One expert tensor (w13, w2, scales...). Expert e's row in the host store is at store + e * store_stride; row r of the
+// row space is at rows + r * row_bytes. All are multiples of kVectorBytes where the GPU copies; addresses are valid
+// there.
 struct Segment {
   const char* store;
   int64_t store_stride;
@@ -22,7 +23,7 @@ constexpr int kSegmentWords = 4;  // of one segment in a table of int64
 struct RecordLayout {
   Segment segments[kMaxSegments];
   int32_t num_segments;
-  int32_t num_experts;  // and rows
+  int32_t num_experts;     // and rows
   int32_t record_vectors;  // 16-byte vectors of one record, all segments
 };
 
@@ -49,7 +50,9 @@ struct Board {
   int32_t* num_left;           // (1) prefetch blocks that have ended; zero between launches
 };
 
-constexpr int64_t board_ints(int64_t num_experts) { return 3 * num_experts + 2; }
+constexpr int64_t board_ints(int64_t num_experts) {
+  return 3 * num_experts + 2;
+}
 
 inline Board board_at(int32_t* memory, int64_t num_experts) {
   int32_t* tail = memory + 3 * num_experts;
@@ -64,7 +67,9 @@ struct Lane {
 
 inline constexpr int64_t kLaneInts = 2;
 
-inline Lane lane_at(int32_t* memory) { return {memory, memory + 1}; }
+inline Lane lane_at(int32_t* memory) {
+  return {memory, memory + 1};
+}
 
 struct DemandLists {
   DeviceList<Load> loads;

@@ -1,5 +1,5 @@
-// Which expert of one MoE layer is where, for host and device: the decisions of vllm_expert_prefetch/residency, which is
-// the specification, on flat integer arrays.
+// Which expert of one MoE layer is where, for host and device: the decisions of vllm_expert_prefetch/residency, which
+// is the specification, on flat integer arrays.
 //
 // Every function here is run by a team: one thread on the host, a block of threads on a GPU. Lanes of a team see each
 // other's writes after `sync()`, and results do not depend on the team's size. A team has
@@ -29,40 +29,40 @@ constexpr int kStaleRounds = 8;  // residency.STALE_ROUNDS
 enum class Policy : int64_t { kLru, kLfu, kLfru, kNumPolicies };  // as in residency.POLICIES
 
 // The words in front of a layer's state, by the names that Python knows them by (cache/words.py).
-#define VEP_WORDS(WORD)                                                                       \
-  WORD(kNumExperts, num_experts)                                                              \
-  WORD(kNumSlots, num_slots)                                                                  \
-  WORD(kTopK, top_k)                                                                          \
-  WORD(kPolicy, policy)                                                                       \
-  WORD(kTick, tick)             /* touches so far */                                          \
-  WORD(kColdTick, cold_tick)    /* minus the number of experts that came cold */              \
-  WORD(kNumFree, num_free)                                                                    \
-  WORD(kNumInFlight, num_in_flight)                                                           \
-  /* Totals since the start. */                                                               \
-  WORD(kSteps, steps)           /* that needed an expert */                                   \
-  WORD(kWideSteps, wide_steps)  /* of these, those that needed more experts than slots */     \
-  WORD(kHits, hits)                                                                           \
-  WORD(kLate, late)                                                                           \
-  WORD(kMisses, misses)                                                                       \
-  WORD(kSpeculated, speculated) /* lookups of steps that executed a guess */                  \
-  WORD(kOverflow, overflow)     /* records copied into overflow rows */                       \
-  WORD(kEvictions, evictions)                                                                 \
-  WORD(kUsed, used)                                                                           \
-  WORD(kUnused, unused)                                                                       \
-  WORD(kDisplaced, displaced)   /* misses on experts that a prefetch had evicted */           \
-  WORD(kIssued, issued)                                                                       \
-  WORD(kCancelled, cancelled)                                                                 \
-  WORD(kClaimed, claimed)       /* late ones whose copy had not started: the step copied them */ \
-  WORD(kDemanded, demanded)     /* records that steps copied, claimed ones included */        \
-  WORD(kOutOfRange, out_of_range) /* routed ids >= num_experts, which are ignored */          \
-  WORD(kStallNs, stall_ns)      /* that steps waited for records; on the host only */         \
-  WORD(kLateNs, late_ns)        /* of these, for prefetches whose copy ran */
+#define VEP_WORDS(WORD)                                                                            \
+  WORD(kNumExperts, num_experts)                                                                   \
+  WORD(kNumSlots, num_slots)                                                                       \
+  WORD(kTopK, top_k)                                                                               \
+  WORD(kPolicy, policy)                                                                            \
+  WORD(kTick, tick)          /* touches so far */                                                  \
+  WORD(kColdTick, cold_tick) /* minus the number of experts that came cold */                      \
+  WORD(kNumFree, num_free)                                                                         \
+  WORD(kNumInFlight, num_in_flight)                                                                \
+  /* Totals since the start. */                                                                    \
+  WORD(kSteps, steps)          /* that needed an expert */                                         \
+  WORD(kWideSteps, wide_steps) /* of these, those that needed more experts than slots */           \
+  WORD(kHits, hits)                                                                                \
+  WORD(kLate, late)                                                                                \
+  WORD(kMisses, misses)                                                                            \
+  WORD(kSpeculated, speculated) /* lookups of steps that executed a guess */                       \
+  WORD(kOverflow, overflow)     /* records copied into overflow rows */                            \
+  WORD(kEvictions, evictions)                                                                      \
+  WORD(kUsed, used)                                                                                \
+  WORD(kUnused, unused)                                                                            \
+  WORD(kDisplaced, displaced) /* misses on experts that a prefetch had evicted */                  \
+  WORD(kIssued, issued)                                                                            \
+  WORD(kCancelled, cancelled)                                                                      \
+  WORD(kClaimed, claimed)         /* late ones whose copy had not started: the step copied them */ \
+  WORD(kDemanded, demanded)       /* records that steps copied, claimed ones included */           \
+  WORD(kOutOfRange, out_of_range) /* routed ids >= num_experts, which are ignored */               \
+  WORD(kStallNs, stall_ns)        /* that steps waited for records; on the host only */            \
+  WORD(kLateNs, late_ns)          /* of these, for prefetches whose copy ran */
 
 enum Word : int {
 #define VEP_WORD(constant, name) constant,
   VEP_WORDS(VEP_WORD)
 #undef VEP_WORD
-  kHeaderWords,
+      kHeaderWords,
 };
 
 #define VEP_WORD(constant, name) #name " "
@@ -83,11 +83,11 @@ struct Layer {
   VEP_HD int num_experts() const { return static_cast<int>(header[kNumExperts]); }
   VEP_HD int num_slots() const { return static_cast<int>(header[kNumSlots]); }
   VEP_HD Policy policy() const { return static_cast<Policy>(header[kPolicy]); }
-  VEP_HD int64_t* slot_of() const { return header + kHeaderWords; }             // (E): slot or -1
-  VEP_HD int64_t* flags() const { return slot_of() + header[kNumExperts]; }     // (E): bits of Flag
-  VEP_HD int64_t* last() const { return flags() + header[kNumExperts]; }        // (E): tick of the last touch
-  VEP_HD int64_t* count() const { return last() + header[kNumExperts]; }        // (E): touches, kept after eviction
-  VEP_HD int64_t* expert_in() const { return count() + header[kNumExperts]; }   // (C): expert or -1
+  VEP_HD int64_t* slot_of() const { return header + kHeaderWords; }               // (E): slot or -1
+  VEP_HD int64_t* flags() const { return slot_of() + header[kNumExperts]; }       // (E): bits of Flag
+  VEP_HD int64_t* last() const { return flags() + header[kNumExperts]; }          // (E): tick of the last touch
+  VEP_HD int64_t* count() const { return last() + header[kNumExperts]; }          // (E): touches, kept after eviction
+  VEP_HD int64_t* expert_in() const { return count() + header[kNumExperts]; }     // (C): expert or -1
   VEP_HD int64_t* free_slots() const { return expert_in() + header[kNumSlots]; }  // (C): a stack of num_free slots
 
   // The order-th of several experts that come cold at once.
@@ -170,8 +170,8 @@ struct Scratch {
     auto* keys = static_cast<VictimKey*>(memory);
     auto* ints = reinterpret_cast<int32_t*>(keys + power_of_two_from(num_slots));
     int32_t* settled = ints + 4 * num_experts;
-    return {ints,    ints + num_experts, ints + 2 * num_experts, ints + 3 * num_experts,
-            settled, settled + num_slots, keys};
+    return {ints, ints + num_experts, ints + 2 * num_experts, ints + 3 * num_experts, settled, settled + num_slots,
+            keys};
   }
 };
 
@@ -239,8 +239,8 @@ inline void smallest_first(Alone&, VictimKey* keys, int count, int wanted) {
 }
 #endif
 
-// Notes in `scratch` which experts are asked for, and where first and last. `ids` here and below: a pointer to integers,
-// or whatever else has []; negative ids are padding.
+// Notes in `scratch` which experts are asked for, and where first and last. `ids` here and below: a pointer to
+// integers, or whatever else has []; negative ids are padding.
 template <class Team, class Ids>
 VEP_HD void find_first(Team& team, const Layer& layer, const Ids& ids, int num_ids, const Scratch& scratch) {
   const int num_experts = layer.num_experts();
@@ -366,8 +366,8 @@ VEP_HD inline bool place(const Layer& layer, const Scratch& scratch, int32_t* lo
   return unused;
 }
 
-// Writes the `num_misses` experts of `scratch.missing` into `loads`, those first that get a slot first: a wide step's by
-// their last appearance, the latest first.
+// Writes the `num_misses` experts of `scratch.missing` into `loads`, those first that get a slot first: a wide step's
+// by their last appearance, the latest first.
 template <class Team>
 VEP_HD void order_misses(Team& team, const Scratch& scratch, int num_misses, bool is_wide, int32_t* loads) {
   for (int m = team.rank(); m < num_misses; m += team.size()) {
@@ -384,9 +384,9 @@ VEP_HD void order_misses(Team& team, const Scratch& scratch, int num_misses, boo
   team.sync();
 }
 
-// Plans one step, and does its bookkeeping as if its copies had landed: whoever runs the step makes sure of it before the
-// kernel. `ids`: `num_ids` routed ids. `loads`: room for min(num_ids, E) pairs (expert, row), written; rows below C are
-// slots, the others overflow rows. `scratch.late` receives the needed experts whose prefetch has not landed.
+// Plans one step, and does its bookkeeping as if its copies had landed: whoever runs the step makes sure of it before
+// the kernel. `ids`: `num_ids` routed ids. `loads`: room for min(num_ids, E) pairs (expert, row), written; rows below C
+// are slots, the others overflow rows. `scratch.late` receives the needed experts whose prefetch has not landed.
 template <class Team, class Ids, class CopyLane>
 VEP_HD StepCounts plan_step(Team& team, const Layer& layer, CopyLane& lane, const Ids& ids, int num_ids,
                             const Scratch& scratch, int32_t* loads) {
@@ -481,8 +481,9 @@ VEP_HD StepCounts plan_step(Team& team, const Layer& layer, CopyLane& lane, cons
   return step;
 }
 
-// The rows of a planned step: `ids` as they were planned, `routed` the same with the ids of padding. A negative routed id
-// stays -1, as in plain vLLM; other padding takes the row of the first needed expert, or row 0: nothing more is read.
+// The rows of a planned step: `ids` as they were planned, `routed` the same with the ids of padding. A negative routed
+// id stays -1, as in plain vLLM; other padding takes the row of the first needed expert, or row 0: nothing more is
+// read.
 template <class Team, class Ids, class Id>
 VEP_HD void write_rows(Team& team, const Layer& layer, const Ids& ids, const Id* routed, int num_ids, Id* rows,
                        const Scratch& scratch) {

@@ -46,7 +46,9 @@ VEP_HD constexpr SlotState state_of(int32_t word) {
   return static_cast<SlotState>(static_cast<uint32_t>(word) & ((1u << kStateBits) - 1));
 }
 
-VEP_HD constexpr uint32_t ticket_of(int32_t word) { return static_cast<uint32_t>(word) >> kStateBits; }
+VEP_HD constexpr uint32_t ticket_of(int32_t word) {
+  return static_cast<uint32_t>(word) >> kStateBits;
+}
 
 VEP_HD constexpr int32_t word_of(uint32_t ticket, SlotState state) {
   return static_cast<int32_t>((ticket << kStateBits) | static_cast<uint32_t>(state));
@@ -83,7 +85,9 @@ VEP_HD inline bool in_flight(SlotState state) {
   return state == SlotState::kQueued || state == SlotState::kCopying || state == SlotState::kUrgent;
 }
 
-VEP_HD inline bool is_ready(const int32_t* word) { return state_of(load_word(word)) == SlotState::kReady; }
+VEP_HD inline bool is_ready(const int32_t* word) {
+  return state_of(load_word(word)) == SlotState::kReady;
+}
 
 // A prefetch into this slot is planned. Returns the ticket that `start` needs. The slot must not be in flight.
 VEP_HD inline uint32_t enqueue(int32_t* word) {

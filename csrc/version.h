@@ -10,10 +10,14 @@
 namespace vep {
 
 /// The package's version at build time.
-inline tvm::ffi::String Version() { return VEP_VERSION; }
+inline tvm::ffi::String Version() {
+  return VEP_VERSION;
+}
 
 /// The digest of this library's sources, made by native/sources.py.
-inline tvm::ffi::String SourceDigest() { return VEP_SOURCE_DIGEST; }
+inline tvm::ffi::String SourceDigest() {
+  return VEP_SOURCE_DIGEST;
+}
 
 /// The version of the apache-tvm-ffi headers, as major * 10000 + minor * 100 + patch.
 inline int64_t TvmFfiVersion() {

@@ -65,7 +65,9 @@ Board board_of(const TensorView& board, int64_t num_experts) {
   return board_at(cuda_data<int32_t>(board, board_ints(num_experts), "board"), num_experts);
 }
 
-Lane lane_of(const TensorView& lane) { return lane_at(cuda_data<int32_t>(lane, kLaneInts, "lane")); }
+Lane lane_of(const TensorView& lane) {
+  return lane_at(cuda_data<int32_t>(lane, kLaneInts, "lane"));
+}
 
 // `loads`: int32 (n, 2), rows of (expert, row).
 DeviceList<Load> loads_of(const TensorView& loads, const TensorView& count, int64_t num_experts) {
@@ -83,7 +85,9 @@ DeviceList<int32_t> late_of(const TensorView& late, const TensorView& count) {
           static_cast<int32_t>(late.numel())};
 }
 
-cudaStream_t stream_of(int64_t handle) { return reinterpret_cast<cudaStream_t>(handle); }
+cudaStream_t stream_of(int64_t handle) {
+  return reinterpret_cast<cudaStream_t>(handle);
+}
 
 // Bytes of a record; ValueError, with the number, for a layout that the kernels do not take.
 int64_t CheckLayout(TensorView table, int64_t num_experts) {
@@ -131,8 +135,7 @@ void PrefetchRecords(TensorView table, int64_t num_experts, TensorView loads, Te
   const int64_t chunk_vectors = chunk_bytes / kVectorBytes;
   check_between(loads.size(0) * ((layout.record_vectors - 1) / chunk_vectors + 1), 0,
                 std::numeric_limits<int32_t>::max() / 2, "chunks of a full list");
-  const PrefetchLists lists{loads_of(loads, count, num_experts),
-                            cuda_data<int32_t>(tickets, loads.size(0), "tickets")};
+  const PrefetchLists lists{loads_of(loads, count, num_experts), cuda_data<int32_t>(tickets, loads.size(0), "tickets")};
   const Board states = board_of(board, num_experts);
   tvm::ffi::CUDADeviceGuard guard(board.device().device_id);
   prefetch_kernel<<<static_cast<int>(num_blocks), kThreads, 0, stream_of(stream)>>>(

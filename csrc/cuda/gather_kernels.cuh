@@ -173,9 +173,8 @@ __device__ void copy_share(const RecordLayout& layout, const Load* loads, int32_
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
-    gather_kernel(const __grid_constant__ RecordLayout layout, const DemandLists lists, const Board board,
-                  const Lane lane) {
+__global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ RecordLayout layout,
+                                                          const DemandLists lists, const Board board, const Lane lane) {
   const int32_t num_loads = count_of(lists.loads, lane);
   const int32_t num_late = blockIdx.x == 0 ? count_of(lists.late, lane) : 0;
   if (num_loads > 0) {

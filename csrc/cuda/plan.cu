@@ -18,12 +18,15 @@ using tvm::ffi::TensorView;
 constexpr int kFewThreads = 256, kManyThreads = 1024;
 constexpr int64_t kFewIds = 1024;
 
-String WordNames() { return kWordNames; }
+String WordNames() {
+  return kWordNames;
+}
 
 // A layer, whose numbers lie on the device: `rows` tells E, and with it the state's size tells C.
 struct PlannedLayer {
   PlannedLayer(const TensorView& state, const TensorView& rows, int64_t mirror)
-      : num_experts(rows.numel()), num_slots((state.numel() - kHeaderWords - 4 * num_experts) / 2),
+      : num_experts(rows.numel()),
+        num_slots((state.numel() - kHeaderWords - 4 * num_experts) / 2),
         shared(shared_bytes(num_experts, num_slots)) {
     TVM_FFI_CHECK(num_slots > 0 && num_slots <= num_experts && num_experts <= kMaxExperts &&
                       state.numel() == Layer::words(num_experts, num_slots),
@@ -40,10 +43,10 @@ struct PlannedLayer {
 
 // The tokens of (tokens, per token) ids; `real` must tell for each whether it is one.
 int64_t check_tokens(const TensorView& ids, const TensorView& real) {
-  TVM_FFI_CHECK(ids.ndim() == 2, ValueError) << "ids must have shape (tokens, k), they have " << ids.ndim()
-                                             << " dimensions";
-  TVM_FFI_CHECK(real.numel() >= ids.size(0), ValueError) << "real has " << real.numel() << " items, needs "
-                                                         << ids.size(0);
+  TVM_FFI_CHECK(ids.ndim() == 2, ValueError)
+      << "ids must have shape (tokens, k), they have " << ids.ndim() << " dimensions";
+  TVM_FFI_CHECK(real.numel() >= ids.size(0), ValueError)
+      << "real has " << real.numel() << " items, needs " << ids.size(0);
   return ids.size(0);
 }
 
@@ -64,8 +67,7 @@ void PlanStep(TensorView state, TensorView rows, TensorView ids, TensorView real
   const int64_t num_ids = ids.numel();
   const Orders orders{cuda_data<int32_t>(loads, 2 * layer.num_experts, "loads"),
                       cuda_data<int32_t>(num_loads, 1, "num_loads"),
-                      cuda_data<int32_t>(late, layer.num_experts, "late"),
-                      cuda_data<int32_t>(num_late, 1, "num_late")};
+                      cuda_data<int32_t>(late, layer.num_experts, "late"), cuda_data<int32_t>(num_late, 1, "num_late")};
   const auto plan_as = [&](auto id) {
     using Id = decltype(id);
     const TokenIds<Id> tokens{cuda_data<Id>(ids, 0, "ids"), cuda_data<int64_t>(real, 0, "real"),

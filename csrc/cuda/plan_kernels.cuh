@@ -14,7 +14,9 @@
 #ifdef __CUDACC__
 #define VEP_DYNAMIC_SHARED(name) extern __shared__ int64_t name[]
 #define VEP_WARP_THREADS 32
-__device__ inline int32_t load_relaxed(const int32_t* place) { return *const_cast<const volatile int32_t*>(place); }
+__device__ inline int32_t load_relaxed(const int32_t* place) {
+  return *const_cast<const volatile int32_t*>(place);
+}
 #endif  // else tests/native/cpp/cuda_on_host.h: a block of host threads
 
 namespace vep {

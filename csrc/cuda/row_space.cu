@@ -166,7 +166,7 @@ struct Keeper {
   void FreeData(DLTensor*) {
     try {
       tvm::ffi::CUDADeviceGuard guard(range->device());
-      cudaDeviceSynchronize();  // a kernel may still be reading
+      cudaDeviceSynchronize();          // a kernel may still be reading
     } catch (const tvm::ffi::Error&) {  // CUDA is gone already, and all memory with it
     }
   }
@@ -207,7 +207,9 @@ Tensor Map(Array<Memory> parts) {
   return Tensor::FromNDAlloc(Keeper{std::move(range)}, {size}, DLDataType{kDLUInt, 8, 1}, device);
 }
 
-int64_t BytesTaken() { return bytes_taken; }
+int64_t BytesTaken() {
+  return bytes_taken;
+}
 
 }  // namespace
 }  // namespace vep

@@ -5,10 +5,14 @@
 namespace vep {
 
 /// The targets compiled in, as setup.py names them, such as "80 90 120".
-tvm::ffi::String Architectures() { return VEP_CUDA_ARCHS; }
+tvm::ffi::String Architectures() {
+  return VEP_CUDA_ARCHS;
+}
 
 /// The CUDA runtime inside this library, as CUDART_VERSION (13000 is 13.0).
-int64_t RuntimeVersion() { return CUDART_VERSION; }
+int64_t RuntimeVersion() {
+  return CUDART_VERSION;
+}
 
 /// The newest CUDA that the installed driver supports, in the same form; 0 without a driver. Starts no context.
 int64_t DriverVersion() {

@@ -84,10 +84,13 @@ EngineRef CreateEngine(double gbps, double latency_us, int64_t chunk_bytes) {
   return translated([&] { return EngineRef(gbps, latency_us, chunk_bytes); });
 }
 
-void CloseEngine(EngineRef ref) { ref->engine.close(); }
+void CloseEngine(EngineRef ref) {
+  ref->engine.close();
+}
 
-// `segments`: int64 (S, 4), each row [store address, store stride, address of the rows, row bytes]. `state`: as many int64
-// as planner_words says, `mirror`: kHeaderWords of them, which every call below writes. All memory must outlive the engine.
+// `segments`: int64 (S, 4), each row [store address, store stride, address of the rows, row bytes]. `state`: as many
+// int64 as planner_words says, `mirror`: kHeaderWords of them, which every call below writes. All memory must outlive
+// the engine.
 CacheRef Create(EngineRef ref, TensorView segments, int64_t num_experts, int64_t num_slots, int64_t top_k,
                 int64_t policy, int64_t record_bytes, TensorView state, TensorView mirror) {
   const int64_t* words = cpu_data<int64_t>(segments, 0, "segments");
@@ -128,8 +131,8 @@ void serve_as(CacheObj& cache, const TensorView& ids, int64_t num_real, const Te
   cache.show();
 }
 
-// Serves one step. `ids`: routed ids, int32 or int64, the first `num_real` of tokens and the others padding; `rows`: of the
-// same type and length, written. Every record has landed on return.
+// Serves one step. `ids`: routed ids, int32 or int64, the first `num_real` of tokens and the others padding; `rows`: of
+// the same type and length, written. Every record has landed on return.
 void Serve(CacheRef cache, TensorView ids, int64_t num_real, TensorView rows, bool is_speculated) {
   translated([&] {
     is_int64(ids) ? serve_as<int64_t>(*cache.operator->(), ids, num_real, rows, is_speculated)
@@ -151,8 +154,8 @@ void prefetch_as(CacheObj& cache, const TensorView& predicted, int64_t budget) {
   cache.show();
 }
 
-// Plans and queues copies of at most `budget` of the `predicted` experts (int32 or int64), most wanted first, behind what
-// is queued already.
+// Plans and queues copies of at most `budget` of the `predicted` experts (int32 or int64), most wanted first, behind
+// what is queued already.
 void Prefetch(CacheRef cache, TensorView predicted, int64_t budget) {
   translated([&] {
     is_int64(predicted) ? prefetch_as<int64_t>(*cache.operator->(), predicted, budget)

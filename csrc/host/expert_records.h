@@ -15,7 +15,9 @@
 namespace vep {
 
 // Load number `index` of int32 pairs (expert, row), which need not be aligned as a Load is.
-inline Load load_at(const int32_t* loads, int64_t index) { return {loads[2 * index], loads[2 * index + 1]}; }
+inline Load load_at(const int32_t* loads, int64_t index) {
+  return {loads[2 * index], loads[2 * index + 1]};
+}
 
 // How far the copy of one record has come.
 struct CopyCursor {

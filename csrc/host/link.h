@@ -17,7 +17,9 @@ using Clock = std::chrono::steady_clock;
 using Time = Clock::time_point;
 using std::chrono::nanoseconds;
 
-inline double seconds_between(Time from, Time to) { return std::chrono::duration<double>(to - from).count(); }
+inline double seconds_between(Time from, Time to) {
+  return std::chrono::duration<double>(to - from).count();
+}
 
 inline void relax_cpu() {
 #if defined(__x86_64__)
@@ -31,8 +33,8 @@ inline void spin_until(Time deadline) {
   while (Clock::now() < deadline) relax_cpu();
 }
 
-// A step that waits for its records spins for so long before it sleeps: sleeping is inexact, and whoever sleeps loses the
-// core and its caches, while an accelerator that waits for its link loses nothing.
+// A step that waits for its records spins for so long before it sleeps: sleeping is inexact, and whoever sleeps loses
+// the core and its caches, while an accelerator that waits for its link loses nothing.
 constexpr nanoseconds kStepSpin{20'000'000};
 
 // Returns at `deadline`, not before and hardly later.

@@ -13,9 +13,13 @@ namespace {
 using tvm::ffi::String;
 using tvm::ffi::TensorView;
 
-String WordNames() { return kWordNames; }
+String WordNames() {
+  return kWordNames;
+}
 
-int64_t Words(int64_t num_experts, int64_t num_slots) { return Layer::words(num_experts, num_slots); }
+int64_t Words(int64_t num_experts, int64_t num_slots) {
+  return Layer::words(num_experts, num_slots);
+}
 
 void Init(TensorView state, int64_t num_experts, int64_t num_slots, int64_t top_k, int64_t policy) {
   try {
@@ -42,9 +46,9 @@ int64_t write_loads(const Workspace& work, int64_t num_loads, const TensorView& 
   return num_loads;
 }
 
-// `ids`: int32 or int64, of which the first `num_real` are those of tokens; `rows`: of the same type and length, written.
-// `slot_words`: int32, one per slot, as slot_state.h has them. `loads`: int32 (n, 2), receives (expert, row) of what is
-// to be copied, whose number is returned.
+// `ids`: int32 or int64, of which the first `num_real` are those of tokens; `rows`: of the same type and length,
+// written. `slot_words`: int32, one per slot, as slot_state.h has them. `loads`: int32 (n, 2), receives (expert, row)
+// of what is to be copied, whose number is returned.
 int64_t Plan(TensorView state, TensorView slot_words, TensorView ids, int64_t num_real, TensorView rows,
              TensorView loads) {
   const Layer layer = layer_in(state);

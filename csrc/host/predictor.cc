@@ -244,7 +244,8 @@ void compute(const PredictorWeights& weights, const PredictorInput& input, Predi
 }
 
 // One token. Whatever the logits are, NaN included, the ids are distinct and within range.
-void choose(const float* logits, int64_t num_experts, const TopK& routing, int64_t count, int64_t* ids, float* weights) {
+void choose(const float* logits, int64_t num_experts, const TopK& routing, int64_t count, int64_t* ids,
+            float* weights) {
   for (int64_t expert = 0; expert < num_experts; ++expert) {
     const float logit = logits[expert];
     int64_t place = std::min(expert, count);
@@ -282,8 +283,8 @@ Simd best_simd() {
 #if defined(__x86_64__)
   static const Simd best = [] {
     const bool has_fma = __builtin_cpu_supports("fma") && __builtin_cpu_supports("avx2");
-    const bool has_512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                         __builtin_cpu_supports("avx512vl");
+    const bool has_512 =
+        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
     return has_fma && has_512 ? Simd::kAvx512 : has_fma ? Simd::kAvx2 : Simd::kPortable;
   }();
   return best;

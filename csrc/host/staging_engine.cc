@@ -34,7 +34,9 @@ void check_array(const void* data, int64_t count) {
                                 " address");
 }
 
-nanoseconds since(Time start) { return std::chrono::duration_cast<nanoseconds>(Clock::now() - start); }
+nanoseconds since(Time start) {
+  return std::chrono::duration_cast<nanoseconds>(Clock::now() - start);
+}
 
 }  // namespace
 

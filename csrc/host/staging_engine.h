@@ -26,14 +26,14 @@ struct DemandResult {
 
 struct StagingCounters {
   int64_t prefetch_bytes;
-  int64_t prefetch_records;   // landed by the lane
-  int64_t yields;             // pauses of the lane for a demand
-  double lane_busy_seconds;   // copying, or holding the link
+  int64_t prefetch_records;  // landed by the lane
+  int64_t yields;            // pauses of the lane for a demand
+  double lane_busy_seconds;  // copying, or holding the link
 };
 
 // Calls that change something run one at a time; the counters may be read from any thread. Every call throws
-// std::invalid_argument, with the numbers and before anything is changed, for a layer, expert or row that does not exist
-// or a row in the wrong state, and std::runtime_error after `close` and in a forked child.
+// std::invalid_argument, with the numbers and before anything is changed, for a layer, expert or row that does not
+// exist or a row in the wrong state, and std::runtime_error after `close` and in a forked child.
 class StagingEngine {
  public:
   // `gbps`: 10^9 bytes per second, 0 for no emulated link; `latency_us` per demand and per prefetched record.

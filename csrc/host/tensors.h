@@ -24,6 +24,8 @@ Item* cpu_data(const tvm::ffi::TensorView& tensor, int64_t room, const char* wha
   return static_cast<Item*>(tensor.data_ptr());
 }
 
-inline bool is_int64(const tvm::ffi::TensorView& tensor) { return tensor.dtype().bits == 64; }
+inline bool is_int64(const tvm::ffi::TensorView& tensor) {
+  return tensor.dtype().bits == 64;
+}
 
 }  // namespace vep

@@ -45,18 +45,22 @@ inline void __syncthreads() {
   if (block_barrier) block_barrier->arrive_and_wait();
 }
 inline void __syncwarp() {}
-inline int64_t __shfl_up_sync(unsigned, int64_t value, int) { return value; }
-inline void __nanosleep(unsigned nanoseconds) { std::this_thread::sleep_for(std::chrono::nanoseconds(nanoseconds)); }
-inline int32_t load_relaxed(const int32_t* place) { return __atomic_load_n(place, __ATOMIC_RELAXED); }
+inline int64_t __shfl_up_sync(unsigned, int64_t value, int) {
+  return value;
+}
+inline void __nanosleep(unsigned nanoseconds) {
+  std::this_thread::sleep_for(std::chrono::nanoseconds(nanoseconds));
+}
+inline int32_t load_relaxed(const int32_t* place) {
+  return __atomic_load_n(place, __ATOMIC_RELAXED);
+}
 inline void atomicMin(int32_t* place, int32_t value) {
   int32_t seen = load_relaxed(place);
-  while (seen > value && !__atomic_compare_exchange_n(place, &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-  }
+  while (seen > value && !__atomic_compare_exchange_n(place, &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
 }
 inline void atomicMax(int32_t* place, int32_t value) {
   int32_t seen = load_relaxed(place);
-  while (seen < value && !__atomic_compare_exchange_n(place, &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-  }
+  while (seen < value && !__atomic_compare_exchange_n(place, &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}
 }
 
 namespace cuda {
@@ -70,8 +74,7 @@ struct atomic_ref : std::atomic_ref<T> {
   using std::atomic_ref<T>::atomic_ref;
   T fetch_max(T value, std::memory_order) const {
     T seen = this->load();
-    while (seen < value && !this->compare_exchange_weak(seen, value)) {
-    }
+    while (seen < value && !this->compare_exchange_weak(seen, value)) {}
     return seen;
   }
 };

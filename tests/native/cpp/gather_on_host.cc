@@ -1,9 +1,6 @@
 // The staging kernels as host threads, blocks of one thread: demands and prefetches of random layers race, with fewer
 // running blocks than a grid has. Every record that a plan asks for is whole when the demand kernel ends, what was
 // cancelled is untouched, bad loads are counted, and all ends.
-#include "cuda_on_host.h"
-#include "cuda/gather_kernels.cuh"
-
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -11,6 +8,9 @@
 #include <numeric>
 #include <random>
 #include <vector>
+
+#include "cuda/gather_kernels.cuh"
+#include "cuda_on_host.h"
 
 namespace {
 
@@ -20,15 +20,17 @@ constexpr int kLayers = 100;
 constexpr int kSteps = 4;
 constexpr char kPoison = '\xA5';
 
-#define REQUIRE(condition)                                                   \
-  if (!(condition)) {                                                        \
-    std::fprintf(stderr, "line %d: not so: %s\n", __LINE__, #condition);     \
-    std::_Exit(1);                                                           \
+#define REQUIRE(condition)                                               \
+  if (!(condition)) {                                                    \
+    std::fprintf(stderr, "line %d: not so: %s\n", __LINE__, #condition); \
+    std::_Exit(1);                                                       \
   }
 
 std::mt19937 random_source(7);
 
-int pick(int low, int high) { return low + static_cast<int>(random_source() % static_cast<unsigned>(high - low + 1)); }
+int pick(int low, int high) {
+  return low + static_cast<int>(random_source() % static_cast<unsigned>(high - low + 1));
+}
 
 // A kernel of `num_blocks`, of which `num_running` at a time run.
 template <class Kernel>
@@ -188,9 +190,8 @@ void run_step(TestLayer& layer, Totals& totals) {
     ++num_errors;
   }
   const int num_demand_blocks = pick(1, 7);
-  launch(demand, num_demand_blocks, pick(1, num_demand_blocks), [&] {
-    gather_kernel(layer.layout, {loads.view(), late.view()}, layer.board, layer.lane);
-  });
+  launch(demand, num_demand_blocks, pick(1, num_demand_blocks),
+         [&] { gather_kernel(layer.layout, {loads.view(), late.view()}, layer.board, layer.lane); });
   join(demand);
   for (int i = 0; i < num_ahead + num_demanded; ++i) {
     if (i >= num_ahead || fates[i] == Fate::kNeeded) REQUIRE(layer.holds(pairs[i]));

@@ -1,9 +1,6 @@
 // The plan kernels as blocks of host threads decide exactly as one thread does with csrc/residency.h: narrow steps and
 // wide ones, of few ids and of many, with padding, prefetches in every state, and late records taken over. Under TSan
 // this is also the race check of the planner's teams.
-#include "cuda_on_host.h"
-#include "cuda/plan_kernels.cuh"
-
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -11,6 +8,9 @@
 #include <thread>
 #include <utility>
 #include <vector>
+
+#include "cuda/plan_kernels.cuh"
+#include "cuda_on_host.h"
 
 namespace {
 
@@ -26,7 +26,9 @@ constexpr int kThreads = 4;
 
 std::mt19937 random_source(7);
 
-int pick(int low, int high) { return low + static_cast<int>(random_source() % static_cast<unsigned>(high - low + 1)); }
+int pick(int low, int high) {
+  return low + static_cast<int>(random_source() % static_cast<unsigned>(high - low + 1));
+}
 
 // Runs `kernel` as one block.
 template <class Kernel>
@@ -74,9 +76,7 @@ struct TestLayer {
     }
   }
   Layer layer() { return {state.data()}; }
-  LayerMemory memory(int64_t* mirror) {
-    return {state.data(), static_cast<int>(state.size()), words.data(), mirror};
-  }
+  LayerMemory memory(int64_t* mirror) { return {state.data(), static_cast<int>(state.size()), words.data(), mirror}; }
   bool same(const TestLayer& other) const { return state == other.state && words == other.words; }
 
   std::vector<int64_t> state;
@@ -86,7 +86,9 @@ struct TestLayer {
 // One thread that does what the kernels do.
 struct Reference {
   Reference(TestLayer& made, int num_ids)
-      : made(made), layer(made.layer()), num_experts(layer.num_experts()),
+      : made(made),
+        layer(made.layer()),
+        num_experts(layer.num_experts()),
         memory(static_cast<size_t>(Scratch::bytes(num_experts, layer.num_slots())) / 8 + 1),
         loads(static_cast<size_t>(2 * std::max(num_experts, num_ids))),
         scratch(Scratch::at(memory.data(), num_experts, layer.num_slots())) {}

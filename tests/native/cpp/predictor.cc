@@ -1,5 +1,5 @@
-// Predictions read and write nothing outside the arrays that they are given, whatever their sizes, ids and values; every
-// set of vector instructions gives what plain loops in double precision give; and threads may share the weights.
+// Predictions read and write nothing outside the arrays that they are given, whatever their sizes, ids and values;
+// every set of vector instructions gives what plain loops in double precision give; and threads may share the weights.
 #include "host/predictor.h"
 
 #include <algorithm>
@@ -13,12 +13,12 @@
 #include <thread>
 #include <vector>
 
-#define REQUIRE(condition)                                                       \
-  do {                                                                           \
-    if (!(condition)) {                                                          \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);       \
-      std::exit(1);                                                              \
-    }                                                                            \
+#define REQUIRE(condition)                                                 \
+  do {                                                                     \
+    if (!(condition)) {                                                    \
+      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
+      std::exit(1);                                                        \
+    }                                                                      \
   } while (false)
 
 namespace {
@@ -56,7 +56,10 @@ struct Case {
       topk_ids.push_back(static_cast<int32_t>(random() % static_cast<uint32_t>(sizes.experts + 1)) - 1);
     }
     weights.has_quasi_hidden = true;
-    weights.quasi_hidden = {factor.data(), shift.data(), with_vectors ? vectors.data() : nullptr, sizes.experts,
+    weights.quasi_hidden = {factor.data(),
+                            shift.data(),
+                            with_vectors ? vectors.data() : nullptr,
+                            sizes.experts,
                             {gain.data(), target_shift.data(), 1e-5f, seed % 2 == 0}};
     weights.has_estimator = with_estimator;
     if (with_estimator) {
@@ -136,8 +139,8 @@ struct Answer {
 Answer predict(const Case& given, const vep::TopK& routing, vep::PredictorScratch& scratch, vep::Simd simd) {
   const auto size = static_cast<size_t>(given.sizes.tokens * given.sizes.count);
   Answer answer{std::vector<int64_t>(size), Floats(size)};
-  vep::predict(given.weights, routing, given.input, given.sizes.count, answer.ids.data(), answer.weights.data(), scratch,
-               simd);
+  vep::predict(given.weights, routing, given.input, given.sizes.count, answer.ids.data(), answer.weights.data(),
+               scratch, simd);
   return answer;
 }
 
@@ -172,8 +175,11 @@ std::vector<vep::Simd> kinds() {
 
 void check_sizes() {
   // Whole vectors and none, rows and tokens that fill blocks and leave some over.
-  const Sizes all[] = {{64, 16, 32, 64, 4, 2, 4}, {37, 7, 19, 23, 3, 2, 7}, {1, 1, 1, 1, 1, 1, 1},
-                       {130, 9, 5, 70, 7, 8, 2},  {15, 33, 17, 31, 17, 3, 33}};
+  const Sizes all[] = {{64, 16, 32, 64, 4, 2, 4},
+                       {37, 7, 19, 23, 3, 2, 7},
+                       {1, 1, 1, 1, 1, 1, 1},
+                       {130, 9, 5, 70, 7, 8, 2},
+                       {15, 33, 17, 31, 17, 3, 33}};
   vep::PredictorScratch scratch;
   uint32_t seed = 0;
   for (const Sizes& sizes : all) {

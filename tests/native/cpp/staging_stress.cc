@@ -18,12 +18,12 @@ constexpr int32_t kSlots = 6;     // the rows that the walks use
 constexpr int64_t kRows[] = {700, 64, 3};
 constexpr int64_t kChunkBytes = 256;
 
-#define REQUIRE(condition)                                                       \
-  do {                                                                           \
-    if (!(condition)) {                                                          \
-      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);       \
-      std::exit(1);                                                              \
-    }                                                                            \
+#define REQUIRE(condition)                                                 \
+  do {                                                                     \
+    if (!(condition)) {                                                    \
+      std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
+      std::exit(1);                                                        \
+    }                                                                      \
   } while (false)
 
 char byte_of(int32_t layer, int32_t expert, int64_t index) {

@@ -22,12 +22,12 @@ from vllm_expert_prefetch.metrics.definitions import SERIES
 from vllm_expert_prefetch.metrics.publish import Publisher
 from vllm_expert_prefetch.prediction import (
     Ingredients,
-    NextTokenPredictor,
     Predictor,
     Signals,
     create_predictor,
     fingerprint,
     load_artifact,
+    with_next_token,
 )
 from vllm_expert_prefetch.prediction.baselines import OraclePredictor
 from vllm_expert_prefetch.residency import POLICIES, ExpertCache
@@ -164,7 +164,7 @@ class StudyEngine:
             return OraclePredictor(self.trace(prompts))
         if name not in self._predictors:
             parts = [create_predictor(part, self._ingredients) for part in name.split("+")]
-            self._predictors[name] = NextTokenPredictor(*parts) if len(parts) == 2 else parts[0]
+            self._predictors[name] = with_next_token(*parts) if len(parts) == 2 else parts[0]
         return self._predictors[name]
 
     def _start_caches(self, gbps: float) -> None:

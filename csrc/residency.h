@@ -239,15 +239,12 @@ inline void smallest_first(Alone&, VictimKey* keys, int count, int wanted) {
 }
 #endif
 
-// Notes in `scratch` which experts are asked for, and where first and last. `ids` here and below: a pointer to
+// Notes in `scratch` which experts are asked for, and where first. `ids` here and below: a pointer to
 // integers, or whatever else has []; negative ids are padding.
 template <class Team, class Ids>
 VEP_HD void find_first(Team& team, const Layer& layer, const Ids& ids, int num_ids, const Scratch& scratch) {
   const int num_experts = layer.num_experts();
-  for (int expert = team.rank(); expert < num_experts; expert += team.size()) {
-    scratch.first[expert] = kNever;
-    scratch.last[expert] = kNone;
-  }
+  for (int expert = team.rank(); expert < num_experts; expert += team.size()) scratch.first[expert] = kNever;
   if (team.rank() == 0) *scratch.entry = kNever;
   team.sync();
   int64_t out_of_range = 0;
@@ -257,13 +254,25 @@ VEP_HD void find_first(Team& team, const Layer& layer, const Ids& ids, int num_i
       ++out_of_range;
     } else if (expert >= 0) {
       team.lower(&scratch.first[expert], i);
-      team.raise(&scratch.last[expert], i);
       team.lower(scratch.entry, i);
     }
   }
   int64_t total = 0;
   team.sum(out_of_range, &total);
   if (team.rank() == 0) layer.header[kOutOfRange] += total;
+  team.sync();
+}
+
+// Notes in `scratch` where each expert is asked for last.
+template <class Team, class Ids>
+VEP_HD void find_last(Team& team, const Layer& layer, const Ids& ids, int num_ids, const Scratch& scratch) {
+  const int num_experts = layer.num_experts();
+  for (int expert = team.rank(); expert < num_experts; expert += team.size()) scratch.last[expert] = kNone;
+  team.sync();
+  for (int i = team.rank(); i < num_ids; i += team.size()) {
+    const int64_t expert = static_cast<int64_t>(ids[i]);
+    if (expert >= 0 && expert < num_experts) team.raise(&scratch.last[expert], i);
+  }
   team.sync();
 }
 
@@ -411,6 +420,7 @@ VEP_HD StepCounts plan_step(Team& team, const Layer& layer, CopyLane& lane, cons
   step.num_used = static_cast<int>(total / kUse & kField);
   step.num_needed = step.num_hits + step.num_misses + step.num_late;
   step.is_wide = step.num_needed > layer.num_slots();
+  if (step.is_wide) find_last(team, layer, ids, num_ids, scratch);
 
   constexpr int64_t kDisplacedOne = 1ll << 32;
   int64_t unused = 0;

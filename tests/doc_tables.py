@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 from vllm_expert_prefetch.config import ExpertPrefetchConfig
 from vllm_expert_prefetch.metrics.definitions import METRICS, Metric
@@ -20,8 +20,9 @@ _TYPES = {int: "integer", float: "number", str: "string", bool: "true / false"}
 def config_table() -> str:
     """One row per configuration key."""
     rows = []
+    types = get_type_hints(ExpertPrefetchConfig)
     for entry in fields(ExpertPrefetchConfig):
-        kind = next(kind for kind in get_args(entry.type) or (entry.type,) if kind is not NoneType)
+        kind = next(kind for kind in get_args(types[entry.name]) or (types[entry.name],) if kind is not NoneType)
         rows.append((f"`{entry.name}`", _TYPES[kind], _default(entry.default), entry.metadata["doc"]))
     return _table(("key", "type", "default", "meaning"), rows)
 

@@ -33,3 +33,11 @@ def run_python(code: str, env: Mapping[str, str] | None = None) -> str:
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
     return output
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is a process of this number that has not ended, waited for or not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

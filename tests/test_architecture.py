@@ -30,11 +30,12 @@ RULES = {
         torch="yes",
         vllm="yes",
     ),
+    "studies": Rule(["config", "prediction", "lookahead", "serving"], torch="yes", vllm="late"),
     "plugin": Rule(late_parts=["serving"]),
     "ray_serve": Rule(),
     "cli": Rule(
         ["native", "residency", "config", "metrics", "planning"],
-        late_parts=["memory", "prediction", "lookahead", "calibration", "demo", "serving"],
+        late_parts=["memory", "prediction", "lookahead", "calibration", "demo", "serving", "studies"],
         torch="late",
         vllm="late",
     ),

@@ -166,6 +166,7 @@ __device__ int list_ids(Desk& desk, const Ids& ids, int num_ids, bool is_step, i
   }
   team.sum(mine, &num_needed);
   const bool by_last = is_step && num_needed > layer.num_slots();
+  if (by_last) find_last(team, layer, ids, num_ids, desk.scratch);
   const int32_t* at = by_last ? desk.scratch.last : desk.scratch.first;
   for (int expert = team.rank(); expert < num_experts; expert += team.size()) {
     if (desk.scratch.first[expert] == kNever) continue;

@@ -68,7 +68,7 @@ def test_recorded_recall_is_that_of_transformers_on_the_same_text(model):
     from vllm_expert_prefetch.calibration.calibrate import mean_quality
     from vllm_expert_prefetch.calibration.evaluation import evaluate
     from vllm_expert_prefetch.prediction import Ingredients, create_predictor
-    from vllm_expert_prefetch.serving.recording import open_recording_engine
+    from vllm_expert_prefetch.studies.recording import open_recording_engine
 
     with open_recording_engine(model, WINDOW) as engine:
         windows = [engine.tokenize(text)[:WINDOW] for text in held_out_texts()]

@@ -32,9 +32,9 @@ from observatory import (
     run_prometheus,
 )
 from scraping import Scrapes, scrape_often
-from servers import Server, free_port, serve
+from servers import Server, descendants_of, free_port, serve
 
-from vllm_expert_prefetch.metrics.counters import SUFFIX, read_counters
+from vllm_expert_prefetch.metrics.counters import SUFFIX
 from vllm_expert_prefetch.metrics.definitions import PHASES
 
 pytestmark = pytest.mark.engine
@@ -150,7 +150,9 @@ def kill_worker(server: Server) -> dict[str, float]:
     """SIGKILL; what /metrics still shows of the plugin until it shows nothing, or nobody answers any more."""
     (directory,) = server.runtime.iterdir()
     (path,) = directory.glob(f"*{SUFFIX}")
-    os.kill(read_counters(path).pid, signal.SIGKILL)
+    started = descendants_of(server.process.pid)
+    (worker,) = [pid for pid in started if str(path) in Path(f"/proc/{pid}/maps").read_text()]
+    os.kill(worker, signal.SIGKILL)
     shown, deadline = {}, time.monotonic() + 30
     while time.monotonic() < deadline:
         try:

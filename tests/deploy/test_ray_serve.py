@@ -13,9 +13,9 @@ import pytest
 import yaml
 from engines import TINY_MODEL, greedy, open_engine, prompts
 from observatory import has_prometheus, run_prometheus
+from processes import is_running
 from servers import descendants_of, free_port
 
-from vllm_expert_prefetch.metrics.processes import process_is_alive
 from vllm_expert_prefetch.ray_serve import Targets, build
 
 pytest.importorskip("ray.serve", reason="ray is not installed: pip install 'ray[serve]'")
@@ -191,7 +191,7 @@ def test_a_killed_replica_comes_back(cluster):
     assert engines
     os.kill(server, signal.SIGKILL)
     wait_for(lambda: killed not in replicas(cluster) and len(replicas(cluster)) == 2)
-    assert not any(process_is_alive(pid) for pid in engines), "what it had started holds its memory"
+    assert not any(is_running(pid) for pid in engines), "what it had started holds its memory"
     assert set(replicas(cluster)) & set(there) == set(there) - {killed}
     assert [complete(cluster, "In the beginning") for _ in range(4)] == [complete(cluster, "In the beginning")] * 4
 

@@ -5,6 +5,7 @@ import gc
 import os
 import platform
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -40,10 +41,10 @@ def memfds():
 @pytest.fixture
 def nothing_is_left():
     gc.collect()
-    assert memfds() == []
+    before = Counter(memfds())  # those of engines that other tests share
     yield
     gc.collect()
-    assert memfds() == []
+    assert not Counter(memfds()) - before
 
 
 def test_the_tensors_are_those_of_plain_vllm_and_zero():

@@ -4,8 +4,6 @@ import multiprocessing
 import os
 import signal
 import stat
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,14 +24,6 @@ def base(tmp_path, monkeypatch):
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "")  # so that what a test sets is undone
     monkeypatch.setattr(runtime_dir, "atexit", SimpleNamespace(register=lambda *_: None))
     return tmp_path
-
-
-@pytest.fixture
-def dead_pid():
-    """The id of a process that has ended."""
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
 
 
 def test_it_lies_in_the_xdg_runtime_directory_and_is_private(base):
@@ -132,17 +122,34 @@ def test_what_a_running_server_uses_is_left_alone(base):
         running.communicate("\n")
 
 
-def test_what_is_not_ours_is_left_alone(base, dead_pid):
-    others = [base / name for name in (f"expert-prefetch-x{dead_pid}-a", f"something-{dead_pid}-a", "expert-prefetch-")]
+def test_a_server_of_another_container_with_the_same_process_number_is_left_alone(base, monkeypatch):
+    """Both are process 1 of their own, with one temporary folder."""
+    directory = ensure_runtime_dir()
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "")
+    other = ensure_runtime_dir()
+    assert other != directory
+    assert directory.is_dir()
+
+
+def test_nobody_sees_it_before_it_is_locked(base, monkeypatch):
+    """Another start would take it for a dead server's."""
+    seen = []
+    monkeypatch.setattr(runtime_dir, "hold_lock", lambda path: seen.append([entry.name[0] for entry in base.iterdir()]))
+    assert ensure_runtime_dir().name.startswith("expert-prefetch-")
+    assert seen == [["."]]
+
+
+def test_what_is_not_ours_is_left_alone(base):
+    others = [base / name for name in ("expert-prefetch-x1234-a", "something-1234-a", "expert-prefetch-")]
     for other in others:
         other.mkdir()
-    (base / f"expert-prefetch-{dead_pid}-link").symlink_to(others[0])
+    (base / "expert-prefetch-1234-link").symlink_to(others[0])
     ensure_runtime_dir()
     assert all(other.is_dir() for other in others)
 
 
-def test_a_leftover_that_another_start_removes_first_is_no_error(base, dead_pid, monkeypatch):
-    left = base / f"expert-prefetch-{dead_pid}-a"
+def test_a_leftover_that_another_start_removes_first_is_no_error(base, monkeypatch):
+    left = base / "expert-prefetch-1234-a"
     left.mkdir()
 
     lstat = Path.lstat
@@ -157,8 +164,8 @@ def test_a_leftover_that_another_start_removes_first_is_no_error(base, dead_pid,
     assert not left.exists()
 
 
-def test_a_dangling_link_that_looks_like_a_leftover_is_no_error(base, dead_pid):
-    (base / f"expert-prefetch-{dead_pid}-a").symlink_to(base / "nowhere")
+def test_a_dangling_link_that_looks_like_a_leftover_is_no_error(base):
+    (base / "expert-prefetch-1234-a").symlink_to(base / "nowhere")
     assert ensure_runtime_dir().is_dir()
 
 

@@ -302,7 +302,7 @@ def test_a_process_ends_at_once_with_prefetches_queued():
 
 def test_a_forked_child_is_told_and_does_not_hang():
     code = (
-        CHILD.replace("10.0", "0.5")
+        CHILD.replace("10.0", "2.0")
         + """
     child = os.fork()
     if child == 0:

@@ -5,15 +5,24 @@ import torch
 from toy_moe import EXPERTS, LAYERS, TOP_K, make_gates, make_model, tokens
 
 from vllm_expert_prefetch.calibration.evaluation import evaluate
-from vllm_expert_prefetch.prediction import Artifact, ArtifactError, Card, Ingredients, Prediction, Predictor, Signals
+from vllm_expert_prefetch.prediction import (
+    Artifact,
+    ArtifactError,
+    Card,
+    Ingredients,
+    Prediction,
+    Predictor,
+    Signals,
+    with_next_token,
+)
 from vllm_expert_prefetch.prediction import create_predictor as create
 from vllm_expert_prefetch.prediction.baselines import (
     FrequencyPredictor,
-    NextTokenPredictor,
     OraclePredictor,
     PreviousPredictor,
     TransitionPredictor,
 )
+from vllm_expert_prefetch.prediction.composed import ComposedPredictor
 from vllm_expert_prefetch.prediction.truth import quality, score
 
 
@@ -55,7 +64,7 @@ def test_the_last_layer_speaks_of_the_next_tokens_first_layer():
 
 def test_one_predictor_speaks_of_this_token_and_another_one_of_the_next():
     frequency = torch.eye(LAYERS, EXPERTS)
-    predictor = NextTokenPredictor(PreviousPredictor(make_gates()), FrequencyPredictor(frequency))
+    predictor = with_next_token(PreviousPredictor(make_gates()), FrequencyPredictor(frequency))
     for layer in range(LAYERS):
         predictor.observe(layer, routed([[6, 5]]))
     targets = [predictor.target_of(source) for source in range(LAYERS)]
@@ -63,6 +72,20 @@ def test_one_predictor_speaks_of_this_token_and_another_one_of_the_next():
     guesses = [predictor.predict(source, routed([[1, 2]]), 1).ids.tolist() for source in range(LAYERS)]
     assert guesses == [*[[[6]]] * (LAYERS - 1), [[0]]]
     assert predictor.name == "previous, next token by frequency"
+    assert predictor.observes
+
+
+def test_composed_predictors_are_asked_directly():
+    """However often they were put together: a look-ahead step must not walk through wrappers."""
+    gates, transition = make_gates(), TransitionPredictor(torch.ones(LAYERS, EXPERTS, EXPERTS))
+    own = [PreviousPredictor(gates), FrequencyPredictor(torch.eye(LAYERS, EXPERTS))]
+    hybrid = ComposedPredictor("hybrid", [own[layer % 2] for layer in range(LAYERS - 1)] + [None], 1)
+    assert hybrid.target_of(LAYERS - 1) is None
+    assert hybrid.predict(LAYERS - 1, routed([[1, 2]]), 1) is None
+    whole = with_next_token(hybrid, transition)
+    assert [whole.at(layer) for layer in range(LAYERS)] == [*(own[n % 2] for n in range(LAYERS - 1)), transition]
+    whole.observe(1, routed([[5, 6]]))
+    assert own[0].predict(0, routed([[1, 2]]), 2).ids.tolist() == [[5, 6]]
 
 
 def test_frequency_gives_the_most_used_in_one_row():

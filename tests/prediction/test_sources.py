@@ -9,8 +9,8 @@ from families import FAMILIES, write_checkpoint
 from torch import nn
 
 from vllm_expert_prefetch.prediction.defaults import DefaultSums
-from vllm_expert_prefetch.serving.recording import RecordingEngine
 from vllm_expert_prefetch.serving.sources import NotFound, find_sources
+from vllm_expert_prefetch.studies.recording import RecordingEngine
 
 HIDDEN, EXPERTS = 8, 4
 

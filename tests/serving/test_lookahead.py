@@ -20,12 +20,12 @@ from vllm_expert_prefetch.prediction import (
     Estimator,
     EstimatorShape,
     Ingredients,
-    NextTokenPredictor,
     Prediction,
     Predictor,
     create_predictor,
     fingerprint,
     save_artifact,
+    with_next_token,
 )
 from vllm_expert_prefetch.prediction.defaults import DefaultVectors
 from vllm_expert_prefetch.serving.sources import find_sources
@@ -119,7 +119,7 @@ def test_every_predictor_is_bit_equal_with_every_over_fetch(stock):
         for name, over_fetch in itertools.product([*names, "hybrid across tokens"], (0, 1, 14)):
             predictor = create_predictor(name.split()[0], ingredients)
             if "across" in name:
-                predictor = NextTokenPredictor(predictor, create_predictor("transition", ingredients))
+                predictor = with_next_token(predictor, create_predictor("transition", ingredients))
             look_ahead = LookAhead(predictor, worker.caches, over_fetch, True, 0.5e9, torch.device("cpu"))
             worker.publisher = Publisher(worker.publisher.counters, worker.caches, look_ahead)
             for layer in layers(llm):

@@ -69,7 +69,7 @@ def test_metrics_of_the_worker_process_appear_on_vllms_endpoint(server):
     for label in (
         'execution="exact"',
         'policy="lru"',
-        'engine="cpu"',
+        'platform="cpu"',
         'prefetch="off: ',
         'model_name="demo"',
         'rank="0"',

@@ -11,7 +11,7 @@ from vllm_expert_prefetch.calibration.recordings import Progress
 
 
 class Decoder(Protocol):
-    """What decodes a text: `serving.forced_decoding.ForcedDecoding`, or a stand-in for tests."""
+    """What decodes a text: `studies.forced_decoding.ForcedDecoding`, or a stand-in for tests."""
 
     def log_probs(self, tokens: Sequence[int], layers: frozenset[int]) -> tuple[torch.Tensor, torch.Tensor]: ...
 

@@ -22,7 +22,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class Engine(Protocol):
-    """What runs the model: `serving.recording.RecordingEngine`, or a stand-in for tests."""
+    """What runs the model: `studies.recording.RecordingEngine`, or a stand-in for tests."""
 
     @property
     def gates(self) -> list[Gate]: ...

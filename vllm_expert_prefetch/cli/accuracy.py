@@ -74,7 +74,7 @@ def _measure(args: argparse.Namespace) -> int:
     card = load_artifact(args.artifact).card if args.artifact else None
 
     from vllm_expert_prefetch.lookahead.create import allowed_layers
-    from vllm_expert_prefetch.serving.forced_decoding import CannotMeasure, open_forced_decoding
+    from vllm_expert_prefetch.studies.forced_decoding import CannotMeasure, open_forced_decoding
 
     try:
         with open_forced_decoding(args.model, args.window, args.artifact, **args.engine) as decoder, Bar() as bar:
@@ -106,7 +106,7 @@ def _windows(args: argparse.Namespace, text: Any, card: Any, decoder: Any) -> li
     from vllm_expert_prefetch.calibration import CalibrationError
     from vllm_expert_prefetch.calibration.guard import first_tokens
     from vllm_expert_prefetch.calibration.text import cut
-    from vllm_expert_prefetch.serving.forced_decoding import SHORTEST
+    from vllm_expert_prefetch.studies.forced_decoding import SHORTEST
 
     if card is not None and card.data.get("sha256") == text.sha256:
         if "window" not in card.data:

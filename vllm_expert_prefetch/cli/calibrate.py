@@ -95,8 +95,8 @@ def _calibrate(args: argparse.Namespace, text: Any) -> int:
     from vllm_expert_prefetch.calibration.report import recall_table
     from vllm_expert_prefetch.calibration.training import TrainingOptions
     from vllm_expert_prefetch.serving import compat
-    from vllm_expert_prefetch.serving.recording import open_recording_engine
     from vllm_expert_prefetch.serving.sources import NotFound
+    from vllm_expert_prefetch.studies.recording import open_recording_engine
 
     options = Options(
         window=args.window,
@@ -129,7 +129,7 @@ def _guard(args: argparse.Namespace, text: Any, artifact: Any) -> None:
     from vllm_expert_prefetch.calibration.text import cut
     from vllm_expert_prefetch.config import ConfigError
     from vllm_expert_prefetch.prediction import save_artifact
-    from vllm_expert_prefetch.serving.forced_decoding import SHORTEST, CannotMeasure, open_forced_decoding
+    from vllm_expert_prefetch.studies.forced_decoding import SHORTEST, CannotMeasure, open_forced_decoding
 
     if not args.guard_tokens or args.lookahead_layers != 1:
         print("speculative execution is allowed in no layer: that was not measured")

@@ -80,9 +80,9 @@ class LookAhead:
         self.recall.compare(layer, true, rows)
         if self.predictor.observes:
             self.predictor.observe(layer, true)
-        target = self.predictor.target_of(layer)
+        target, predictor = self.predictor.target_of(layer), self.predictor.at(layer)
         cache = None if target is None else self._caches.layers[target]
-        if target is None or cache is None:
+        if target is None or predictor is None or cache is None:
             return
         # What is executed must not hang on valves: these follow the clock, and the tokens must not.
         speculates = isinstance(rows, int) and self._speculates(target, rows)
@@ -90,7 +90,7 @@ class LookAhead:
         if not (fetches or speculates):
             return
         started = time.perf_counter()
-        guess = self.predictor.predict(layer, signals, self._num_guesses(target, speculates))
+        guess = predictor.predict(layer, signals, self._num_guesses(target, speculates))
         self._guesses[target] = guess
         if guess is not None and fetches:
             wanted = most_wanted(guess, cache.num_experts) if isinstance(rows, int) else guess.ids

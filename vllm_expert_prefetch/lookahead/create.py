@@ -13,11 +13,11 @@ from vllm_expert_prefetch.prediction import (
     Card,
     Gate,
     Ingredients,
-    NextTokenPredictor,
     Predictor,
     create_predictor,
     fingerprint,
     load_artifact,
+    with_next_token,
 )
 
 
@@ -79,5 +79,5 @@ def choose_predictor(config: ExpertPrefetchConfig, gates: Sequence[Gate]) -> tup
     ingredients = Ingredients(gates, artifact, config.lookahead_layers)
     predictor = create_predictor(name, ingredients)
     if artifact is not None and not predictor.crosses_tokens:
-        predictor = NextTokenPredictor(predictor, create_predictor("transition", ingredients))
+        predictor = with_next_token(predictor, create_predictor("transition", ingredients))
     return predictor, artifact

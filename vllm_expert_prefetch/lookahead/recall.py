@@ -91,7 +91,7 @@ class Recall:
         for layer, (*amounts, mass) in enumerate(grown):
             if amounts[0] <= 0:
                 continue
-            for series, amount in zip((*_SERIES, _MISSING), (*amounts, amounts[0] - mass), strict=True):
+            for series, amount in zip((*_SERIES, _MISSING), (*amounts, max(amounts[0] - mass, 0.0)), strict=True):
                 counters.add(INDEX[series], amount)
                 if counters.layers and not self._on_device:
                     counters.add(layer_start(layer) + LAYER_INDEX[f"layer_{series}"], amount)

@@ -26,7 +26,7 @@ from vllm_expert_prefetch.metrics.definitions import (
     histogram_series,
 )
 from vllm_expert_prefetch.metrics.definitions import Metric as Definition
-from vllm_expert_prefetch.metrics.processes import process_is_alive
+from vllm_expert_prefetch.metrics.locks import is_locked
 
 _FAMILIES = {
     Kind.COUNTER: CounterMetricFamily,
@@ -58,11 +58,11 @@ class ExpertPrefetchCollector(Collector):
         newest: dict[tuple[str, ...], Snapshot] = {}
         for path in sorted(self.directory.glob(self.pattern), key=lambda path: path.name):
             try:
-                snapshot = read_counters(path)
+                if is_locked(path):
+                    snapshot = read_counters(path)
+                    newest[tuple(snapshot.labels[name] for name in COMMON_LABELS)] = snapshot
             except FileNotFoundError:  # the worker ended between the listing and the read
                 continue
-            if process_is_alive(snapshot.pid, snapshot.start):
-                newest[tuple(snapshot.labels[name] for name in COMMON_LABELS)] = snapshot
         return list(newest.values())
 
 

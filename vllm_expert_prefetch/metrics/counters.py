@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllm_expert_prefetch.metrics.definitions import INDEX, LAYER_INDEX, LAYER_SERIES, SERIES
-from vllm_expert_prefetch.metrics.processes import process_start
+from vllm_expert_prefetch.metrics.locks import hold_lock, release_lock
 
 SUFFIX = ".counters"
 HEADER_BYTES = 4096
@@ -32,13 +32,11 @@ class Counters:
         """
         self.path = path
         self.layers = tuple(layers)
-        pid = os.getpid()
-        description = {"labels": labels, "info": info, "layers": layers, "pid": pid, "start": process_start(pid)}
-        header = json.dumps(description, default=dict).encode()
+        header = json.dumps({"labels": labels, "info": info, "layers": layers}, default=dict).encode()
         if len(header) > HEADER_BYTES - _LENGTH.size:
             raise ValueError(f"metrics header of {len(header)} bytes exceeds {HEADER_BYTES - _LENGTH.size}")
         size = HEADER_BYTES + _DOUBLE * num_series(len(self.layers))
-        # Written under another name first: a reader must never see half a file.
+        # Written under another name first: a reader must never see half a file, nor one without its lock.
         temporary = path.with_suffix(".tmp")
         descriptor = os.open(temporary, os.O_CREAT | os.O_RDWR | os.O_EXCL, 0o600)
         try:
@@ -48,8 +46,9 @@ class Counters:
             os.close(descriptor)
         self._map[: _LENGTH.size + len(header)] = _LENGTH.pack(len(header)) + header
         self._values = memoryview(self._map)[HEADER_BYTES:].cast("d")
+        lock = hold_lock(temporary)
         temporary.rename(path)
-        weakref.finalize(self, _unlink, path, pid)
+        weakref.finalize(self, _unlink, path, lock, os.getpid())
 
     def add(self, index: int, amount: float) -> None:
         """Increase a counter; `index` is `definitions.INDEX[series]` or `layer_index(...)`."""
@@ -71,8 +70,6 @@ class Snapshot:
     labels: dict[str, str]
     info: dict[str, str]
     layers: list[str]
-    pid: int
-    start: int | None
     values: tuple[float, ...]
 
     def value(self, series: str, layer: int | None = None) -> float:
@@ -104,6 +101,7 @@ def read_counters(path: Path) -> Snapshot:
     return Snapshot(**header, values=values)
 
 
-def _unlink(path: Path, owner_pid: int) -> None:
+def _unlink(path: Path, lock: int, owner_pid: int) -> None:
     if os.getpid() == owner_pid:
         path.unlink(missing_ok=True)
+        release_lock(lock)

@@ -9,7 +9,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from vllm_expert_prefetch.metrics.processes import process_is_alive
+from vllm_expert_prefetch.metrics.locks import hold_lock, is_locked
 
 ENVIRONMENT_VARIABLE = "EXPERT_PREFETCH_RUNTIME_DIR"
 """Set for child processes only; its value changes with every run, so it must stay out of vLLM's configuration."""
@@ -31,7 +31,10 @@ def ensure_runtime_dir() -> Path:
     base = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
     _remove_leftovers(base)
     try:
-        directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=base))
+        # Under a name that no other start cleans up, until it is locked.
+        unlocked = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}{os.getpid()}-", dir=base))
+        hold_lock(unlocked)
+        directory = unlocked.rename(base / unlocked.name.removeprefix("."))
     except OSError as error:
         raise OSError(
             f"expert_prefetch: no directory for the metrics can be made in {base} ({error.strerror}). Let "
@@ -70,5 +73,5 @@ def _remove_leftovers(base: Path) -> None:
     for directory in base.glob(f"{_PREFIX}*-*"):
         owner = directory.name.removeprefix(_PREFIX).split("-")[0]
         with suppress(FileNotFoundError):  # another server, starting as well, was faster
-            if owner.isdigit() and directory.lstat().st_uid == os.getuid() and not process_is_alive(int(owner)):
+            if owner.isdigit() and directory.lstat().st_uid == os.getuid() and not is_locked(directory):
                 shutil.rmtree(directory, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 from vllm_expert_prefetch.prediction.artifact import Artifact, ArtifactError, Card, load_artifact, save_artifact
 from vllm_expert_prefetch.prediction.base import Predictor, Signals
-from vllm_expert_prefetch.prediction.baselines import NextTokenPredictor
+from vllm_expert_prefetch.prediction.composed import with_next_token
 from vllm_expert_prefetch.prediction.create import PREDICTORS, Ingredients, create_predictor
 from vllm_expert_prefetch.prediction.estimator import Estimator, EstimatorShape
 from vllm_expert_prefetch.prediction.gates import Gate, Norm, fingerprint, fold
@@ -17,7 +17,6 @@ __all__ = [
     "EstimatorShape",
     "Gate",
     "Ingredients",
-    "NextTokenPredictor",
     "Norm",
     "Prediction",
     "Predictor",
@@ -28,4 +27,5 @@ __all__ = [
     "fold",
     "load_artifact",
     "save_artifact",
+    "with_next_token",
 ]

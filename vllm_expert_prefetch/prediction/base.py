@@ -45,6 +45,10 @@ class Predictor(ABC):
             return target
         return target - self.num_layers if self.crosses_tokens else None
 
+    def at(self, source: int) -> "Predictor | None":
+        """The predictor that answers `predict(source, ...)`; None where there is no guess."""
+        return self
+
     @abstractmethod
     def predict(self, source: int, signals: Signals, count: int) -> Prediction | None:
         """The `count` most likely experts of layer `target_of(source)`, or None when there is no guess."""

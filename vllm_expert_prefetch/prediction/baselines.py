@@ -81,27 +81,6 @@ class TransitionPredictor(Predictor):
         return Prediction(ids, values)
 
 
-class NextTokenPredictor(Predictor):
-    """`within` for the layers of this token, `across` for the first layers of the next one."""
-
-    crosses_tokens = True
-
-    def __init__(self, within: Predictor, across: Predictor) -> None:
-        super().__init__(within.num_layers, within.distance)
-        self.name = f"{within.name}, next token by {across.name}"  # type: ignore[misc]
-        self.observes = within.observes or across.observes  # type: ignore[misc]
-        self._within, self._across = within, across
-
-    def observe(self, layer: int, signals: Signals) -> None:
-        for predictor in (self._within, self._across):
-            if predictor.observes:
-                predictor.observe(layer, signals)
-
-    def predict(self, source: int, signals: Signals, count: int) -> Prediction | None:
-        is_within = source + self.distance < self.num_layers
-        return (self._within if is_within else self._across).predict(source, signals, count)
-
-
 class OraclePredictor(Predictor):
     """The true routing, replayed from a recording of the same run; for studies.
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_expert_prefetch.prediction.artifact import Artifact, ArtifactError
-from vllm_expert_prefetch.prediction.base import Predictor, Signals
+from vllm_expert_prefetch.prediction.base import Predictor
 from vllm_expert_prefetch.prediction.baselines import (
     FrequencyPredictor,
     NoPredictor,
@@ -14,28 +14,12 @@ from vllm_expert_prefetch.prediction.baselines import (
     PreviousPredictor,
     TransitionPredictor,
 )
+from vllm_expert_prefetch.prediction.composed import ComposedPredictor
 from vllm_expert_prefetch.prediction.defaults import DefaultVectors
 from vllm_expert_prefetch.prediction.estimator import EstimatorPredictor
 from vllm_expert_prefetch.prediction.gates import Gate
 from vllm_expert_prefetch.prediction.native_predict import natively
 from vllm_expert_prefetch.prediction.router import DefaultVectorPredictor, RouterPredictor
-from vllm_expert_prefetch.prediction.routing import Prediction
-
-
-class HybridPredictor(Predictor):
-    """For each source layer, the predictor that calibration found best there."""
-
-    name = "hybrid"
-
-    def __init__(self, choices: Sequence[Predictor]) -> None:
-        """`choices`: one predictor per source layer that has a target within the same token."""
-        super().__init__(choices[0].num_layers, choices[0].distance)
-        self._choices = choices
-
-    def predict(self, source: int, signals: Signals, count: int) -> Prediction | None:
-        if source >= len(self._choices):
-            return None
-        return self._choices[source].predict(source, signals, count)
 
 
 @dataclass(frozen=True)
@@ -87,7 +71,8 @@ def _make_estimator(ingredients: Ingredients) -> Predictor:
 def _make_hybrid(ingredients: Ingredients) -> Predictor:
     names = ingredients.calibrated("hybrid").card.hybrid
     made = {name: create_predictor(name, ingredients) for name in set(names)}
-    return HybridPredictor([made[name] for name in names])
+    across = [None] * (len(ingredients.gates) - len(names))
+    return ComposedPredictor("hybrid", [*(made[name] for name in names), *across], ingredients.distance)
 
 
 def _make_oracle(ingredients: Ingredients) -> Predictor:

@@ -13,7 +13,7 @@ from vllm_expert_prefetch.config import CONFIG_KEY, config_of
 from vllm_expert_prefetch.metrics.runtime_dir import carry_to_ray_workers, ensure_runtime_dir
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.refusals import check_libraries, check_refusals
-from vllm_expert_prefetch.serving.signals import make_server_interruptible
+from vllm_expert_prefetch.serving.termination import make_server_interruptible
 
 PLUGIN_GROUP = "vllm.general_plugins"
 _VALUES = "_additional_config_values"

@@ -1,6 +1,10 @@
 // The staging kernels as host threads, blocks of one thread: demands and prefetches of random layers race, with fewer
 // running blocks than a grid has. Every record that a plan asks for is whole when the demand kernel ends, what was
 // cancelled is untouched, bad loads are counted, and all ends.
+
+// Before the rest: what the kernels are written in.
+#include "cuda_on_host.h"
+
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -10,7 +14,6 @@
 #include <vector>
 
 #include "cuda/gather_kernels.cuh"
-#include "cuda_on_host.h"
 
 namespace {
 

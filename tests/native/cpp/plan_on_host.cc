@@ -1,6 +1,10 @@
 // The plan kernels as blocks of host threads decide exactly as one thread does with csrc/residency.h: narrow steps and
 // wide ones, of few ids and of many, with padding, prefetches in every state, and late records taken over. Under TSan
 // this is also the race check of the planner's teams.
+
+// Before the rest: what the kernels are written in.
+#include "cuda_on_host.h"
+
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -10,7 +14,6 @@
 #include <vector>
 
 #include "cuda/plan_kernels.cuh"
-#include "cuda_on_host.h"
 
 namespace {
 

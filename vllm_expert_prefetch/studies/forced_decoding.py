@@ -15,7 +15,7 @@ import torch
 from vllm_expert_prefetch.config import CONFIG_KEY
 from vllm_expert_prefetch.lookahead.after import LookAhead
 from vllm_expert_prefetch.serving import compat
-from vllm_expert_prefetch.serving.recording import open_in_process
+from vllm_expert_prefetch.studies.recording import open_in_process
 
 PROMPT_TOKENS = 8
 """Tokens of each text that are the prompt."""

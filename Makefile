@@ -79,8 +79,8 @@ lint: setup  ## ruff, mypy and clang-format
 		$$(git ls-files 'tests/*.py' | grep -v conftest.py)
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'tests/native/cpp/*' | grep -E '\.(cc|cu|cuh|h)$$')
 
-check: lint  ## lint, and the tests that start no engine
-	$(BIN)/pytest -m "not engine" $(PYTEST_ARGS)
+check: lint  ## lint, and the quick tests that start no engine
+	$(BIN)/pytest -m "not engine and not slow" $(PYTEST_ARGS)
 
 test: setup  ## The whole test suite
 	$(BIN)/pytest $(PYTEST_ARGS)

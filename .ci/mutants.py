@@ -64,7 +64,7 @@ def try_mutant(tree: Path, mutant: dict[str, Any]) -> str:
     try:
         if mutant["file"].startswith("csrc/") and not compiles(tree):
             return "does not compile"
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not engine", *mutant["tests"]]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not engine and not slow", *mutant["tests"]]
         done = subprocess.run(command, cwd=tree, env=environment(tree), capture_output=True, text=True, timeout=SECONDS)
     except subprocess.TimeoutExpired:
         return "killed"

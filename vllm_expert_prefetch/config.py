@@ -101,7 +101,9 @@ class ExpertPrefetchConfig:
     slots_per_layer: Annotated[_Count, Field(ge=1)] | None = _key(
         None, "Expert slots of each MoE layer. Excludes `cache_gb` and `cache_fraction`."
     )
-    policy: Annotated[StrictStr, _one_of(*POLICIES)] = _key("lru", "Eviction policy: " + ", ".join(f"`{name}`" for name in POLICIES) + ".")
+    policy: Annotated[StrictStr, _one_of(*POLICIES)] = _key(
+        "lru", "Eviction policy: " + ", ".join(f"`{name}`" for name in POLICIES) + "."
+    )
     execution: Annotated[StrictStr, _one_of(EXACT, SPECULATIVE)] = _key(
         EXACT,
         "`exact`: the tokens are those of plain vLLM. `speculative`: where every sequence gives one token, the layers "

@@ -39,7 +39,7 @@ def until(condition, seconds=20):
 
 @pytest.mark.parametrize("areas", [1, 2])
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("link", [None, EmulatedLink(20.0, 1.0)], ids=["no link", "link"])
+@pytest.mark.parametrize("link", [None, EmulatedLink(1.0, 20.0)], ids=["no link", "link"])
 def test_every_step_of_every_layer_reads_its_own_experts(make_model, areas, policy, link):
     rng = random.Random(7)
     torch.manual_seed(7)

@@ -172,7 +172,7 @@ def random_ids(rng, twins):
     return ids
 
 
-@pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, PARTS))])
 def test_every_plan_is_that_of_the_specification(part):
     rng = random.Random(f"native {part}")
     seen = set()

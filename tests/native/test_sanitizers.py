@@ -19,7 +19,10 @@ COMPILER = load_setup().find_compiler()
 # One object per source file and sanitizer serves all programs.
 FLAGS = ["-std=c++20", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread", f"-I{CSRC}", "-fno-sanitize-recover=all"]
 
-pytestmark = pytest.mark.skipif(not COMPILER, reason="no C++20 compiler (g++) is installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not COMPILER, reason="no C++20 compiler (g++) is installed"),
+]
 
 
 def compile_program(arguments: list[object], output: Path, sanitizer: str) -> Path:

@@ -86,10 +86,10 @@ def size_cache(
         spare = config.cache_gb * GB - sum(layer.bytes for layer in layers)
         if spare >= sum(sum(layer.row_bytes) for layer in layers):
             raise ConfigError(
-                f"{CONFIG_KEY}: cache_gb = {config.cache_gb} is more than all experts take "
+                f"{CONFIG_KEY}: cache_gb = {config.cache_gb:g} is more than all experts take "
                 f"({sum(layer.bytes for layer in layers) / GB:.3g} GB per rank). Drop {CONFIG_KEY}: the experts fit"
             )
-        return _checked(layers, _most(layers, config.cache_gb * GB, page), f"cache_gb = {config.cache_gb}", page)
+        return _checked(layers, _most(layers, config.cache_gb * GB, page), f"cache_gb = {config.cache_gb:g}", page)
     if budget is not None:
         source = f"automatic sizing ({budget.describe()})"
         return _checked(layers, _most(layers, budget.cache_bytes, page), source, page)

@@ -46,7 +46,7 @@ def _replace_layers() -> None:
     known: list[type[RoutedExperts]] = [RoutedExperts, *RoutedExperts.__subclasses__()]
     for vllm_class in known:
         replace(vllm_class)
-    RoutedExperts.__init_subclass__ = classmethod(replace)  # type: ignore[assignment]
+    RoutedExperts.__init_subclass__ = classmethod(replace)
 
 
 def check_config(vllm_config: Any) -> None:
@@ -94,7 +94,7 @@ def _extend_model_loader() -> None:
             layers[0].worker.start(model)
         return model
 
-    BaseModelLoader.load_model = load_and_verify  # type: ignore[method-assign]
+    BaseModelLoader.load_model = load_and_verify
 
 
 def _extend_worker() -> None:

@@ -40,7 +40,7 @@ class CachedRoutedExperts(RoutedExperts):
         config = config_of(vllm_config)
         if config is None:
             vllm_class = self.vllm_class
-            self.__class__ = vllm_class  # type: ignore[assignment]
+            self.__class__ = vllm_class
             vllm_class.__init__(self, *args, **kwargs)
             return
         compat.check_version(compat.vllm_version(), compat.on_cpu_platform())
@@ -74,7 +74,7 @@ class CachedRoutedExperts(RoutedExperts):
             post_process(layer)
             self._take_over()
 
-        self.quant_method.process_weights_after_loading = post_process_and_take_over  # type: ignore[method-assign]
+        self.quant_method.process_weights_after_loading = post_process_and_take_over
 
     def _take_over(self) -> None:
         tensors = {name: p.data for name, p in expert_parameters(self, self.local_num_experts).items()}
@@ -137,7 +137,7 @@ class CachedRoutedExperts(RoutedExperts):
         Shared experts were computed by vLLM's runner: its only kernels that compute them here need expert parallelism.
         """
         if self.is_taken_over and self.cache is None:
-            return super().forward_modular(x, topk_weights, topk_ids)  # type: ignore[return-value]
+            return super().forward_modular(x, topk_weights, topk_ids)
         if torch.compiler.is_compiling():
             return torch.ops.expert_prefetch.routed_experts(x, topk_weights, topk_ids, self._handle)
         return self.run_step(x, topk_weights, topk_ids)
@@ -163,7 +163,7 @@ class CachedRoutedExperts(RoutedExperts):
 
     def _compute(self, x: torch.Tensor, topk_weights: torch.Tensor, row_ids: torch.Tensor) -> torch.Tensor:
         """vLLM's kernel, for which rows are what experts are to it."""
-        return self.quant_method.apply(  # type: ignore[return-value]  # the deferred form is for kernels that are refused
+        return self.quant_method.apply(  # the deferred form is for kernels that are refused
             layer=self,
             x=x,
             topk_weights=topk_weights,

@@ -23,7 +23,7 @@ def extend_worker() -> None:
         if runner is not None and is_asked_for:
             watch_steps(runner, self.vllm_config)
 
-    WorkerWrapperBase.init_device = init_device_and_watch  # type: ignore[method-assign]
+    WorkerWrapperBase.init_device = init_device_and_watch
 
 
 def watch_steps(runner: Any, vllm_config: Any) -> None:

@@ -45,6 +45,8 @@ Ready.$(if $(EMULATES), Copies are slowed down to $(LINK_GBPS) GB/s$(comma) an E
 
   curl -s $(URL)/v1/completions -H 'Content-Type: application/json' -d '{"model": "demo", "prompt": "In the beginning", "max_tokens": 32, "temperature": 0}'
 
+  curl -s $(URL)/v1/chat/completions -H 'Content-Type: application/json' -d '{"model": "demo", "messages": [{"role": "user", "content": "It is a truth"}], "max_tokens": 32}'
+
   curl -s $(URL)/metrics | grep expert_prefetch
 
   $(BIN)/vllm-expert-prefetch top $(URL)

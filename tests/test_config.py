@@ -12,6 +12,12 @@ from vllm_expert_prefetch.config import REMOVED, ConfigError, ExpertPrefetchConf
 from vllm_expert_prefetch.residency import POLICIES
 
 KEYS = [entry.name for entry in dataclasses.fields(ExpertPrefetchConfig)]
+
+
+class VllmConfig(SimpleNamespace):
+    """Stands for vLLM's; a plain SimpleNamespace cannot be referred to weakly."""
+
+
 SIZES = ["cache_gb", "cache_fraction", "slots_per_layer"]
 
 GOOD = {
@@ -166,13 +172,35 @@ def test_an_emulated_latency_needs_an_emulated_link():
         ExpertPrefetchConfig(emulated_link_latency_us=5)
 
 
-def test_a_configuration_is_parsed_once_and_kept_on_vllms():
-    vllm_config = SimpleNamespace(additional_config={"expert_prefetch": {"policy": "lfu"}})
+def test_a_configuration_is_parsed_once():
+    vllm_config = VllmConfig(additional_config={"expert_prefetch": {"policy": "lfu"}})
     config = config_of(vllm_config)
     assert config == ExpertPrefetchConfig(policy="lfu")
     vllm_config.additional_config = {}
     assert config_of(vllm_config) is config
-    assert config_of(SimpleNamespace(additional_config={})) is None
+    assert config_of(VllmConfig(additional_config={})) is None
+
+
+def test_vllms_configuration_gets_no_attribute():
+    """vLLM makes configurations of others by their attributes (for draft models), and knows all of them."""
+    vllm_config = VllmConfig(additional_config={"expert_prefetch": True})
+    config_of(vllm_config)
+    assert list(vars(vllm_config)) == ["additional_config"]
+
+
+def test_a_draft_model_is_not_for_the_plugin():
+    """vLLM hands the settings of a model on to its drafts: in a configuration of their own, or beside the target's."""
+    target, draft = object(), object()
+    speculative = SimpleNamespace(draft_model_config=draft, target_model_config=target)
+    own = VllmConfig(additional_config={"expert_prefetch": True}, speculative_config=speculative)
+    own.model_config = draft
+    assert config_of(own) is None
+    shared = VllmConfig(**vars(own))
+    shared.model_config = target
+    assert config_of(shared) == config_of(shared, target) == ExpertPrefetchConfig()
+    assert config_of(shared, draft) is None
+    speculative.draft_model_config = target  # ngram
+    assert config_of(shared, target) == ExpertPrefetchConfig()
 
 
 def test_a_configuration_cannot_be_changed():
@@ -183,6 +211,13 @@ def test_a_configuration_cannot_be_changed():
 @pytest.mark.parametrize("additional", [None, {}, {"other": {"policy": "lfu"}}, {"expert_prefetch": False}, "text", 3])
 def test_without_its_key_or_with_false_the_plugin_is_not_asked_for(additional):
     assert config_from_additional(additional) is None
+
+
+@pytest.mark.parametrize("key", ["expert-prefetch", "Expert_Prefetch", "expertprefetch", "EXPERT PREFETCH"])
+@pytest.mark.parametrize("values", [{}, False])
+def test_a_key_that_was_meant_to_be_the_plugins_is_refused_with_the_right_one(key, values):
+    with pytest.raises(ConfigError, match=f"{key} is no key.* write expert_prefetch"):
+        config_from_additional({key: values})
 
 
 @pytest.mark.parametrize("values", [{}, True])

@@ -46,8 +46,8 @@ def published(monkeypatch, tmp_path, config):
     ports = []
     monkeypatch.setattr(worker, "serve_counters", lambda counters, port: ports.append(port))
     monkeypatch.setattr(compat, "local_rank", lambda: 0)
-    monkeypatch.setattr(made, "_counter_path", lambda: tmp_path / f"{id(made)}.counters")
-    monkeypatch.setattr(made, "_labels", lambda: {"model_name": "m", "engine": "0", "rank": "0"})
+    labels = {"model_name": "m", "engine": "0", "rank": "0"}
+    monkeypatch.setattr(made, "_place", lambda: (tmp_path / f"{id(made)}.counters", labels))
     publisher = made._publish(None, 0.0)
     return publisher.counters, ports
 

@@ -6,6 +6,7 @@ given as text, shares in per cent, and switches as YAML and JSON write them: peo
 
 import difflib
 import re
+import weakref
 from collections.abc import Mapping
 from dataclasses import field, fields
 from typing import Annotated, Any
@@ -204,9 +205,14 @@ def config_from_additional(additional: Any) -> ExpertPrefetchConfig | None:
     """The plugin's configuration inside vLLM's `additional_config`, or None when the plugin was not asked for.
 
     `{"expert_prefetch": {...}}` asks for it, `{}` or `true` meaning everything automatic; `false` does not.
-    Raises ConfigError for anything else.
+    Raises ConfigError for anything else, and for a key that was meant to be this one.
     """
-    if not isinstance(additional, Mapping) or CONFIG_KEY not in additional:
+    if not isinstance(additional, Mapping):
+        return None
+    for key in additional:
+        if key != CONFIG_KEY and re.sub(r"[\W_]", "", str(key).lower()) == CONFIG_KEY.replace("_", ""):
+            raise ConfigError(f"{key} is no key of additional_config that any plugin knows; write {CONFIG_KEY}")
+    if CONFIG_KEY not in additional:
         return None
     values = additional[CONFIG_KEY]
     if values is False:
@@ -218,19 +224,27 @@ def config_from_additional(additional: Any) -> ExpertPrefetchConfig | None:
     return ExpertPrefetchConfig.from_mapping(values)
 
 
-_PARSED = "_expert_prefetch_config"
-"""Attribute of vLLM's configuration object."""
+_parsed: dict[int, ExpertPrefetchConfig | None] = {}
+"""By the id of vLLM's configuration object, while it lives. No attribute of it: vLLM copies these objects by theirs."""
 
 
-def config_of(vllm_config: Any) -> ExpertPrefetchConfig | None:
-    """The plugin's configuration in vLLM's, parsed once and kept there; None when the plugin was not asked for.
+def config_of(vllm_config: Any, model_config: Any = None) -> ExpertPrefetchConfig | None:
+    """The plugin's configuration in vLLM's, parsed once; None when the plugin was not asked for.
 
+    `model_config`: of the model in question, where it may be another one than the configuration's. vLLM hands the
+    settings of a model on to its drafts (draft models, EAGLE and Medusa heads), which are not for the plugin: None.
     Raises ConfigError as `config_from_additional` does.
     """
-    if not hasattr(vllm_config, _PARSED):
-        object.__setattr__(vllm_config, _PARSED, config_from_additional(vllm_config.additional_config))
-    config: ExpertPrefetchConfig | None = getattr(vllm_config, _PARSED)
-    return config
+    speculative = getattr(vllm_config, "speculative_config", None)
+    draft = getattr(speculative, "draft_model_config", None)
+    has_draft = draft is not None and draft is not speculative.target_model_config
+    if has_draft and (model_config or vllm_config.model_config) is draft:
+        return None
+    key = id(vllm_config)
+    if key not in _parsed:
+        _parsed[key] = config_from_additional(vllm_config.additional_config)
+        weakref.finalize(vllm_config, _parsed.pop, key, None)
+    return _parsed[key]
 
 
 def _message(text: str) -> str:

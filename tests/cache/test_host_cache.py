@@ -276,3 +276,15 @@ def test_a_gpu_needs_the_cuda_library_as_well(monkeypatch):
         create.create_caches(2, None, torch.device("cuda"))
     assert create.why_no_cache(on_gpu=False) is None
     create.create_caches(2, None, CPU).close()
+
+
+@pytest.mark.parametrize("num_rows", [1, 5])
+def test_a_step_without_ids_computes_nothing_and_copies_nothing(make_model, num_rows):
+    """A dummy run of vLLM may route every row to -1."""
+    model = make_model(1, 6, large_tensors)
+    cache = model.layers[0]
+    before = cache.words()
+    rows = model.caches.layers[0].serve(torch.full((num_rows, 2), -1, dtype=torch.int32), num_rows)
+    assert rows.tolist() == [[-1, -1]] * num_rows
+    assert cache.words()._replace(steps=0, tick=0) == before._replace(steps=0, tick=0)
+    model.serve(0, torch.tensor([[3, 5]], dtype=torch.int32), 1)

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import stat
 
 import pytest
@@ -10,6 +11,7 @@ from processes import run_python
 
 from vllm_expert_prefetch.metrics.counters import HEADER_BYTES, SUFFIX, Counters, layer_index, read_counters
 from vllm_expert_prefetch.metrics.definitions import INDEX, LAYER_INDEX, LAYER_SERIES, SERIES
+from vllm_expert_prefetch.metrics.locks import is_locked
 
 HIT = "lookups_total/hit"
 
@@ -127,3 +129,22 @@ def test_the_file_goes_when_its_process_ends_and_not_when_a_forked_child_does(tm
     """)
     assert output.strip() == "True"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_was_removed_is_written_anew_with_what_it_held(tmp_path):
+    """Something cleans temporary folders, while the worker goes on."""
+    folder = tmp_path / "runtime"
+    folder.mkdir(mode=0o700)
+    counters = make_counters(folder, rank="3", layers=("0", "3"))
+    counters.add(INDEX[HIT], 5)
+    counters.add(layer_index(1, LAYER_SERIES[0]), 7)
+    assert not counters.keep()
+    shutil.rmtree(folder)
+    assert counters.keep()
+    counters.add(INDEX[HIT], 1)
+    snapshot = read_counters(counters.path)
+    assert (snapshot.labels, snapshot.layers, snapshot.value(HIT)) == (labels("3"), ["0", "3"], 6)
+    assert snapshot.value(LAYER_SERIES[0], 1) == 7
+    assert is_locked(counters.path)
+    assert is_locked(folder)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700

@@ -78,9 +78,32 @@ def test_an_inherited_one_that_is_gone_is_replaced(base, monkeypatch):
     assert os.environ[ENVIRONMENT_VARIABLE] == str(directory)
 
 
-def test_a_place_that_cannot_be_used_is_named(base, monkeypatch):
+@pytest.fixture
+def temporary(base, monkeypatch):
+    """A temporary folder of this test's own."""
+    folder = base / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+@pytest.mark.parametrize("place", ["missing", "file", "/proc"], ids=["missing", "a file", "not writable"])
+def test_where_the_runtime_directory_cannot_be_used_it_lies_in_the_temporary_one(
+    base, temporary, monkeypatch, caplog, place
+):
+    """As under su, cron and in containers; one line says so."""
+    (base / "file").write_text("not a directory")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(base / place))
+    assert ensure_runtime_dir().parent == temporary
+    (line,) = caplog.messages
+    assert f"the metrics are in {temporary}" in line
+    assert str(base / place) in line
+
+
+def test_where_nothing_can_be_used_both_places_and_the_remedy_are_named(base, monkeypatch):
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(base / "missing"))
-    with pytest.raises(OSError, match="missing"):
+    monkeypatch.setattr(tempfile, "tempdir", str(base / "gone"))
+    with pytest.raises(OSError, match=r"missing.*gone.*XDG_RUNTIME_DIR or TMPDIR"):
         ensure_runtime_dir()
 
 
@@ -167,10 +190,3 @@ def test_a_leftover_that_another_start_removes_first_is_no_error(base, monkeypat
 def test_a_dangling_link_that_looks_like_a_leftover_is_no_error(base):
     (base / "expert-prefetch-1234-a").symlink_to(base / "nowhere")
     assert ensure_runtime_dir().is_dir()
-
-
-def test_a_place_that_cannot_be_written_to_is_named_with_the_remedy(base, monkeypatch):
-    (base / "file").write_text("not a directory")
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(base / "file"))
-    with pytest.raises(OSError, match=rf"{base}/file .*XDG_RUNTIME_DIR"):
-        ensure_runtime_dir()

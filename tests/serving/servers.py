@@ -35,6 +35,14 @@ class Server:
         answer.raise_for_status()
         return answer.json()["choices"][0]["text"]
 
+    def chat(self, text: str, num_tokens: int = 8) -> str:
+        """A greedy answer through the chat endpoint."""
+        messages = [{"role": "user", "content": text}]
+        body = {"model": "demo", "messages": messages, "max_tokens": num_tokens, "temperature": 0}
+        answer = httpx.post(f"{self.url}/v1/chat/completions", json=body, timeout=120)
+        answer.raise_for_status()
+        return answer.json()["choices"][0]["message"]["content"]
+
     def metrics(self) -> dict[str, float]:
         """The plugin's samples on /metrics: name with its labels -> value."""
         text = httpx.get(f"{self.url}/metrics", timeout=30).text

@@ -68,6 +68,12 @@ def test_an_unknown_plugin_is_refused_with_the_installed_ones(capsys):
     assert "lora_filesystem_resolver" in message
 
 
+def test_the_flag_and_a_configuration_that_turns_it_off_contradict_each_other(capsys):
+    with pytest.raises(SystemExit):
+        parse(*ASK, "--additional-config", json.dumps({"expert_prefetch": False}))
+    assert "drop one of them" in capsys.readouterr().err
+
+
 def test_deep_merge_prefers_the_later_value_and_changes_no_argument():
     low, high = {"a": {"x": 1, "y": 1}, "b": 1}, {"a": {"y": 2}, "c": 3}
     assert deep_merge(low, high) == {"a": {"x": 1, "y": 2}, "b": 1, "c": 3}

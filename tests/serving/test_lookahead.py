@@ -169,15 +169,6 @@ def test_the_info_metric_says_why_nothing_looks_ahead(config, reason):
         assert layers(llm)[0].worker.prefetch == reason
 
 
-def test_an_artifact_that_is_not_there_leaves_exact_serving_and_says_so(stock, tmp_path):
-    config = LINK | {"prefetch": "auto", "artifact": str(tmp_path / "missing")}
-    with open_engine(TINY_MODEL, config) as llm:
-        assert greedy(llm, PROMPTS) == stock[0]
-        described = layers(llm)[0].worker.prefetch
-    assert described.startswith("off: ")
-    assert "missing" in described
-
-
 def test_with_an_artifact_the_last_layer_speaks_of_the_next_tokens_first(tmp_path):
     gates = make_gates()
     save_artifact(untrained(gates), tmp_path / "artifact")

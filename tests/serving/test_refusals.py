@@ -125,7 +125,13 @@ QUANTISED = SimpleNamespace(is_monolithic=False)
 
 @pytest.mark.parametrize(
     ("method", "number"),
-    [(Method(monolithic=True), 0), (QUANTISED, 1), (Method("FLASHINFER_CUTLASS"), 2), (Method("BATCHED_TRITON"), 2)],
+    [
+        (Method(monolithic=True), 0),
+        (QUANTISED, 1),
+        (None, 1),
+        (Method("FLASHINFER_CUTLASS"), 2),
+        (Method("BATCHED_TRITON"), 2),
+    ],
 )
 def test_a_layer_is_refused_by_its_kernel(method, number):
     with pytest.raises(ConfigError) as refused:

@@ -42,6 +42,12 @@ def test_smoke_server_gives_the_completions_of_plain_vllm(server, stock_texts):
     assert [server.complete(prompt) for prompt in prompts(4)] == stock_texts
 
 
+def test_the_demo_model_answers_chat(server):
+    assert server.chat("It is a truth universally acknowledged") == server.complete(
+        "It is a truth universally acknowledged\n", 8
+    )
+
+
 def test_the_start_up_line_says_what_is_offloaded(server):
     line = next(line for line in server.log.read_text().splitlines() if "MoE layers x" in line)
     assert "8 MoE layers x 16 experts, 8 slots each" in line

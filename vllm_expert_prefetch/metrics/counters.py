@@ -36,19 +36,32 @@ class Counters:
         if len(header) > HEADER_BYTES - _LENGTH.size:
             raise ValueError(f"metrics header of {len(header)} bytes exceeds {HEADER_BYTES - _LENGTH.size}")
         size = HEADER_BYTES + _DOUBLE * num_series(len(self.layers))
-        # Written under another name first: a reader must never see half a file, nor one without its lock.
-        temporary = path.with_suffix(".tmp")
+        self._write((_LENGTH.pack(len(header)) + header).ljust(size, b"\0"))
+
+    def _write(self, content: bytes) -> None:
+        # Under another name first: a reader must never see half a file, nor one without its lock.
+        temporary = self.path.with_suffix(".tmp")
         descriptor = os.open(temporary, os.O_CREAT | os.O_RDWR | os.O_EXCL, 0o600)
         try:
-            os.ftruncate(descriptor, size)
-            self._map = mmap.mmap(descriptor, size)
+            os.ftruncate(descriptor, len(content))
+            self._map = mmap.mmap(descriptor, len(content))
         finally:
             os.close(descriptor)
-        self._map[: _LENGTH.size + len(header)] = _LENGTH.pack(len(header)) + header
+        self._map[:] = content
         self._values = memoryview(self._map)[HEADER_BYTES:].cast("d")
         lock = hold_lock(temporary)
-        temporary.rename(path)
-        weakref.finalize(self, _unlink, path, lock, os.getpid())
+        temporary.rename(self.path)
+        weakref.finalize(self, _unlink, self.path, lock, os.getpid())
+
+    def keep(self) -> bool:
+        """Write the file anew where it was removed, say by a cleaner of temporary folders. Returns whether it was."""
+        if self.path.exists():
+            return False
+        if not self.path.parent.exists():
+            self.path.parent.mkdir(mode=0o700)
+            hold_lock(self.path.parent)
+        self._write(self._map[:])
+        return True
 
     def add(self, index: int, amount: float) -> None:
         """Increase a counter; `index` is `definitions.INDEX[series]` or `layer_index(...)`."""

@@ -1,5 +1,6 @@
 """From what the layers' caches have written down to the worker's counters: at one place, for every platform."""
 
+import logging
 import threading
 import time
 from collections.abc import Sequence
@@ -12,6 +13,9 @@ from vllm_expert_prefetch.metrics.ledger import Ledger
 from vllm_expert_prefetch.metrics.steps import StepClock
 
 _PERIOD_SECONDS = 0.5
+_LOOK_SECONDS = 5.0
+"""How often the file of the counters is looked for."""
+_logger = logging.getLogger("vllm.expert_prefetch")
 
 
 class Guesser(Protocol):
@@ -42,6 +46,7 @@ class Publisher:
         self._ledger: Ledger | None = None
         self._decoded = (0.0, 0.0)
         self._lock = threading.Lock()
+        self._looks_at, self._has_complained = 0.0, False
         if caches is not None:
             record_bytes = [0 if cache is None else cache.record_bytes for cache in caches.layers]
             self._ledger = Ledger(counters, record_bytes, caches.mirror)
@@ -58,6 +63,18 @@ class Publisher:
         """One engine step is over: time it, and publish."""
         self.clock.end()
         self.publish()
+        if time.monotonic() > self._looks_at:
+            self._looks_at = time.monotonic() + _LOOK_SECONDS
+            self._keep_file()
+
+    def _keep_file(self) -> None:
+        try:
+            if self.counters.keep():
+                _logger.warning("expert_prefetch: %s was removed and is written anew", self.counters.path)
+        except OSError as error:
+            if not self._has_complained:
+                _logger.warning("expert_prefetch: /metrics shows nothing of the plugin any more: %s", error)
+            self._has_complained = True
 
     def publish(self) -> None:
         """Add what has come since the last time."""

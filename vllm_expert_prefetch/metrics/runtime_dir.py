@@ -1,6 +1,7 @@
 """A private directory shared by the processes of one server: made by the first, found by the others."""
 
 import atexit
+import logging
 import multiprocessing
 import os
 import shutil
@@ -15,6 +16,7 @@ ENVIRONMENT_VARIABLE = "EXPERT_PREFETCH_RUNTIME_DIR"
 """Set for child processes only; its value changes with every run, so it must stay out of vLLM's configuration."""
 
 _PREFIX = "expert-prefetch-"
+_logger = logging.getLogger("vllm.expert_prefetch")  # below vLLM's own, whose handlers then apply
 _RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 
 
@@ -28,21 +30,32 @@ def ensure_runtime_dir() -> Path:
     started_by_vllm = multiprocessing.parent_process() is not None or _is_ray_actor()
     if (_is_mine(known) or started_by_vllm) and known.name and known.is_dir():
         return known
-    base = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir())
-    _remove_leftovers(base)
-    try:
-        # Under a name that no other start cleans up, until it is locked.
-        unlocked = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}{os.getpid()}-", dir=base))
-        hold_lock(unlocked)
-        directory = unlocked.rename(base / unlocked.name.removeprefix("."))
-    except OSError as error:
-        raise OSError(
-            f"expert_prefetch: no directory for the metrics can be made in {base} ({error.strerror}). Let "
-            "XDG_RUNTIME_DIR, or TMPDIR without it, name a directory that this user may write to"
-        ) from error
+    directory = _make()
     os.environ[ENVIRONMENT_VARIABLE] = str(directory)
     atexit.register(remove_runtime_dir)
     return directory
+
+
+def _make() -> Path:
+    """A new folder, locked, in the first place that takes one."""
+    problems = []
+    for place in (lambda: os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir):
+        try:
+            base = Path(place() or tempfile.gettempdir())
+            _remove_leftovers(base)
+            # Under a name that no other start cleans up, until it is locked.
+            unlocked = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}{os.getpid()}-", dir=base))
+        except OSError as error:
+            problems.append(str(error))
+            continue
+        hold_lock(unlocked)
+        if problems:
+            _logger.warning("expert_prefetch: the metrics are in %s: %s", base, problems[0])
+        return unlocked.rename(base / unlocked.name.removeprefix("."))
+    raise OSError(
+        f"expert_prefetch: no folder for the metrics can be made: {'; '.join(problems)}. Let XDG_RUNTIME_DIR or TMPDIR "
+        "name a folder that this user may write to"
+    )
 
 
 def remove_runtime_dir() -> None:

@@ -98,7 +98,7 @@ def load_artifact(directory: Path, model_fingerprint: str | None = None) -> Arti
 
     Raises ArtifactError when it is missing, damaged, of a newer format or of another model.
     """
-    card = _load_card(directory)
+    card = load_card(directory)
     if model_fingerprint is not None and card.fingerprint != model_fingerprint:
         raise ArtifactError(
             f"artifact {directory} was made for another model: {card.model}, whose gate weights have the fingerprint "
@@ -121,7 +121,8 @@ def load_artifact(directory: Path, model_fingerprint: str | None = None) -> Arti
         raise ArtifactError(f"artifact {directory} is damaged: {error}") from error
 
 
-def _load_card(directory: Path) -> Card:
+def load_card(directory: Path) -> Card:
+    """What an artifact says of itself. Raises ArtifactError when it is missing, damaged or of a newer format."""
     path = directory / CARD
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

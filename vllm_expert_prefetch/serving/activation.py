@@ -12,6 +12,7 @@ from typing import Any
 from vllm_expert_prefetch.config import CONFIG_KEY, config_of
 from vllm_expert_prefetch.metrics.runtime_dir import carry_to_ray_workers, ensure_runtime_dir
 from vllm_expert_prefetch.serving import compat
+from vllm_expert_prefetch.serving.early import check_settings
 from vllm_expert_prefetch.serving.refusals import check_libraries, check_refusals
 from vllm_expert_prefetch.serving.termination import make_server_interruptible
 
@@ -56,9 +57,10 @@ def check_config(vllm_config: Any) -> None:
         return
     compat.check_version(compat.vllm_version(), compat.on_cpu_platform())
     check_refusals(vllm_config, config)
+    check_settings(vllm_config, config)
     check_libraries(compat.on_cuda_platform())
     _show_metrics()
-    make_server_interruptible()
+    make_server_interruptible(getattr(vllm_config, "shutdown_timeout", 0))
 
 
 def _extend_platform(platform: Any) -> None:
@@ -86,9 +88,9 @@ def _extend_model_loader() -> None:
 
     load = BaseModelLoader.load_model
 
-    def load_and_verify(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> Any:
-        model = load(self, vllm_config, *args, **kwargs)
-        if config_of(vllm_config) is not None:
+    def load_and_verify(self: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
+        model = load(self, vllm_config, model_config, *args, **kwargs)
+        if config_of(vllm_config, model_config) is not None:
             layers = compat.moe_layers_of(model)
             verify_taken_over(layers)
             layers[0].worker.start(model)
@@ -144,7 +146,7 @@ class _PluginAction(argparse.Action):
                 f"Installed vLLM plugins (the others load by themselves): {installed}"
             )
         setattr(namespace, self.dest, values)
-        _note(namespace, {CONFIG_KEY: {}})
+        _note(parser, namespace, {CONFIG_KEY: {}})
 
 
 def _merging(store_action: type) -> type:
@@ -153,18 +155,20 @@ def _merging(store_action: type) -> type:
     class MergingAction(store_action):
         def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
             super().__call__(parser, namespace, values, option_string)
-            _note(namespace, namespace.additional_config)
+            _note(parser, namespace, namespace.additional_config)
 
     return MergingAction
 
 
-def _note(namespace: argparse.Namespace, value: Any) -> None:
+def _note(parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any) -> None:
     values = [*(getattr(namespace, _VALUES, None) or []), value]
     setattr(namespace, _VALUES, values)
     if getattr(namespace, "plugin", None) == CONFIG_KEY:
         merged: dict[str, Any] = {}
         for value in values:
             merged = deep_merge(merged, value)
+        if merged[CONFIG_KEY] is False:
+            parser.error(f"--plugin {CONFIG_KEY} turns the plugin on, and additional_config off: drop one of them")
         namespace.additional_config = merged
 
 

@@ -147,7 +147,7 @@ LAYER_REFUSALS = (
         "kernels that contain the router (monolithic)",
         "--moe-backend",
         "choose a modular backend, on a GPU --moe-backend triton; on CPU use vLLM 0.30 or newer",
-        lambda quant_method: bool(quant_method.is_monolithic),
+        lambda quant_method: bool(getattr(quant_method, "is_monolithic", False)),
     ),
     LayerRefusal(
         "quantised experts", "--quantization", "use the bf16, fp16 or fp32 checkpoint of the model", _is_quantised

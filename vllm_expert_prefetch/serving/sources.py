@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_expert_prefetch.cache.base import Caches
-from vllm_expert_prefetch.config import SPECULATIVE, ExpertPrefetchConfig
+from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, SPECULATIVE, ConfigError, ExpertPrefetchConfig
 from vllm_expert_prefetch.lookahead.after import LookAhead
 from vllm_expert_prefetch.lookahead.create import create_look_ahead, why_not
 from vllm_expert_prefetch.prediction import ArtifactError, Gate, Norm, Routing
@@ -216,8 +216,8 @@ def create_look_ahead_of(
 ) -> tuple[LookAhead | None, str]:
     """The look-ahead of a loaded model, and its name for the start-up line; or None, and why there is none.
 
-    A model or an artifact that does not allow it is served without: exactly, and the log says why. Raises ConfigError
-    where what was asked for cannot be.
+    A model that does not allow it is served without: exactly, and the log says why. Raises ConfigError where something
+    was asked for by name and cannot be.
     """
     reason = why_not(config, len(layers), caches, compat.breaks_graphs())
     if reason or caches is None:
@@ -228,6 +228,11 @@ def create_look_ahead_of(
         gates = [source.gate for source in _sources_of(model, layers)]
         look_ahead = create_look_ahead(config, gates, caches, link_bytes_per_second, layers[0].accelerator)
     except (NotFound, ArtifactError) as error:
+        if config.prefetch == "on" or config.artifact is not None or config.predictor != AUTO:
+            raise ConfigError(
+                f"{CONFIG_KEY}: {error}. Set prefetch to auto and drop artifact and predictor to serve without looking "
+                "ahead"
+            ) from error
         compat.logger().warning("expert_prefetch: no look-ahead, serving goes on without it: %s", error)
         return None, f"off: {error}"
     if config.execution == SPECULATIVE and not look_ahead.speculated_layers:

@@ -20,27 +20,34 @@ GRACE_SECONDS = 2.0
 """How long vLLM may take for each part of ending by itself."""
 
 
-def make_server_interruptible() -> None:
-    """Stand by for both cases, in the process of `vllm serve` alone: a program that uses `LLM` ends as it likes."""
+def make_server_interruptible(drain_seconds: float = 0) -> None:
+    """Stand by for both cases, in the process of `vllm serve` alone: a program that uses `LLM` ends as it likes.
+
+    `drain_seconds`: what vLLM was given to finish requests, `--shutdown-timeout`.
+    """
     handler = signal.getsignal(signal.SIGTERM)
     of_vllms_server = callable(handler) and (getattr(handler, "__module__", None) or "").startswith("vllm.entrypoints")
     if threading.current_thread() is threading.main_thread() and callable(handler) and of_vllms_server:
-        signal.signal(signal.SIGTERM, _ending_handler(handler))
+        signal.signal(signal.SIGTERM, _ending_handler(handler, drain_seconds))
         threading.Thread(target=_end_after_engines, daemon=True).start()
 
 
-def _ending_handler(handler: Callable[[int, FrameType | None], object]) -> Callable[[int, FrameType | None], None]:
-    """vLLM's handler and, should it be lost, an end all the same. vLLM replaces it when the server is up."""
+def _ending_handler(
+    handler: Callable[[int, FrameType | None], object], drain_seconds: float
+) -> Callable[[int, FrameType | None], None]:
+    """vLLM's handler and, should it be lost, an end all the same. With one API server vLLM replaces it when that is up;
+    with several it stays, and requests may be under way.
+    """
 
     def end(number: int, frame: FrameType | None) -> None:
-        threading.Thread(target=_end_start, daemon=True).start()
+        threading.Thread(target=_end_start, args=(drain_seconds + GRACE_SECONDS,), daemon=True).start()
         handler(number, frame)
 
     return end
 
 
-def _end_start() -> None:
-    time.sleep(GRACE_SECONDS)
+def _end_start(grace_seconds: float) -> None:
+    time.sleep(grace_seconds)
     children = multiprocessing.active_children()
     for child in children:
         child.terminate()

@@ -3,6 +3,7 @@
 import re
 import time
 import weakref
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from vllm_expert_prefetch.memory.host_memory import HostMemoryOptions, numa_node
 from vllm_expert_prefetch.memory.host_store import HostStore
 from vllm_expert_prefetch.memory.link import EmulatedLink
 from vllm_expert_prefetch.metrics.counters import SUFFIX, Counters
+from vllm_expert_prefetch.metrics.locks import is_locked
 from vllm_expert_prefetch.metrics.publish import Publisher
 from vllm_expert_prefetch.metrics.runtime_dir import ensure_runtime_dir
 from vllm_expert_prefetch.metrics.scrape_port import serve_counters
@@ -31,12 +33,12 @@ if TYPE_CHECKING:
 _PROGRESS_SECONDS = 10
 _ACTIVATION_COPIES = 16
 """Activation reserve on a GPU, in copies of the widest step's hidden states (before vLLM has measured it)."""
-_WORKER = "_expert_prefetch_worker"
-"""Attribute of vLLM's configuration object."""
+_workers: "weakref.WeakValueDictionary[int, Worker]" = weakref.WeakValueDictionary()
+"""By the id of vLLM's configuration object, which the worker holds, as its layers hold the worker."""
 
 
 class Worker:
-    """What the MoE layers of one model on one worker share. It is kept on vLLM's configuration of that model."""
+    """What the MoE layers of one model on one worker share, which is built with one configuration object of vLLM's."""
 
     def __init__(self, vllm_config: Any, config: ExpertPrefetchConfig) -> None:
         self.config = config
@@ -67,10 +69,6 @@ class Worker:
             must_pin=config.pin_memory == "on",
             must_bind=config.numa_node is not None,
         )
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """A copy of vLLM's configuration is for another model or process: it holds None in place of this worker."""
-        return (_nothing, ())
 
     @property
     def layers(self) -> "list[CachedRoutedExperts]":
@@ -164,7 +162,8 @@ class Worker:
             "version": __version__,
             "vllm_version": compat.vllm_version(),
         }
-        counters = Counters(self._counter_path(), self._labels(), info, names if self.config.metrics_per_layer else ())
+        path, labels = self._place()
+        counters = Counters(path, labels, info, names if self.config.metrics_per_layer else ())
         num_experts = sum(layer.local_num_experts for layer in layers)
         planned = self.config.planned_hit_rate
         gauges = {
@@ -229,40 +228,35 @@ class Worker:
     def _overflow_bytes(self) -> int:
         return sum(shared.num_bytes for shared in self._shared_rows.values())
 
-    def _labels(self) -> dict[str, str]:
+    def _place(self) -> tuple[Path, dict[str, str]]:
+        """The file of this worker's counters, and the labels that tell it from others: a second engine of one process
+        has a number of its own.
+        """
         model, parallel = self._vllm_config.model_config, self._vllm_config.parallel_config
         served = model.served_model_name or model.model
-        return {
+        stem = f"engine{parallel.data_parallel_rank}-rank{parallel.rank}"
+        files = {int(path.stem.rsplit("-", 1)[1]): path for path in ensure_runtime_dir().glob(f"{stem}-*{SUFFIX}")}
+        number = max(files, default=0) + 1
+        is_second = any(is_locked(path) for path in files.values())
+        labels = {
             "model_name": served if isinstance(served, str) else served[0],
-            "engine": str(parallel.data_parallel_rank),
+            "engine": f"{parallel.data_parallel_rank}{f'.{number}' if is_second else ''}",
             "rank": str(parallel.rank),
         }
-
-    def _counter_path(self) -> Any:
-        parallel = self._vllm_config.parallel_config
-        directory = ensure_runtime_dir()
-        stem = f"engine{parallel.data_parallel_rank}-rank{parallel.rank}"
-        numbers = [int(path.stem.rsplit("-", 1)[1]) for path in directory.glob(f"{stem}-*{SUFFIX}")]
-        return directory / f"{stem}-{max(numbers, default=0) + 1:06d}{SUFFIX}"
+        return ensure_runtime_dir() / f"{stem}-{number:06d}{SUFFIX}", labels
 
 
 def worker_of(vllm_config: Any, config: ExpertPrefetchConfig) -> Worker:
     """The worker of the model that is being built with this very configuration object."""
     worker = find_worker(vllm_config)
     if worker is None:
-        worker = Worker(vllm_config, config)
-        object.__setattr__(vllm_config, _WORKER, worker)
+        worker = _workers[id(vllm_config)] = Worker(vllm_config, config)
     return worker
 
 
 def find_worker(vllm_config: Any) -> Worker | None:
     """The worker that `worker_of` has made for this configuration object, if it has."""
-    worker: Worker | None = getattr(vllm_config, _WORKER, None)
-    return worker
-
-
-def _nothing() -> None:
-    return None
+    return _workers.get(id(vllm_config))
 
 
 def _verify_rows(layer: "CachedRoutedExperts") -> None:

@@ -1,0 +1,90 @@
+"""What does not fit the model or this host is refused before anything is loaded, with the number and the remedy."""
+
+from types import SimpleNamespace
+
+import pytest
+from engines import TINY_MODEL
+from vllm.engine.arg_utils import EngineArgs
+
+from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig
+from vllm_expert_prefetch.prediction import ArtifactError
+from vllm_expert_prefetch.serving import early, sources
+from vllm_expert_prefetch.serving.early import check_settings
+from vllm_expert_prefetch.serving.sources import NotFound, create_look_ahead_of
+
+
+def check(executor="mp", top_k=2, num_layers=8, **settings):
+    """A model of 16 experts, in the process that reads the flags."""
+    text = SimpleNamespace(num_experts_per_tok=top_k, num_hidden_layers=num_layers)
+    model = SimpleNamespace(get_num_experts=lambda: 16, hf_text_config=text)
+    parallel = SimpleNamespace(distributed_executor_backend=executor)
+    check_settings(SimpleNamespace(model_config=model, parallel_config=parallel), ExpertPrefetchConfig(**settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"slots_per_layer": 1}, r"slots_per_layer = 1 gives 1 slots .* needs 2 .* at least slots_per_layer = 2"),
+        ({"slots_per_layer": 17}, r"more than the 16 experts.* at most slots_per_layer = 16"),
+        ({"cache_fraction": 0.1}, r"cache_fraction = 0.1 gives 1 slots"),
+        ({"lookahead_layers": 8}, r"lookahead_layers is 8 and the model has 8 layers: set it to 7"),
+        ({"predictor": "estimator"}, r"predictor estimator needs an artifact"),
+        ({"predictor": "hybrid", "prefetch": "off"}, r"predictor hybrid needs an artifact"),
+        ({"artifact": "/nowhere"}, r"no artifact at /nowhere.*calibrate"),
+        ({"artifact": "/nowhere", "prefetch": "off"}, r"no artifact at /nowhere"),
+        ({"numa_node": 99}, r"numa_node is 99, and this host has 0"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused(settings, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(early, "_NODES", tmp_path)
+    (tmp_path / "node0").mkdir()
+    with pytest.raises(ConfigError, match=message):
+        check(**settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"slots_per_layer": 2},
+        {"slots_per_layer": 16},
+        {"cache_fraction": 0.125},
+        {"lookahead_layers": 7},
+        {"lookahead_layers": 8, "prefetch": "off"},
+        {"predictor": "previous"},
+        {"executor": "ray", "artifact": "/on/the/workers", "numa_node": 99},
+        {"top_k": [1, 4, 2], "slots_per_layer": 1},  # layers differ: checked when they are loaded
+    ],
+)
+def test_what_may_work_is_let_through(settings):
+    check(**settings)
+
+
+def test_vllms_own_path_ends_with_the_message():
+    additional = {"expert_prefetch": {"slots_per_layer": 1}}
+    with pytest.raises(ConfigError, match="at least slots_per_layer = 2"):
+        EngineArgs(str(TINY_MODEL), additional_config=additional, max_model_len=512).create_engine_config()
+
+
+@pytest.mark.parametrize("error", [NotFound("no gate"), ArtifactError("another model")], ids=["model", "artifact"])
+@pytest.mark.parametrize(
+    "asked", [{"prefetch": "on"}, {"artifact": "folder"}, {"predictor": "previous"}], ids=lambda asked: "".join(asked)
+)
+def test_look_ahead_that_was_asked_for_by_name_is_had_or_refused(monkeypatch, asked, error):
+    with pytest.raises(ConfigError, match=f"{error}.*prefetch to auto"):
+        look_ahead(monkeypatch, error, **asked)
+
+
+def test_look_ahead_that_nobody_asked_for_is_left_out_and_said(monkeypatch):
+    assert look_ahead(monkeypatch, NotFound("no gate")) == (None, "off: no gate")
+
+
+def look_ahead(monkeypatch, error, **settings):
+    """Of a model over a link that turns out not to allow it."""
+
+    def refuse(*given):
+        raise error
+
+    monkeypatch.setattr(sources, "_sources_of", refuse)
+    caches = SimpleNamespace(on_device=False, link="a link")
+    return create_look_ahead_of(None, [None] * 8, ExpertPrefetchConfig(**settings), caches, 1e9)

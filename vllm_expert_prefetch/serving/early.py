@@ -1,0 +1,63 @@
+"""Settings that cannot work, found in the process that reads the flags: before anything is loaded, message last."""
+
+from pathlib import Path
+from typing import Any
+
+from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, ConfigError, ExpertPrefetchConfig
+from vllm_expert_prefetch.prediction import ArtifactError
+from vllm_expert_prefetch.prediction.artifact import load_card
+
+_WITHOUT_ARTIFACT = (AUTO, "router", "previous")
+_NODES = Path("/sys/devices/system/node")
+
+
+def check_settings(vllm_config: Any, config: ExpertPrefetchConfig) -> None:
+    """Raise ConfigError for a setting that does not fit the model, as far as its configuration tells, or this host."""
+    model = vllm_config.model_config
+    _check_slots(config, model.get_num_experts(), getattr(model.hf_text_config, "num_experts_per_tok", None))
+    num_layers = getattr(model.hf_text_config, "num_hidden_layers", None)
+    if isinstance(num_layers, int) and config.prefetch != "off" and config.lookahead_layers >= max(num_layers, 2):
+        raise ConfigError(
+            f"{CONFIG_KEY}: lookahead_layers is {config.lookahead_layers} and the model has {num_layers} layers: set "
+            f"it to {max(num_layers - 1, 1)} at most, or prefetch to off"
+        )
+    if config.artifact is None and config.predictor not in _WITHOUT_ARTIFACT:
+        raise ConfigError(
+            f"{CONFIG_KEY}: predictor {config.predictor} needs an artifact: vllm-expert-prefetch calibrate makes one"
+        )
+    if vllm_config.parallel_config.distributed_executor_backend != "ray":  # its workers may be on other hosts
+        _check_host(config)
+
+
+def _check_slots(config: ExpertPrefetchConfig, num_experts: int, top_k: Any) -> None:
+    """Models whose layers differ tell lists, or nothing: their layers are checked when they are loaded."""
+    slots, key = config.slots_per_layer, "slots_per_layer"
+    if config.cache_fraction is not None:
+        slots, key = int(config.cache_fraction * num_experts + 1e-9), "cache_fraction"
+    if slots is None:
+        return
+    given = f"{CONFIG_KEY}: {key} = {getattr(config, key)} gives {slots} slots per layer"
+    if isinstance(top_k, int) and slots < top_k:
+        raise ConfigError(
+            f"{given}, and one token needs {top_k} (top-k). Give at least slots_per_layer = {top_k}, "
+            f"of {num_experts} experts"
+        )
+    if slots > num_experts:
+        raise ConfigError(
+            f"{given}, more than the {num_experts} experts. Give at most slots_per_layer = {num_experts}, or drop "
+            f"{CONFIG_KEY}: the experts fit"
+        )
+
+
+def _check_host(config: ExpertPrefetchConfig) -> None:
+    if config.numa_node is not None and _NODES.is_dir() and not (_NODES / f"node{config.numa_node}").is_dir():
+        nodes = sorted(int(path.name.removeprefix("node")) for path in _NODES.glob("node[0-9]*"))
+        raise ConfigError(
+            f"{CONFIG_KEY}: numa_node is {config.numa_node}, and this host has {', '.join(map(str, nodes))}: name one "
+            "of them, or leave the key out"
+        )
+    if config.artifact is not None:
+        try:
+            load_card(Path(config.artifact))
+        except ArtifactError as error:
+            raise ConfigError(f"{CONFIG_KEY}: {error}") from error

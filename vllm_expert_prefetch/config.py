@@ -237,9 +237,10 @@ def config_of(vllm_config: Any, model_config: Any = None) -> ExpertPrefetchConfi
     """
     speculative = getattr(vllm_config, "speculative_config", None)
     draft = getattr(speculative, "draft_model_config", None)
-    has_draft = draft is not None and draft is not speculative.target_model_config
-    if has_draft and (model_config or vllm_config.model_config) is draft:
-        return None
+    if speculative is not None and draft is not None and draft is not speculative.target_model_config:
+        own = model_config or vllm_config.model_config
+        if own is draft:
+            return None
     key = id(vllm_config)
     if key not in _parsed:
         _parsed[key] = config_from_additional(vllm_config.additional_config)

@@ -82,8 +82,11 @@ CACHE = (
         "Stall share over time",
         "timeseries",
         "percentunit",
-        STALLS,
-        [(stall_ratio(), "{{instance}}")],
+        f"{STALLS} Saved: what steps would have waited in addition without looking ahead, estimated.",
+        [
+            (stall_ratio(), "{{instance}}"),
+            (share(rate("saved_seconds_total"), rate("step_seconds_sum")), "saved {{instance}}"),
+        ],
         limits=(0.1, 0.2),
         colours=OK_TO_BAD,
     ),

@@ -14,6 +14,9 @@ from vllm_expert_prefetch.metrics.ledger import Ledger
 RECORDS = (100, 7000, 30)
 """Bytes of one record, of each of three layers."""
 
+RATE = 100.0
+"""Of the link, bytes per second."""
+
 GROWN = {
     "steps": 9,
     "wide_steps": 2,
@@ -51,6 +54,7 @@ EXPECTED = {
     "predictions_total/unused": 5,
     "predictions_total/cancelled": 10,
     "displaced_lookups_total": 3,
+    "saved_seconds_total": 7 * 7000 / RATE - 1,
 }
 """What the counters hold after layer 1, whose record has 7000 bytes, has done what GROWN says; else they hold 0."""
 
@@ -81,7 +85,7 @@ def shown(counters):
 
 def test_each_series_grows_by_what_its_words_say(tmp_path, mirror):
     counters = make_counters(tmp_path)
-    ledger = Ledger(counters, RECORDS, mirror)
+    ledger = Ledger(counters, RECORDS, mirror, RATE)
     grow(mirror, 1, **GROWN)
     ledger.publish()
     assert shown(counters) == pytest.approx({**EXPECTED, "resident_slots": 18})
@@ -89,7 +93,7 @@ def test_each_series_grows_by_what_its_words_say(tmp_path, mirror):
 
 def test_layers_are_counted_by_themselves_where_that_is_asked_for(tmp_path, mirror):
     counters = make_counters(tmp_path, layers=("0", "3", "4"))
-    ledger = Ledger(counters, RECORDS, mirror)
+    ledger = Ledger(counters, RECORDS, mirror, RATE)
     grow(mirror, 1, **GROWN)
     ledger.publish()
     own = {(1, f"layer_{series}"): value for series, value in EXPECTED.items() if f"layer_{series}" in LAYER_SERIES}
@@ -99,7 +103,7 @@ def test_layers_are_counted_by_themselves_where_that_is_asked_for(tmp_path, mirr
 
 def test_every_record_counts_with_its_own_size(tmp_path, mirror):
     counters = make_counters(tmp_path)
-    ledger = Ledger(counters, RECORDS, mirror)
+    ledger = Ledger(counters, RECORDS, mirror, RATE)
     for layer in range(3):
         grow(mirror, layer, issued=1 + layer)
     ledger.publish()
@@ -108,7 +112,7 @@ def test_every_record_counts_with_its_own_size(tmp_path, mirror):
 
 def test_each_difference_is_returned_once_and_counted_once(tmp_path, mirror):
     counters = make_counters(tmp_path)
-    ledger = Ledger(counters, RECORDS, mirror)
+    ledger = Ledger(counters, RECORDS, mirror, RATE)
     nothing = [Words._make([0] * len(Words._fields))] * 3
     assert ledger.publish() == nothing
     grow(mirror, 2, **GROWN)
@@ -122,7 +126,7 @@ def test_each_difference_is_returned_once_and_counted_once(tmp_path, mirror):
 
 def test_nothing_is_written_while_nothing_changes(tmp_path, mirror, monkeypatch):
     counters = make_counters(tmp_path)
-    ledger = Ledger(counters, RECORDS, mirror)
+    ledger = Ledger(counters, RECORDS, mirror, RATE)
     grow(mirror, 0, **GROWN)
     ledger.publish()
     writes = []
@@ -134,7 +138,7 @@ def test_nothing_is_written_while_nothing_changes(tmp_path, mirror, monkeypatch)
 
 def test_slots_that_fill_and_empty_move_the_gauge(tmp_path, mirror):
     counters = make_counters(tmp_path)
-    ledger = Ledger(counters, RECORDS, mirror)
+    ledger = Ledger(counters, RECORDS, mirror, RATE)
     grow(mirror, 0, num_free=-2, num_in_flight=1)
     ledger.publish()
     assert counters.get("resident_slots") == 7 + 6 + 6
@@ -146,7 +150,7 @@ def test_slots_that_fill_and_empty_move_the_gauge(tmp_path, mirror):
 def test_no_counter_falls_when_a_gpu_is_seen_in_the_middle_of_a_step(tmp_path, mirror):
     """Ten copies queued, six of them cancelled: the cancellation is seen first."""
     counters = make_counters(tmp_path, layers=("0", "1", "2"))
-    ledger = Ledger(counters, RECORDS, mirror)
+    ledger = Ledger(counters, RECORDS, mirror, RATE)
     grow(mirror, 0, issued=5)
     ledger.publish()
     assert counters.get("transfer_bytes_total/prefetch") == 500
@@ -165,7 +169,7 @@ def test_no_counter_falls_when_a_gpu_is_seen_in_the_middle_of_a_step(tmp_path, m
 def test_a_random_walk_ends_where_one_look_at_its_end_does(tmp_path, mirror, layers):
     """However often the words are read between steps."""
     often, once = (make_counters(tmp_path, f"engine0-rank{rank}-000000", str(rank), layers) for rank in range(2))
-    ledgers = [Ledger(counters, RECORDS, mirror) for counters in (often, once)]
+    ledgers = [Ledger(counters, RECORDS, mirror, RATE) for counters in (often, once)]
     generator = random.Random(7)
     before = shown(often)
     for _ in range(60):

@@ -3,6 +3,8 @@
 import http.server
 import io
 import json
+import os
+import termios
 import threading
 from contextlib import contextmanager
 
@@ -43,6 +45,8 @@ def happen(counters):
         "lookups_total/hit": 30,
         "lookups_total/miss": 10,
         "transfer_bytes_total/demand": 4000,
+        "transfer_bytes_total/prefetch": 9000,
+        "saved_seconds_total": 0.125,
         "transfer_seconds_total": 0.5,
         "stall_seconds_total": 0.25,
         f"{buckets[0]}": 4,
@@ -68,7 +72,7 @@ def test_rates_are_what_happened_between_the_two(counters, page):
     summary = summarise(before, parse_scrape(page(), 102.0))
     assert summary["hit_ratio"] == 0.75
     assert summary["lookups_per_second"] == {"hit": 15, "late": 0, "miss": 5, "speculated": 0}
-    assert summary["transfer_bytes_per_second"] == {"demand": 2000, "overflow": 0, "prefetch": 0}
+    assert summary["transfer_bytes_per_second"] == {"demand": 2000, "overflow": 0, "prefetch": 4500.0}
     assert summary["link_bytes_per_second"] == 8000
     assert summary["stall_ratio"] == 0.25
     assert summary["tpot_seconds"] == pytest.approx(0.005)
@@ -83,6 +87,38 @@ def test_layers_come_in_the_order_of_their_numbers(counters, page):
     layers = summarise(before, parse_scrape(page(), 1.0))["layers"]
     assert list(layers) == ["0", "2", "10"]
     assert layers["10"] == {"hit": 11, "miss": 7, "late": 0, "speculated": 0}
+
+
+def test_the_link_is_not_faster_than_it_is(counters, page):
+    """Prefetches are copied while nobody waits: their bytes have no time."""
+    before = parse_scrape(page(), 0.0)
+    happen(counters)
+    assert summarise(before, parse_scrape(page(), 1.0))["link_bytes_per_second"] == 4000 / 0.5
+
+
+def test_it_fits_80_columns_and_needs_no_colour(counters, page):
+    before = parse_scrape(page(), 0.0)
+    happen(counters)
+    console = Console(width=80, file=io.StringIO(), no_color=True)
+    console.print(top.render(summarise(before, parse_scrape(page(), 1.0))))
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    (layer,) = [line for line in lines if line.split()[:1] == ["10"]]
+    assert layer.split()[1] == "█" * 24 + "░" * 16
+    assert any("█ hit" in line and "░ miss" in line for line in lines)
+
+
+@pytest.mark.parametrize(("key", "quits"), [(b"q", True), (b"Q", True), (b"x", False)])
+def test_q_quits(monkeypatch, key, quits):
+    master, slave = os.openpty()
+    with os.fdopen(slave, "r") as terminal:
+        monkeypatch.setattr("sys.stdin", terminal)
+        before = termios.tcgetattr(terminal)
+        with top._keys() as wants_to_quit:
+            os.write(master, key)
+            assert wants_to_quit(0.3) == quits
+        assert termios.tcgetattr(terminal) == before
+    os.close(master)
 
 
 def test_an_idle_server_has_no_ratios(counters, page):
@@ -199,6 +235,7 @@ def test_once_as_text_shows_every_line(counters, page, capsys):
         "10  ",
         "61.1 % hits",
         "recall 90.0 %",
+        "12.5 %",
     ):
         assert part in shown
 

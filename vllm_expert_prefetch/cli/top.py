@@ -1,11 +1,14 @@
 """`vllm-expert-prefetch top URL`: a running server's expert cache, in the terminal."""
 
 import argparse
+import contextlib
 import json
+import os
 import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from vllm_expert_prefetch.metrics.rates import NoMetrics, Scrape, parse_scrape, summarise
@@ -13,6 +16,8 @@ from vllm_expert_prefetch.metrics.rates import NoMetrics, Scrape, parse_scrape, 
 _TIMEOUT_SECONDS = 10
 _BAR = 40
 _COLOURS = {"hit": "green", "late": "yellow", "speculated": "cyan", "miss": "red"}
+_SHADES = {"hit": "█", "late": "▓", "speculated": "▒", "miss": "░"}
+"""Outcomes can be told apart without colours."""
 
 
 class Unreachable(RuntimeError):
@@ -30,7 +35,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Show until interrupted; 1 with a message when there is nothing to show."""
+    """Show until interrupted, or `q` is pressed; 1 with a message when there is nothing to show."""
     if arguments.json and not arguments.once:
         print("--json needs --once", file=sys.stderr)
         return 2
@@ -65,11 +70,38 @@ def _watch(url: str, before: Scrape, interval: float) -> None:
     from rich.live import Live
 
     after = scrape(url)
-    with Live(render(summarise(before, after)), screen=True, auto_refresh=False) as live:
+    with _keys() as wants_to_quit, Live(render(summarise(before, after)), screen=True, auto_refresh=False) as live:
         while True:
             live.update(render(summarise(before, after)), refresh=True)
-            time.sleep(interval)
+            if wants_to_quit(interval):
+                return
             before, after = after, scrape(url)
+
+
+@contextlib.contextmanager
+def _keys() -> Iterator[Callable[[float], bool]]:
+    """Waits so many seconds; True at once when `q` is pressed. Keys arrive without Enter, and are not shown."""
+    if not sys.stdin.isatty():
+        yield lambda seconds: time.sleep(seconds) is not None
+        return
+    import select
+    import termios
+    import tty
+
+    before = termios.tcgetattr(sys.stdin)
+    tty.setcbreak(sys.stdin)
+
+    def quits(seconds: float) -> bool:
+        deadline = time.monotonic() + seconds
+        while (left := deadline - time.monotonic()) > 0:
+            if select.select([sys.stdin], [], [], left)[0] and os.read(sys.stdin.fileno(), 1) in (b"q", b"Q"):
+                return True
+        return False
+
+    try:
+        yield quits
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 def _print_once(summary: dict[str, Any]) -> None:
@@ -91,7 +123,9 @@ def render(summary: dict[str, Any]) -> Any:
         table.add_row(name, value, more)
     layers = [_layer_line(layer, counts) for layer, counts in summary["layers"].items() if sum(counts.values())]
     heading = (
-        ["", f"[bold]layers[/bold]  {'  '.join(f'[{c}]{o}[/{c}]' for o, c in _COLOURS.items())}"] if layers else []
+        ["", f"[bold]layers[/bold]  {'  '.join(f'[{c}]{_SHADES[o]} {o}[/{c}]' for o, c in _COLOURS.items())}"]
+        if layers
+        else []
     )
     return Group(_title(summary), "", table, *heading, *layers)
 
@@ -114,6 +148,7 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("TPOT", _milliseconds(summary["tpot_seconds"]), ""),
         ("hit rate", _percent(summary["hit_ratio"]), f"planned {_percent(summary['planned_hit_ratio'])}"),
         ("stalls", _percent(summary["stall_ratio"]), "of the steps' time"),
+        ("saved", _percent(summary["saved_ratio"]), "of the steps' time, by looking ahead"),
         ("prefetch", _percent(summary["prefetch_precision"]), _prefetch(summary)),
         ("lookups", f"{sum(summary['lookups_per_second'].values()):.0f}/s", _bar(summary["lookups_per_second"])),
         ("copied", f"{_bytes(sum(copied.values()))}/s", _listed(copied, _bytes)),
@@ -148,9 +183,8 @@ def _bar(counts: dict[str, float]) -> str:
     cells = {outcome: int(length) for outcome, length in exact.items()}
     for outcome in sorted(exact, key=lambda name: cells[name] - exact[name])[: _BAR - sum(cells.values())]:
         cells[outcome] += 1
-    return "".join(
-        f"[{colour}]{'█' * cells[outcome]}[/{colour}]" for outcome, colour in _COLOURS.items() if cells[outcome]
-    )
+    parts = [(_COLOURS[outcome], _SHADES[outcome] * cells[outcome]) for outcome in _COLOURS if cells[outcome]]
+    return "".join(f"[{colour}]{cells_of_one}[/{colour}]" for colour, cells_of_one in parts)
 
 
 def _listed(values: dict[str, float], text: Any) -> str:

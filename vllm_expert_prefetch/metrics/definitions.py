@@ -102,6 +102,13 @@ METRICS = (
         "seconds",
         "Time that steps waited for experts to arrive, all MoE layers together.",
     ),
+    Metric(
+        "saved_seconds_total",
+        Kind.COUNTER,
+        "seconds",
+        "Time saved by looking ahead, estimated: what the copies of used predictions take over the link, at its speed "
+        "at start, less what steps waited for late ones.",
+    ),
     Metric("evictions_total", Kind.COUNTER, "evictions", "Experts that gave their slot to another."),
     Metric(
         "moe_steps_total",

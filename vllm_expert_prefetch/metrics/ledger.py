@@ -10,26 +10,28 @@ from vllm_expert_prefetch.metrics.definitions import INDEX, LAYER_INDEX
 
 _NANO = 1e-9
 
-_TOTALS: dict[str, Callable[[Words, Words], float]] = {
-    "lookups_total/hit": lambda words, sized: words.hits,
-    "lookups_total/late": lambda words, sized: words.late,
-    "lookups_total/miss": lambda words, sized: words.misses,
-    "lookups_total/speculated": lambda words, sized: words.speculated,
-    "moe_steps_total/narrow": lambda words, sized: words.steps - words.wide_steps,
-    "moe_steps_total/wide": lambda words, sized: words.wide_steps,
-    "transfer_bytes_total/demand": lambda words, sized: sized.demanded - sized.overflow,
-    "transfer_bytes_total/overflow": lambda words, sized: sized.overflow,
-    "transfer_bytes_total/prefetch": lambda words, sized: sized.prefetched,
-    "transfer_seconds_total": lambda words, sized: _NANO * (words.stall_ns - words.late_ns),
-    "stall_seconds_total": lambda words, sized: _NANO * words.stall_ns,
-    "evictions_total": lambda words, sized: words.evictions,
-    "predictions_total/used": lambda words, sized: words.used,
-    "predictions_total/unused": lambda words, sized: words.unused,
-    "predictions_total/cancelled": lambda words, sized: words.cancelled,
-    "displaced_lookups_total": lambda words, sized: words.displaced,
+_TOTALS: dict[str, Callable[[Words, Words, float], float]] = {
+    "lookups_total/hit": lambda words, sized, rate: words.hits,
+    "lookups_total/late": lambda words, sized, rate: words.late,
+    "lookups_total/miss": lambda words, sized, rate: words.misses,
+    "lookups_total/speculated": lambda words, sized, rate: words.speculated,
+    "moe_steps_total/narrow": lambda words, sized, rate: words.steps - words.wide_steps,
+    "moe_steps_total/wide": lambda words, sized, rate: words.wide_steps,
+    "transfer_bytes_total/demand": lambda words, sized, rate: sized.demanded - sized.overflow,
+    "transfer_bytes_total/overflow": lambda words, sized, rate: sized.overflow,
+    "transfer_bytes_total/prefetch": lambda words, sized, rate: sized.prefetched,
+    "transfer_seconds_total": lambda words, sized, rate: _NANO * (words.stall_ns - words.late_ns),
+    "stall_seconds_total": lambda words, sized, rate: _NANO * words.stall_ns,
+    "evictions_total": lambda words, sized, rate: words.evictions,
+    "predictions_total/used": lambda words, sized, rate: words.used,
+    "predictions_total/unused": lambda words, sized, rate: words.unused,
+    "predictions_total/cancelled": lambda words, sized, rate: words.cancelled,
+    "displaced_lookups_total": lambda words, sized, rate: words.displaced,
+    "saved_seconds_total": lambda words, sized, rate: sized.used / rate - _NANO * words.late_ns if rate else 0.0,
 }
 """Series -> its total since the start. `words` are summed over the layers that it counts; `sized` likewise, after each
-layer's words are multiplied by the bytes of its record. A series with "layer_" before its name counts one layer.
+layer's words are multiplied by the bytes of its record; `rate` is the link's, in bytes per second. A series whose name
+starts with "layer_" counts one layer.
 """
 
 _ALL = [(INDEX[series], total) for series, total in _TOTALS.items()]
@@ -41,13 +43,17 @@ _ONE = [
 class Ledger:
     """Adds what the words of all layers have grown by to a worker's counters."""
 
-    def __init__(self, counters: Counters, record_bytes: Sequence[int], mirror: torch.Tensor) -> None:
-        """`record_bytes` of each layer; `mirror` (L, len(Words)) int64: their words, as last written.
+    def __init__(
+        self, counters: Counters, record_bytes: Sequence[int], mirror: torch.Tensor, link_bytes_per_second: float
+    ) -> None:
+        """`record_bytes` of each layer; `mirror` (L, len(Words)) int64: their words, as last written;
+        `link_bytes_per_second` as measured, 0 where it is not known.
 
         What the words say now is not counted. With `counters.layers` there are L of them, in the order of `mirror`.
         """
         num_layers = len(mirror)
         self._counters = counters
+        self._rate = link_bytes_per_second
         self._mirror = mirror
         self._seen = mirror.clone()
         self._unchanged = [Words._make(row) for row in torch.zeros_like(mirror).tolist()]
@@ -60,7 +66,7 @@ class Ledger:
         # Rows in pairs: which layers are summed, and the same with the bytes of their records.
         self._weights = torch.stack([counted, counted * torch.tensor(record_bytes)], 1).flatten(0, 1)
         self._totals = [
-            [total(*pair) for _, total in series]
+            [total(*pair, self._rate) for _, total in series]
             for series, pair in zip(self._series, self._sums(self._seen), strict=True)
         ]
 
@@ -77,7 +83,7 @@ class Ledger:
         sums = self._sums(now)
         for series, totals, pair in zip(self._series, self._totals, sums, strict=True):
             for number, (place, total) in enumerate(series):
-                amount = total(*pair)
+                amount = total(*pair, self._rate)
                 if amount > totals[number]:
                     self._counters.add(place, amount - totals[number])
                     totals[number] = amount

@@ -49,7 +49,7 @@ class Publisher:
         self._looks_at, self._has_complained = 0.0, False
         if caches is not None:
             record_bytes = [0 if cache is None else cache.record_bytes for cache in caches.layers]
-            self._ledger = Ledger(counters, record_bytes, caches.mirror)
+            self._ledger = Ledger(counters, record_bytes, caches.mirror, counters.get("link_bytes_per_second"))
             if caches.on_device:
                 threading.Thread(target=self._publish_now_and_then, name="expert-prefetch", daemon=True).start()
 

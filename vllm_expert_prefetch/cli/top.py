@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -82,7 +83,7 @@ def _watch(url: str, before: Scrape, interval: float) -> None:
 def _keys() -> Iterator[Callable[[float], bool]]:
     """Waits so many seconds; True at once when `q` is pressed. Keys arrive without Enter, and are not shown."""
     if not sys.stdin.isatty():
-        yield lambda seconds: time.sleep(seconds) is not None
+        yield threading.Event().wait
         return
     import select
     import termios

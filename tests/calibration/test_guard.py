@@ -79,7 +79,7 @@ def test_the_table_and_the_json_hold_every_mode():
 )
 def test_the_most_candidates_within_the_limit_are_allowed_and_were_measured_together(costs, allowed):
     decoder = Decoder(dict(enumerate(costs, 1)))
-    found = with_guard(artifact([1, 2, 3, 4]), decoder, WINDOWS, quiet).card
+    found = with_guard(artifact([1, 2, 3, 4]), decoder, WINDOWS, quiet, min_tokens=11).card
     assert found.allow_list == allowed
     assert not allowed or allowed in decoder.tried
     assert found.guard["max_increase"] == MAX_INCREASE == 0.01
@@ -89,12 +89,20 @@ def test_the_most_candidates_within_the_limit_are_allowed_and_were_measured_toge
 
 def test_candidates_are_taken_in_their_order():
     costs = {1: 0.5, 2: 0.001, 3: 0.5, 4: 0.001}
-    assert with_guard(artifact([4, 2, 1, 3]), Decoder(costs), WINDOWS, quiet).card.allow_list == [2, 4]
+    assert with_guard(artifact([4, 2, 1, 3]), Decoder(costs), WINDOWS, quiet, min_tokens=11).card.allow_list == [2, 4]
 
 
 def test_what_is_not_sure_is_not_allowed():
     costs = dict.fromkeys([1, 2], 0.001)
-    assert with_guard(artifact([1, 2]), Decoder(costs, noise=0.3), WINDOWS, quiet).card.allow_list == []
+    assert with_guard(artifact([1, 2]), Decoder(costs, noise=0.3), WINDOWS, quiet, min_tokens=11).card.allow_list == []
+
+
+def test_few_tokens_decide_nothing():
+    decoder = Decoder(dict.fromkeys([1, 2], 0.001))
+    found = with_guard(artifact([1, 2]), decoder, WINDOWS, quiet).card
+    assert found.allow_list == []
+    assert found.guard["tokens"] == 11
+    assert len(decoder.tried) == len(WINDOWS), "one look at all candidates is enough to see that"
 
 
 def test_first_tokens_stops_at_the_number_and_leaves_short_pieces_out():

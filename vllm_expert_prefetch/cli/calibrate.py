@@ -143,10 +143,16 @@ def _guard(args: argparse.Namespace, text: Any, artifact: Any) -> None:
         print(f"speculative execution is allowed in no layer: it cannot be measured here: {reason}")
         return
     save_artifact(artifact, args.output)
-    allowed = ", ".join(map(str, artifact.card.allow_list)) or "none"
+    allowed, num_tokens = ", ".join(map(str, artifact.card.allow_list)) or "none", artifact.card.guard["tokens"]
+    if num_tokens < guard.MIN_TOKENS:
+        print(
+            f"speculative execution is allowed in no layer: {num_tokens} decoded tokens decide nothing, "
+            f"{guard.MIN_TOKENS} are needed. Raise --guard-tokens, or give more text"
+        )
+        return
     print(
         f"speculative execution is allowed in layers: {allowed} (perplexity within {100 * guard.MAX_INCREASE:g} %, "
-        f"measured on {artifact.card.guard['tokens']} decoded tokens)"
+        f"measured on {num_tokens} decoded tokens)"
     )
 
 

@@ -48,12 +48,18 @@ def test_the_demo_model_answers_chat(server):
     )
 
 
-def test_the_start_up_line_says_what_is_offloaded(server):
-    line = next(line for line in server.log.read_text().splitlines() if "MoE layers x" in line)
-    assert "8 MoE layers x 16 experts, 8 slots each" in line
-    sizes = ("0.006291 GB on the host", "0.003146 GB cache (50 % of the experts)", "0.0003932 GB overflow rows")
-    for part in (*sizes, "policy lru", "execution exact", "prefetch off: ", "engine cpu", "link not emulated"):
-        assert part in line
+def test_the_start_says_in_few_lines_what_is_offloaded_and_where_to_look(server):
+    lines = [line for line in server.log.read_text().splitlines() if "] expert_prefetch: " in line]
+    assert 3 <= len(lines) <= 5
+    text = "\n".join(lines)
+    sizes = (
+        "0.003146 GB cache (50 % of the experts)",
+        "0.0003932 GB overflow rows",
+        "on the host 0.006291 GB, pageable",
+    )
+    ways = ("policy lru, execution exact, prefetch off: ", "engine cpu, link not emulated")
+    for part in ("8 MoE layers x 16 experts, 8 slots each", *sizes, *ways, "proved: all 8 MoE layers", "/metrics"):
+        assert part in text
 
 
 def test_metrics_of_the_worker_process_appear_on_vllms_endpoint(server):

@@ -149,7 +149,7 @@ class Served:
 def served(reference):
     config = SERVED | {"execution": "speculative", "artifact": reference.artifact}
     with open_engine(TINY_MODEL, config) as llm:
-        allowed, line = look_ahead_of(llm).speculated_layers, layers(llm)[0].worker.describe()
+        allowed, line = look_ahead_of(llm).speculated_layers, "; ".join(layers(llm)[0].worker.describe())
         use(llm, Replay(reference.trace))
         before = speculated_by_layer(llm)
         _, gained = gains(llm, lambda: run_batch(llm))

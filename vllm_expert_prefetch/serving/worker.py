@@ -131,23 +131,27 @@ class Worker:
         self.publisher = self._publish(look_ahead, link_rate)
         for layer in layers:
             layer.look_ahead = look_ahead
-        compat.logger().info("%s", self.describe())
+        for line in self.describe():
+            compat.logger().info("expert_prefetch: %s", line)
 
-    def describe(self) -> str:
-        """The start-up line."""
+    def describe(self) -> list[str]:
+        """The lines of the start: what is offloaded, how it is served, what was proved, where to look."""
         layers, slots = self.layers, sorted(set(self._slots))
         experts = sorted({layer.local_num_experts for layer in layers})
         store, private, shared = self._host_bytes(), self._private_bytes, self._overflow_bytes()
         share = 100 * sum(self._slots) / sum(layer.local_num_experts for layer in layers)
-        link = self._link()
-        return (
-            f"expert_prefetch: {len(layers)} MoE layers x {_range(experts)} experts, {_range(slots)} slots each; "
-            f"{store / GB:.4g} GB on the host ({'page-locked' if self._is_pinned() else 'pageable'}), "
-            f"{private / GB:.4g} GB cache ({share:.0f} % of the experts), {shared / GB:.4g} GB overflow rows; "
-            f"policy {self.config.policy}, execution {self.execution}, prefetch {self.prefetch}; "
-            f"engine {self._engine_name()}, link {link or 'not emulated'}"
-            + (f"; sizing: {self._sizing}" if self._sizing else "")
-        )
+        num_served = sum(layer.cache is not None for layer in layers)
+        return [
+            f"{len(layers)} MoE layers x {_range(experts)} experts, {_range(slots)} slots each: {private / GB:.4g} GB "
+            f"cache ({share:.0f} % of the experts), {shared / GB:.4g} GB overflow rows; on the host {store / GB:.4g} "
+            f"GB, {'page-locked' if self._is_pinned() else 'pageable'}",
+            f"policy {self.config.policy}, execution {self.execution}, prefetch {self.prefetch}; engine "
+            f"{self._engine_name()}, link {self._link() or 'not emulated'}"
+            + (f"; sizing: {self._sizing}" if self._sizing else ""),
+            f"proved: all {len(layers)} MoE layers were taken over, {num_served} read their row spaces, and no other "
+            "copy of their experts can be reached",
+            "look: vllm_expert_prefetch_* on the server's /metrics, or vllm-expert-prefetch top URL",
+        ]
 
     def _publish(self, look_ahead: LookAhead | None, link_rate: float) -> Publisher:
         layers = self.layers

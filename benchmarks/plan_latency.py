@@ -49,12 +49,11 @@ def native_chunk(num_experts: int, steps: list[list[int]]) -> tuple[Callable[[],
     library.planner_init(state, num_experts, num_slots, 8, list(POLICIES).index("lru"))
     tensors = [torch.tensor(ids, dtype=torch.int32) for ids in steps]
     rows, words = torch.empty_like(tensors[0]), torch.zeros(num_slots, dtype=torch.int32)
-    loads = torch.zeros(num_experts, 2, dtype=torch.int32)
     plan, num_routed = library.planner_plan, len(rows)
 
     def chunk() -> None:
         for ids in tensors:
-            plan(state, words, ids, num_routed, rows, loads)
+            plan(state, words, ids, num_routed, rows, None)
 
     return chunk, state
 

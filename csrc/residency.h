@@ -73,22 +73,27 @@ constexpr const char* kWordNames = VEP_WORDS(VEP_WORD);
 // prefetch, not needed since.
 enum Flag : int64_t { kRanked = 1, kCold = 2, kInFlight = 4, kUntouched = 8, kWasDisplaced = 16 };
 
-// A view of one layer's state: `words(E, C)` int64 words, all of it in one allocation.
+// A view of one layer's state: `words(E, C)` int64 words, all of it in one allocation. Its sizes are read once:
+// compilers must read them anew after every write to the state otherwise.
 struct Layer {
   int64_t* header;
+  int64_t experts;
+  int64_t slots;
+
+  VEP_HD Layer(int64_t* state) : header(state), experts(state[kNumExperts]), slots(state[kNumSlots]) {}
 
   VEP_HD static int64_t words(int64_t num_experts, int64_t num_slots) {
     return kHeaderWords + 4 * num_experts + 2 * num_slots;
   }
-  VEP_HD int num_experts() const { return static_cast<int>(header[kNumExperts]); }
-  VEP_HD int num_slots() const { return static_cast<int>(header[kNumSlots]); }
+  VEP_HD int num_experts() const { return static_cast<int>(experts); }
+  VEP_HD int num_slots() const { return static_cast<int>(slots); }
   VEP_HD Policy policy() const { return static_cast<Policy>(header[kPolicy]); }
-  VEP_HD int64_t* slot_of() const { return header + kHeaderWords; }               // (E): slot or -1
-  VEP_HD int64_t* flags() const { return slot_of() + header[kNumExperts]; }       // (E): bits of Flag
-  VEP_HD int64_t* last() const { return flags() + header[kNumExperts]; }          // (E): tick of the last touch
-  VEP_HD int64_t* count() const { return last() + header[kNumExperts]; }          // (E): touches, kept after eviction
-  VEP_HD int64_t* expert_in() const { return count() + header[kNumExperts]; }     // (C): expert or -1
-  VEP_HD int64_t* free_slots() const { return expert_in() + header[kNumSlots]; }  // (C): a stack of num_free slots
+  VEP_HD int64_t* slot_of() const { return header + kHeaderWords; }   // (E): slot or -1
+  VEP_HD int64_t* flags() const { return slot_of() + experts; }       // (E): bits of Flag
+  VEP_HD int64_t* last() const { return flags() + experts; }          // (E): tick of the last touch
+  VEP_HD int64_t* count() const { return last() + experts; }          // (E): touches, kept after eviction
+  VEP_HD int64_t* expert_in() const { return count() + experts; }     // (C): expert or -1
+  VEP_HD int64_t* free_slots() const { return expert_in() + slots; }  // (C): a stack of num_free slots
 
   // The order-th of several experts that come cold at once.
   VEP_HD void rank_cold(int64_t expert, int64_t order) const {

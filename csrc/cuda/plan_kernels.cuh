@@ -119,7 +119,7 @@ struct Desk {
     int64_t* state = shared + kMaxWarps;
     for (int i = team.rank(); i < memory.num_words; i += team.size()) state[i] = memory.state[i];
     team.sync();
-    const Layer layer{state};
+    const Layer layer(state);
     const int num_experts = layer.num_experts(), num_slots = layer.num_slots();
     auto* scratch = reinterpret_cast<char*>(state + memory.num_words);
     auto* ids = reinterpret_cast<int32_t*>(scratch + Scratch::bytes(num_experts, num_slots));

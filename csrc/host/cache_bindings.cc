@@ -58,7 +58,7 @@ class EngineRef : public ObjectRef {
 class CacheObj : public Object {
  public:
   CacheObj(EngineRef engine, int32_t index, int64_t* state, int64_t* mirror)
-      : owner(std::move(engine)), engine(owner->engine), index(index), layer{state}, mirror(mirror) {}
+      : owner(std::move(engine)), engine(owner->engine), index(index), layer(state), mirror(mirror) {}
 
   SlotWords lane() const { return {engine.row_words(index)}; }
   void show() const { std::memcpy(mirror, layer.header, sizeof(int64_t) * kHeaderWords); }

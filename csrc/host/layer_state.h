@@ -23,12 +23,12 @@ inline void init_layer(int64_t* words, int64_t num_experts, int64_t num_slots, i
                                 " (its place in residency.POLICIES)");
   }
   std::memset(words, 0, sizeof(int64_t) * static_cast<size_t>(Layer::words(num_experts, num_slots)));
-  const Layer layer{words};
   words[kNumExperts] = num_experts;
   words[kNumSlots] = num_slots;
   words[kTopK] = top_k;
   words[kPolicy] = policy;
   words[kNumFree] = num_slots;
+  const Layer layer(words);
   for (int64_t expert = 0; expert < num_experts; ++expert) layer.slot_of()[expert] = kNone;
   for (int64_t slot = 0; slot < num_slots; ++slot) {
     layer.expert_in()[slot] = kNone;

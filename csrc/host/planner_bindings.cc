@@ -10,6 +10,7 @@
 namespace vep {
 namespace {
 
+using tvm::ffi::Optional;
 using tvm::ffi::String;
 using tvm::ffi::TensorView;
 
@@ -32,11 +33,11 @@ void Init(TensorView state, int64_t num_experts, int64_t num_slots, int64_t top_
 
 // The layer in a tensor that planner_init has written.
 Layer layer_in(const TensorView& state) {
-  const Layer layer{cpu_data<int64_t>(state, kHeaderWords, "state")};
-  const int64_t words = Layer::words(layer.header[kNumExperts], layer.header[kNumSlots]);
-  TVM_FFI_CHECK(layer.header[kNumExperts] > 0 && state.numel() == words, ValueError)
-      << "state has " << state.numel() << " words, a layer of " << layer.header[kNumExperts] << " experts and "
-      << layer.header[kNumSlots] << " slots has " << words << " (was it made by planner_init?)";
+  const Layer layer(cpu_data<int64_t>(state, kHeaderWords, "state"));
+  const int64_t words = Layer::words(layer.experts, layer.slots);
+  TVM_FFI_CHECK(layer.experts > 0 && state.numel() == words, ValueError)
+      << "state has " << state.numel() << " words, a layer of " << layer.experts << " experts and " << layer.slots
+      << " slots has " << words << " (was it made by planner_init?)";
   return layer;
 }
 
@@ -48,9 +49,9 @@ int64_t write_loads(const Workspace& work, int64_t num_loads, const TensorView& 
 
 // `ids`: int32 or int64, of which the first `num_real` are those of tokens; `rows`: of the same type and length,
 // written. `slot_words`: int32, one per slot, as slot_state.h has them. `loads`: int32 (n, 2), receives (expert, row)
-// of what is to be copied, whose number is returned.
+// of what is to be copied, if it is given. Returns how many these are.
 int64_t Plan(TensorView state, TensorView slot_words, TensorView ids, int64_t num_real, TensorView rows,
-             TensorView loads) {
+             Optional<TensorView> loads) {
   const Layer layer = layer_in(state);
   Workspace& work = Workspace::of_this_thread();
   const SlotWords lane{cpu_data<int32_t>(slot_words, layer.num_slots(), "slot_words")};
@@ -62,7 +63,7 @@ int64_t Plan(TensorView state, TensorView slot_words, TensorView ids, int64_t nu
                         work);
   };
   const StepCounts step = is_int64(ids) ? plan_as(int64_t{}) : plan_as(int32_t{});
-  return write_loads(work, step.num_misses, loads);
+  return loads ? write_loads(work, step.num_misses, *loads) : step.num_misses;
 }
 
 // Plans copies for `predicted` (int32 or int64), most wanted first; `loads` as above.

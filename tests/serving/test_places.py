@@ -1,0 +1,48 @@
+"""Where the counters of several engines go: each has a file and labels of its own, on one page."""
+
+from types import SimpleNamespace
+
+import pytest
+from counter_files import INFO
+from prometheus_client import CollectorRegistry, generate_latest
+
+from vllm_expert_prefetch.config import ExpertPrefetchConfig
+from vllm_expert_prefetch.metrics.collector import register_collector
+from vllm_expert_prefetch.metrics.counters import Counters
+from vllm_expert_prefetch.metrics.definitions import INDEX
+from vllm_expert_prefetch.metrics.runtime_dir import ENVIRONMENT_VARIABLE, ensure_runtime_dir
+from vllm_expert_prefetch.serving import compat
+from vllm_expert_prefetch.serving.worker import Worker
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """The file and labels that one more worker of this process gets."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv(ENVIRONMENT_VARIABLE, "")
+    monkeypatch.setattr(compat, "on_cuda_platform", lambda: False)
+    model = SimpleNamespace(served_model_name=["served"], model="folder")
+    parallel = SimpleNamespace(data_parallel_rank=0, rank=1)
+    vllm_config = SimpleNamespace(model_config=model, parallel_config=parallel)
+    return lambda: Worker(vllm_config, ExpertPrefetchConfig())._place()
+
+
+def test_two_engines_of_one_process_are_told_apart_and_both_are_shown(place):
+    counters = []
+    for hits in (3, 5):
+        counters.append(Counters(*place(), INFO))
+        counters[-1].add(INDEX["lookups_total/hit"], hits)
+    registry = CollectorRegistry()
+    register_collector(registry, ensure_runtime_dir())
+    page = generate_latest(registry).decode()
+    for engine, hits in (("0", 3), ("0.2", 5)):
+        labels = f'engine="{engine}",model_name="served",outcome="hit",rank="1"'
+        assert f"vllm_expert_prefetch_lookups_total{{{labels}}} {hits}.0" in page
+
+
+def test_an_engine_after_another_takes_its_labels(place):
+    first = Counters(*place(), INFO)
+    del first
+    path, labels = place()
+    assert labels == {"model_name": "served", "engine": "0", "rank": "1"}
+    assert not path.exists()

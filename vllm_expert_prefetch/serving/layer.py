@@ -15,7 +15,13 @@ from vllm_expert_prefetch.prediction.base import Signals
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.refusals import check_layer_refusals
 from vllm_expert_prefetch.serving.speculation import execute_instead
-from vllm_expert_prefetch.serving.takeover import TakeoverError, expert_parameters, keep_in_place, replace_rows
+from vllm_expert_prefetch.serving.takeover import (
+    CANNOT_RELOAD,
+    TakeoverError,
+    expert_parameters,
+    keep_in_place,
+    replace_rows,
+)
 from vllm_expert_prefetch.serving.worker import worker_of
 
 
@@ -69,7 +75,7 @@ class CachedRoutedExperts(RoutedExperts):
 
         def post_process_and_take_over(layer: torch.nn.Module) -> None:
             if self.is_taken_over:
-                raise TakeoverError("expert_prefetch: weights cannot be reloaded; restart the server instead")
+                raise TakeoverError(CANNOT_RELOAD)
             self._check_loaded()
             post_process(layer)
             self._take_over()
@@ -121,7 +127,7 @@ class CachedRoutedExperts(RoutedExperts):
     def load_weights(self, *args: Any, **kwargs: Any) -> Any:
         """vLLM's own, before the takeover; TakeoverError afterwards: the rows are not the experts."""
         if self.is_taken_over:
-            raise TakeoverError("expert_prefetch: weights cannot be reloaded; restart the server instead")
+            raise TakeoverError(CANNOT_RELOAD)
         return super().load_weights(*args, **kwargs)
 
     def forward_modular(

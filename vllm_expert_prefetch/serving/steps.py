@@ -5,6 +5,7 @@ from typing import Any
 from vllm_expert_prefetch.config import config_of
 from vllm_expert_prefetch.metrics.publish import Publisher
 from vllm_expert_prefetch.serving import compat
+from vllm_expert_prefetch.serving.takeover import CANNOT_RELOAD, TakeoverError
 from vllm_expert_prefetch.serving.worker import find_worker
 
 
@@ -22,8 +23,14 @@ def extend_worker() -> None:
         runner = getattr(self.worker, "model_runner", None)
         if runner is not None and is_asked_for:
             watch_steps(runner, self.vllm_config)
+            runner.reload_weights = refuse_reload
 
     WorkerWrapperBase.init_device = init_device_and_watch
+
+
+def refuse_reload(*args: Any, **kwargs: Any) -> None:
+    """Before vLLM has emptied the layers: the old weights keep serving."""
+    raise TakeoverError(CANNOT_RELOAD)
 
 
 def watch_steps(runner: Any, vllm_config: Any) -> None:

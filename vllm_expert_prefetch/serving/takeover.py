@@ -12,6 +12,9 @@ _NOT_PER_EXPERT = {"e_score_correction_bias", "hash_indices_table"}
 """Parameters with one row per expert that belong to the router."""
 
 
+CANNOT_RELOAD = f"{CONFIG_KEY}: weights cannot be reloaded; restart the server instead"
+
+
 class TakeoverError(RuntimeError):
     """A layer cannot be served from a cache. Start-up fails; nothing has been served."""
 

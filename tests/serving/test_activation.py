@@ -1,11 +1,13 @@
 """The `--plugin` flag, alone and together with every other way to set `additional_config`."""
 
+import dataclasses
 import json
 
 import pytest
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from vllm_expert_prefetch.config import ExpertPrefetchConfig, config_from_additional
 from vllm_expert_prefetch.serving.activation import deep_merge
 
 
@@ -90,3 +92,53 @@ def test_installing_twice_changes_nothing():
     register()
     assert op_registry_oot == before
     assert op_registry_oot["RoutedExperts"].__name__ == "CachedRoutedExperts"
+
+
+WRITTEN = {
+    "cache_gb": ("2.5", 2.5),
+    "cache_fraction": ("50%", 0.5),
+    "slots_per_layer": ("4", 4),
+    "policy": ("lfru", "lfru"),
+    "execution": ("exact", "exact"),
+    "prefetch": ("on", "on"),
+    "predictor": ("previous", "previous"),
+    "over_fetch": ("2", 2),
+    "lookahead_layers": ("3", 3),
+    "artifact": ("a/folder", "a/folder"),
+    "pin_memory": ("off", "off"),
+    "numa_node": ("1", 1),
+    "huge_pages": ("true", True),
+    "emulated_link_gbps": (".5", 0.5),
+    "emulated_link_latency_us": ("20", 20.0),
+    "planned_hit_rate": ("90 %", 0.9),
+    "metrics_per_layer": ("on", True),
+    "metrics_port": ("9400", 9400),
+}
+"""Every key: as people write it, and what it means."""
+SIZES = ("cache_gb", "cache_fraction", "slots_per_layer")
+
+
+def given_as(way, texts, folder):
+    """`additional_config` after these settings, key -> text, were given in one of the ways that there are."""
+    if way == "dotted":
+        pairs = [(f"--additional-config.expert_prefetch.{key}", text) for key, text in texts.items()]
+        return parse(*ASK, *(part for pair in pairs for part in pair))
+    if way == "json":
+        return parse("--additional-config", json.dumps({"expert_prefetch": texts}))
+    if way == "yaml":
+        lines = [f"    {key}: {text}\n" for key, text in texts.items()]
+        (folder / "config.yaml").write_text("additional-config:\n  expert_prefetch:\n" + "".join(lines))
+        return parse("--config", str(folder / "config.yaml"))
+    return {"expert_prefetch": dict(texts)}  # LLM(...) takes it as it is
+
+
+def test_every_key_is_written_here():
+    assert list(WRITTEN) == [entry.name for entry in dataclasses.fields(ExpertPrefetchConfig)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("way", ["dotted", "json", "yaml", "LLM"])
+def test_every_key_means_the_same_in_every_way_of_giving_it(way, size, tmp_path):
+    keys = [key for key in WRITTEN if key not in SIZES or key == size]
+    config = config_from_additional(given_as(way, {key: WRITTEN[key][0] for key in keys}, tmp_path))
+    assert {key: getattr(config, key) for key in keys} == {key: WRITTEN[key][1] for key in keys}

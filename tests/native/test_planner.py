@@ -1,5 +1,6 @@
 """The C++ planner decides as the Python specification does, step for step: rows, copies, whole state and totals."""
 
+import multiprocessing
 import random
 from array import array
 
@@ -172,8 +173,8 @@ def random_ids(rng, twins):
     return ids
 
 
-@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, PARTS))])
-def test_every_plan_is_that_of_the_specification(part):
+def walk_part(part):
+    """One of PARTS: random layers, random steps; AssertionError at the first difference."""
     rng = random.Random(f"native {part}")
     seen = set()
     for _ in range(NUM_STEPS // PARTS // STEPS_PER_WALK):
@@ -193,6 +194,16 @@ def test_every_plan_is_that_of_the_specification(part):
         for is_wide in (False, True):
             flags = [flags for name, wide, *flags in seen if (name, wide) == (policy, is_wide)]
             assert all(any(column) for column in zip(*flags, strict=True)), f"{policy}, {is_wide}: {flags}"
+
+
+def test_every_plan_is_that_of_the_specification():
+    walk_part(0)
+
+
+@pytest.mark.slow
+def test_every_plan_of_a_million_is_that_of_the_specification():
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        pool.map(walk_part, range(1, PARTS), chunksize=1)
 
 
 @pytest.mark.parametrize("num_slots", range(1, 13))

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import subprocess
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -47,18 +48,19 @@ def run_program(program: Path) -> "subprocess.CompletedProcess[str]":
 
 
 @pytest.fixture(scope="module")
-def objects(tmp_path_factory):
-    """The objects of csrc/host/ for a sanitizer, compiled when first asked for."""
-    made: dict[str, list[Path]] = {}
-
-    def of(sanitizer: str) -> list[Path]:
-        if sanitizer not in made:
-            folder = tmp_path_factory.mktemp("objects")
-            sources = [path for path in sorted((CSRC / "host").glob("*.cc")) if not binds_to_python(path)]
-            made[sanitizer] = [compile_program(["-c", path], folder / f"{path.stem}.o", sanitizer) for path in sources]
-        return made[sanitizer]
-
-    return of
+def programs(tmp_path_factory):
+    """(program, sanitizer) -> its executable, all compiled when first asked for, two at a time."""
+    folder = tmp_path_factory.mktemp("programs")
+    sources = [path for path in sorted((CSRC / "host").glob("*.cc")) if not binds_to_python(path)]
+    with ThreadPoolExecutor(2) as pool:
+        made: dict[tuple[str, str], Future[Path]] = {}
+        for sanitizer in SANITIZERS:
+            objects = [folder / f"{path.stem}-{sanitizer}.o" for path in sources]
+            list(pool.map(lambda path, to, by=sanitizer: compile_program(["-c", path], to, by), sources, objects))
+            for path in PROGRAMS:
+                to = folder / f"{path.stem}-{sanitizer}"
+                made[path.stem, sanitizer] = pool.submit(compile_program, [path, *objects], to, sanitizer)
+        yield made
 
 
 def binds_to_python(source: Path) -> bool:
@@ -67,8 +69,8 @@ def binds_to_python(source: Path) -> bool:
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: path.stem)
-def test_program_holds_its_property_under(program, sanitizer, objects, tmp_path):
-    done = run_program(compile_program([program, *objects(sanitizer)], tmp_path / program.stem, sanitizer))
+def test_program_holds_its_property_under(program, sanitizer, programs):
+    done = run_program(programs[program.stem, sanitizer].result())
     assert done.returncode == 0, done.stdout + done.stderr
 
 

@@ -40,7 +40,7 @@ def run_program(program: Path) -> "subprocess.CompletedProcess[str]":
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
     for prefix in ([], fixed_addresses):
         done = subprocess.run(
-            [*prefix, str(program)], env=environment, capture_output=True, text=True, timeout=120, check=False
+            [*prefix, str(program)], env=environment, capture_output=True, text=True, timeout=400, check=False
         )
         if "unexpected memory mapping" not in done.stderr:
             break

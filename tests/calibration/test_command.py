@@ -103,8 +103,8 @@ def test_the_command_makes_a_usable_artifact(tmp_path, capsys):
     guard = artifact.card.guard
     assert sorted(guard["candidates"]) == list(range(1, 7))
     assert guard["measured"][0]["layers"] == 6
-    assert set(artifact.card.allow_list) == set(guard["candidates"][: len(artifact.card.allow_list)])
-    assert "speculative execution is allowed in layers: " in printed
+    assert artifact.card.allow_list == []
+    assert f"allowed in no layer: {guard['tokens']} decoded tokens decide nothing, 1000 are needed" in printed
 
 
 @pytest.mark.parametrize(

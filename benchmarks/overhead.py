@@ -118,7 +118,7 @@ def main() -> int:
             if not options.json:
                 print(rows[-1])
     full = [row["tpot_ratio"] for row in rows if float(row["residency"]) == 1]
-    result = {"model": options.model.rstrip("/").split("/")[-1], "tpot_ratio": max(full), "rows": rows}
+    result = {"model": options.model.rstrip("/").split("/")[-1], "tpot_ratio": max(full, default=None), "rows": rows}
     finish(options.name, result, options)
     return 0
 

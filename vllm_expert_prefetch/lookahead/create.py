@@ -33,11 +33,7 @@ def why_not(config: ExpertPrefetchConfig, num_layers: int, caches: Caches | None
         reason = "every expert has a slot"
     elif caches.on_device and breaks_graphs:
         reason = "vLLM interrupts its CUDA graphs without joining other streams: VLLM_USE_BREAKABLE_CUDAGRAPH=0 helps"
-    if config.lookahead_layers >= max(num_layers, 2):
-        raise ConfigError(
-            f"{CONFIG_KEY}: lookahead_layers is {config.lookahead_layers} and the model has {num_layers} MoE layers: "
-            f"set it to {max(num_layers - 1, 1)} at most, or prefetch to off"
-        )
+    check_distance(config, num_layers, "MoE layers")
     if reason and speculates:
         raise ConfigError(f"{CONFIG_KEY}: execution is speculative and cannot be: {reason}. Set execution to exact")
     if reason and config.prefetch == "on" and caches is not None:
@@ -46,6 +42,15 @@ def why_not(config: ExpertPrefetchConfig, num_layers: int, caches: Caches | None
     if reason is None and config.prefetch == AUTO and not has_link and not speculates:
         reason = "there is no link to hide: records are copied within host memory"
     return f"off: {reason}" if reason else None
+
+
+def check_distance(config: ExpertPrefetchConfig, num_layers: int, what: str) -> None:
+    """Raise ConfigError where `lookahead_layers` reaches beyond the model's `num_layers`, which are `what`."""
+    if config.lookahead_layers >= max(num_layers, 2):
+        raise ConfigError(
+            f"{CONFIG_KEY}: lookahead_layers is {config.lookahead_layers} and the model has {num_layers} {what}: "
+            f"set it to {max(num_layers - 1, 1)} at most, or prefetch to off"
+        )
 
 
 def create_look_ahead(

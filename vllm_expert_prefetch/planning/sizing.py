@@ -79,8 +79,7 @@ def size_cache(
             layers, [config.slots_per_layer] * len(layers), f"slots_per_layer = {config.slots_per_layer}", page
         )
     if config.cache_fraction is not None:
-        # 0.29 of 100 is 29, not 28.999...
-        slots = [int(config.cache_fraction * layer.num_experts + 1e-9) for layer in layers]
+        slots = [share_of(layer.num_experts, config.cache_fraction) for layer in layers]
         return _checked(layers, slots, f"cache_fraction = {config.cache_fraction}", page)
     if config.cache_gb is not None:
         spare = config.cache_gb * GB - sum(layer.bytes for layer in layers)
@@ -95,6 +94,11 @@ def size_cache(
         return _checked(layers, _most(layers, budget.cache_bytes, page), source, page)
     half = [max(layer.top_k, int(DEFAULT_CPU_FRACTION * layer.num_experts)) for layer in layers]
     return _checked(layers, half, "automatic sizing", page)
+
+
+def share_of(num_experts: int, fraction: float) -> int:
+    """Slots of a layer that `cache_fraction` gives: 0.29 of 100 is 29, not 28.999..."""
+    return int(fraction * num_experts + 1e-9)
 
 
 def _most(layers: Sequence[LayerShape], num_bytes: float, page: int) -> list[int]:

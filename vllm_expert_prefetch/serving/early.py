@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, ConfigError, ExpertPrefetchConfig
+from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, OFF, ConfigError, ExpertPrefetchConfig
+from vllm_expert_prefetch.lookahead.create import check_distance
+from vllm_expert_prefetch.planning.sizing import share_of
 from vllm_expert_prefetch.prediction import ArtifactError
 from vllm_expert_prefetch.prediction.artifact import load_card
 
@@ -16,11 +18,8 @@ def check_settings(vllm_config: Any, config: ExpertPrefetchConfig) -> None:
     model = vllm_config.model_config
     _check_slots(config, model.get_num_experts(), getattr(model.hf_text_config, "num_experts_per_tok", None))
     num_layers = getattr(model.hf_text_config, "num_hidden_layers", None)
-    if isinstance(num_layers, int) and config.prefetch != "off" and config.lookahead_layers >= max(num_layers, 2):
-        raise ConfigError(
-            f"{CONFIG_KEY}: lookahead_layers is {config.lookahead_layers} and the model has {num_layers} layers: set "
-            f"it to {max(num_layers - 1, 1)} at most, or prefetch to off"
-        )
+    if isinstance(num_layers, int) and config.prefetch != OFF:
+        check_distance(config, num_layers, "layers")
     if config.artifact is None and config.predictor not in _WITHOUT_ARTIFACT:
         raise ConfigError(
             f"{CONFIG_KEY}: predictor {config.predictor} needs an artifact: vllm-expert-prefetch calibrate makes one"
@@ -33,7 +32,7 @@ def _check_slots(config: ExpertPrefetchConfig, num_experts: int, top_k: Any) -> 
     """Models whose layers differ tell lists, or nothing: their layers are checked when they are loaded."""
     slots, key = config.slots_per_layer, "slots_per_layer"
     if config.cache_fraction is not None:
-        slots, key = int(config.cache_fraction * num_experts + 1e-9), "cache_fraction"
+        slots, key = share_of(num_experts, config.cache_fraction), "cache_fraction"
     if slots is None:
         return
     given = f"{CONFIG_KEY}: {key} = {getattr(config, key)} gives {slots} slots per layer"

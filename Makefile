@@ -84,8 +84,12 @@ lint: setup  ## ruff, mypy and clang-format
 check: lint  ## lint, and the quick tests that start no engine
 	$(BIN)/pytest -m "not engine and not slow" $(PYTEST_ARGS)
 
+# On two cores; then, with nothing beside them, the tests that measure time. Pytest's status 5: there are none.
 test: setup  ## The whole test suite
-	$(BIN)/pytest $(PYTEST_ARGS)
+	@status=0; \
+	$(BIN)/pytest -n 2 --dist loadfile -m "not alone" $(PYTEST_ARGS) || [ $$? = 5 ] || status=1; \
+	$(BIN)/pytest -m alone $(PYTEST_ARGS) || [ $$? = 5 ] || status=1; \
+	exit $$status
 
 # Not in .venv: vLLM's CPU build behaves differently beside Triton.
 test-triton: setup  ## The Triton kernel in Triton's interpreter

@@ -3,20 +3,34 @@
 
 #include <cstdint>
 
+#ifndef VEP_HD
+#ifdef __CUDACC__
+#define VEP_HD __host__ __device__
+#else
+#define VEP_HD
+#endif
+#endif
+
 namespace vep {
 
 inline constexpr int kMaxSegments = 16;
 inline constexpr int64_t kVectorBytes = 16;
 
 // One expert tensor (w13, w2, scales...). Expert e's row in the host store is at store + e * store_stride; row r of the
-// row space is at rows + r * row_bytes. All are multiples of kVectorBytes where the GPU copies; addresses are valid
-// there.
+// row space is at rows + r * row_bytes. Where the GPU copies, all but row_bytes are multiples of kVectorBytes, and
+// addresses are valid there. Rows of scales may be as short as a byte.
 struct Segment {
   const char* store;
   int64_t store_stride;
   char* rows;
   int64_t row_bytes;
 };
+
+// 16-byte vectors of a row, of which the last may be a part of one.
+VEP_HD constexpr int64_t vectors_of(int64_t row_bytes) {
+  return (row_bytes + kVectorBytes - 1) / kVectorBytes;
+}
+
 constexpr int kSegmentWords = 4;  // of one segment in a table of int64
 
 // Passed to kernels by value: it lands in constant memory, and a graph keeps it, so addresses must not change.

@@ -49,6 +49,18 @@ def layer_refusals_table() -> str:
     return _refusal_rows(LAYER_REFUSALS)
 
 
+def formats_table() -> str:
+    """One row per quantised format with a test, and the kernels that it is shown with."""
+    from formats.checkpoints import CASES, PUBLISHED
+
+    kernels = ("marlin", "triton")
+    rows = [
+        (what, *("bit-equal" if (name, kernel) in CASES else "" for kernel in kernels))
+        for name, what in PUBLISHED.items()
+    ]
+    return _table(("format", *(f"`--moe-backend {kernel}`" for kernel in kernels)), rows)
+
+
 def _refusal_rows(refusals: Iterable[Any]) -> str:
     rows = [(refusal.what, f"`{refusal.flag}`", refusal.remedy) for refusal in refusals]
     return _table(("what", "asked for by", "remedy"), rows)
@@ -58,6 +70,7 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "config": (DOCS / "configuration.md", config_table),
     "metrics": (DOCS / "metrics.md", metrics_table),
     "refusals": (DOCS / "compatibility.md", refusals_table),
+    "formats": (DOCS / "compatibility.md", formats_table),
     "layer_refusals": (DOCS / "compatibility.md", layer_refusals_table),
 }
 

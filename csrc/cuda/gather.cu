@@ -29,9 +29,10 @@ void check_between(int64_t value, int64_t low, int64_t high, const char* what) {
 Segment segment_of(int64_t index, const int64_t* row) {
   const char* names[kSegmentWords] = {"store address", "store stride", "address of the rows", "row bytes"};
   for (int i = 0; i < kSegmentWords; ++i) {
-    if (row[i] % kVectorBytes != 0 || row[i] < 0 || (row[i] == 0 && i != 1)) {
+    const int64_t unit = i == 3 ? 1 : kVectorBytes;
+    if (row[i] % unit != 0 || row[i] < 0 || (row[i] == 0 && i != 1)) {
       TVM_FFI_THROW(ValueError) << "segment " << index << ": " << names[i] << " is " << row[i]
-                                << ", must be a positive multiple of " << kVectorBytes;
+                                << ", must be a positive multiple of " << unit;
     }
   }
   check_between(row[3], 1, kMaxRecordBytes, "row bytes");
@@ -51,13 +52,13 @@ RecordLayout layout_of(const TensorView& table, int64_t num_experts) {
   RecordLayout layout{};
   layout.num_segments = static_cast<int32_t>(table.size(0));
   layout.num_experts = static_cast<int32_t>(num_experts);
-  int64_t record_bytes = 0;
+  int64_t record_vectors = 0;
   for (int64_t i = 0; i < layout.num_segments; ++i) {
     layout.segments[i] = segment_of(i, rows + kSegmentWords * i);
-    record_bytes += layout.segments[i].row_bytes;
+    record_vectors += vectors_of(layout.segments[i].row_bytes);
   }
-  check_between(record_bytes, 1, kMaxRecordBytes, "bytes of a record");
-  layout.record_vectors = static_cast<int32_t>(record_bytes / kVectorBytes);
+  check_between(record_vectors * kVectorBytes, 1, kMaxRecordBytes, "bytes of a record");
+  layout.record_vectors = static_cast<int32_t>(record_vectors);
   return layout;
 }
 
@@ -89,7 +90,7 @@ cudaStream_t stream_of(int64_t handle) {
   return reinterpret_cast<cudaStream_t>(handle);
 }
 
-// Bytes of a record; ValueError, with the number, for a layout that the kernels do not take.
+// Bytes of a record, in whole vectors; ValueError, with the number, for a layout that the kernels do not take.
 int64_t CheckLayout(TensorView table, int64_t num_experts) {
   return layout_of(table, num_experts).record_vectors * kVectorBytes;
 }

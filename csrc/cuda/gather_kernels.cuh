@@ -79,18 +79,38 @@ __device__ void copy_vectors(const uint4* source, uint4* target, int32_t count) 
   }
 }
 
+// By the whole block. For the short rows that are no multiple of a vector.
+template <class Unit>
+__device__ void copy_units(const char* source, char* target, int32_t num_bytes) {
+  const int32_t count = num_bytes / static_cast<int32_t>(sizeof(Unit));
+  VEP_PRAGMA(unroll 1)
+  for (int32_t i = static_cast<int32_t>(threadIdx.x); i < count; i += kThreads) {
+    reinterpret_cast<Unit*>(target)[i] = reinterpret_cast<const Unit*>(source)[i];
+  }
+}
+
 // Vectors [first, last) of a record, counted through its segments in order. By the whole block.
 __device__ void copy_part(const RecordLayout& layout, const Load& load, int32_t first, int32_t last) {
   int32_t start = 0;
   for (int i = 0; i < layout.num_segments && start < last; ++i) {
     const Segment& segment = layout.segments[i];
-    const int32_t length = static_cast<int32_t>(segment.row_bytes / kVectorBytes);
+    const int32_t length = static_cast<int32_t>(vectors_of(segment.row_bytes));
     const int32_t from = max(first - start, 0);
     const int32_t to = min(last - start, length);
     if (from < to) {
-      const char* source = segment.store + load.expert * segment.store_stride;
-      char* target = segment.rows + load.row * segment.row_bytes;
-      copy_vectors(reinterpret_cast<const uint4*>(source) + from, reinterpret_cast<uint4*>(target) + from, to - from);
+      const char* source = segment.store + load.expert * segment.store_stride + from * kVectorBytes;
+      char* target = segment.rows + load.row * segment.row_bytes + from * kVectorBytes;
+      if (segment.row_bytes % kVectorBytes == 0) {
+        copy_vectors(reinterpret_cast<const uint4*>(source), reinterpret_cast<uint4*>(target), to - from);
+      } else {
+        const int64_t end = to == length ? segment.row_bytes : to * kVectorBytes;
+        const auto num_bytes = static_cast<int32_t>(end - from * kVectorBytes);
+        if (segment.row_bytes % 4 == 0) {
+          copy_units<uint32_t>(source, target, num_bytes);
+        } else {
+          copy_units<uint8_t>(source, target, num_bytes);
+        }
+      }
     }
     start += length;
   }

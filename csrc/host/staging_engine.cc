@@ -34,10 +34,6 @@ void check_array(const void* data, int64_t count) {
                                 " address");
 }
 
-nanoseconds since(Time start) {
-  return std::chrono::duration_cast<nanoseconds>(Clock::now() - start);
-}
-
 }  // namespace
 
 StagingEngine::Layer::Layer(ExpertRecords layer_records)
@@ -155,7 +151,9 @@ DemandResult StagingEngine::demand(int32_t index, const int32_t* loads, int64_t 
   const Time waits_from = Clock::now();
   for (const int32_t* word : awaited_) lane_->wait_for(word);
   lane_->end_demand();
-  return {num_claimed, since(started).count(), awaited_.empty() ? 0 : since(waits_from).count()};
+  const Time ended = Clock::now();
+  const auto late_ns = awaited_.empty() ? 0 : (ended - waits_from).count();
+  return {num_claimed, (ended - started).count(), late_ns};
 }
 
 // Claims what has not started, and asks the lane to hurry with what has.

@@ -4,6 +4,7 @@ import gc
 import os
 import shutil
 import stat
+import sys
 
 import pytest
 from counter_files import INFO, Worker, labels, make_counters
@@ -129,6 +130,20 @@ def test_the_file_goes_when_its_process_ends_and_not_when_a_forked_child_does(tm
     """)
     assert output.strip() == "True"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_counters_end_in_silence_when_their_folder_has_become_a_file(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    counters = make_counters(folder)
+    shutil.rmtree(folder)
+    folder.touch()
+    with pytest.MonkeyPatch.context() as patch:
+        unraisable = []
+        patch.setattr(sys, "unraisablehook", unraisable.append)
+        del counters
+        gc.collect()
+    assert unraisable == []
 
 
 def test_a_file_that_was_removed_is_written_anew_with_what_it_held(tmp_path):

@@ -1,4 +1,4 @@
-"""What setup.py decides, and what nvcc makes of csrc/cuda/: every target, no warning, no spill, 16-byte loads."""
+"""What setup.py decides, and the machine code nvcc makes of csrc/cuda/ for every target: no spill, 16-byte loads."""
 
 import os
 import re
@@ -163,23 +163,11 @@ def test_the_digest_follows_every_source_of_its_own_library(tmp_path):
     assert {part: source_digest(tmp_path, part) for part in before} == before
 
 
-def test_every_target_compiles_without_a_warning(cuda_build):
-    library, log = cuda_build
-    assert library.exists()
-    assert "warning" not in log
-
-
-def test_no_kernel_spills_registers_on_any_target(cuda_build):
-    parts = re.split(r"Compiling entry function '(\w+)' for '(\w+)'", cuda_build[1])
-    assert {f"sm_{arch}" for arch in load_setup().CUDA_ARCHS} == set(parts[2::3])
-    for kernel, target, usage in zip(parts[1::3], parts[2::3], parts[3::3], strict=True):
-        assert re.search(r"\b0 bytes spill stores, 0 bytes spill loads", usage), (kernel, target, usage)
-
-
 @needs_disassembler
 @pytest.mark.parametrize("arch", load_setup().CUDA_ARCHS)
-def test_kernels_use_no_local_memory_and_copy_16_bytes_at_a_time(cuda_build, arch):
-    kernels = disassemble(cuda_build[0], f"sm_{arch}")
+def test_kernels_spill_no_register_and_copy_16_bytes_at_a_time(cuda_build, arch):
+    """A kernel that spills registers, or keeps anything else in local memory, has instructions for that memory."""
+    kernels = disassemble(cuda_build, f"sm_{arch}")
     assert [name for name, code in kernels.items() if re.search(r"\b(STL|LDL)\b", code)] == []
     for copying in COPYING:
         # A mangled name has its length in front: plan_prefetch_kernel is another one.

@@ -12,7 +12,7 @@ NUM_WORDS = len(Words._fields)
 
 @pytest.fixture(scope="module")
 def library(cuda_build):
-    return tvm_ffi.load_module(str(cuda_build[0]))
+    return tvm_ffi.load_module(str(cuda_build))
 
 
 def table(*rows):
@@ -31,7 +31,13 @@ def test_a_record_is_all_its_rows(library):
     assert library.check_layout(table(GOOD, [65536, 256, 4096, 48]), 4) == 176
 
 
-@pytest.mark.parametrize("column", range(4))
+@pytest.mark.parametrize("row_bytes", [1, 4, 18, 33])
+def test_rows_of_scales_may_have_any_length(library, row_bytes):
+    whole_vectors = -(-row_bytes // 16) * 16
+    assert library.check_layout(table(GOOD, [65536, 256, 4096, row_bytes]), 4) == 128 + whole_vectors
+
+
+@pytest.mark.parametrize("column", range(3))
 def test_what_is_no_multiple_of_16_is_refused_with_segment_and_number(library, column):
     bad = list(GOOD)
     bad[column] += 8

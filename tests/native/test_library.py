@@ -56,7 +56,7 @@ def test_importing_the_package_loads_nothing_and_leaves_cuda_to_forked_children(
 
 @pytest.mark.parametrize("part", ["host", "cuda"])
 def test_loading_a_library_leaves_cuda_to_forked_children(part, request):
-    file = request.getfixturevalue("cuda_build")[0] if part == "cuda" else request.getfixturevalue("built")
+    file = request.getfixturevalue("cuda_build") if part == "cuda" else request.getfixturevalue("built")
     output = run_python(f"""
         import os
         from pathlib import Path

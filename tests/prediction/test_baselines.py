@@ -55,6 +55,14 @@ def test_the_previous_tokens_experts_come_back_one_step_later():
     assert predictor.predict(0, routed([[1, 2]] * 4), 4).ids.tolist() == [[6, 1]] * 3 + [[2, 4]]
 
 
+def test_what_was_guessed_stays_when_the_truth_is_noted():
+    predictor = PreviousPredictor(make_gates())
+    predictor.observe(1, routed([[3, 1]]))
+    guess = predictor.predict(0, routed([[0, 2]]), 2)
+    predictor.observe(1, routed([[5, 4]]))
+    assert guess.ids.tolist() == [[3, 1]]
+
+
 def test_the_last_layer_speaks_of_the_next_tokens_first_layer():
     predictor = PreviousPredictor(make_gates())
     predictor.observe(0, routed([[3, 5]]))

@@ -25,7 +25,10 @@ def open_engine(model: Path | str, config: dict[str, Any] | bool | None, **optio
     """A vLLM `LLM` in this process. `config`: the plugin's configuration, None for an engine that does not ask."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.model_executor.models import registry
 
+    # vLLM looks at a model's class in a process of its own, which takes 10 s for every new class; here it need not.
+    registry._run_in_subprocess = lambda look: look()
     if config is not None:
         options["additional_config"] = {"expert_prefetch": config}
     defaults = {"enforce_eager": True, "max_model_len": 512, "max_num_seqs": 16, "enable_prefix_caching": False}

@@ -12,8 +12,8 @@ from vllm.engine.arg_utils import EngineArgs
 
 from vllm_expert_prefetch.config import ConfigError
 from vllm_expert_prefetch.serving import compat
+from vllm_expert_prefetch.serving.expert_tensors import TakeoverError
 from vllm_expert_prefetch.serving.refusals import REFUSALS
-from vllm_expert_prefetch.serving.takeover import TakeoverError
 
 
 def create_config(model=TINY_MODEL, config=None, **options):
@@ -105,11 +105,20 @@ def drop_one_expert(tensors):
 
 
 @pytest.mark.engine
-@pytest.mark.parametrize("damage", [truncate, cut_attention])
-def test_a_damaged_checkpoint_fails_as_in_plain_vllm(damage, model_copy):
+def test_a_weight_that_is_too_small_fails_as_in_plain_vllm(model_copy):
+    cut_attention(model_copy)
+    with pytest.raises(RuntimeError) as failure:
+        open_engine(model_copy, None).__enter__()
+    with pytest.raises(RuntimeError) as ours:
+        open_engine(model_copy, True).__enter__()
+    assert str(ours.value) == str(failure.value)
+
+
+@pytest.mark.engine
+def test_a_server_of_a_damaged_checkpoint_ends_with_vllms_error(model_copy):
     from servers import serve
 
-    damage(model_copy)
+    truncate(model_copy)
     with serve("--plugin", "expert_prefetch", model=model_copy) as running:
         assert running.process.wait(120) != 0
         log = running.log.read_text()

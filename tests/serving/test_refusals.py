@@ -12,6 +12,7 @@ from vllm_expert_prefetch.serving import compat, refusals
 from vllm_expert_prefetch.serving.refusals import (
     LAYER_REFUSALS,
     REFUSALS,
+    check_kernel,
     check_layer_refusals,
     check_libraries,
     check_refusals,
@@ -120,17 +121,26 @@ class Method(UnquantizedFusedMoEMethod):
         return self._monolithic
 
 
-QUANTISED = SimpleNamespace(is_monolithic=False)
+class MarlinExperts:
+    """By its name one of those that are served."""
+
+
+class HummingIndexedExperts:
+    """By its name one of those that are not."""
+
+
+def quantised(kernel):
+    """A quantisation method of vLLM that has built `kernel`."""
+    return SimpleNamespace(is_monolithic=False, moe_kernel=kernel and SimpleNamespace(fused_experts=kernel))
 
 
 @pytest.mark.parametrize(
     ("method", "number"),
     [
         (Method(monolithic=True), 0),
-        (QUANTISED, 1),
-        (None, 1),
-        (Method("FLASHINFER_CUTLASS"), 2),
-        (Method("BATCHED_TRITON"), 2),
+        (SimpleNamespace(is_monolithic=True), 0),
+        (Method("FLASHINFER_CUTLASS"), 1),
+        (Method("BATCHED_TRITON"), 1),
     ],
 )
 def test_a_layer_is_refused_by_its_kernel(method, number):
@@ -146,7 +156,20 @@ def test_a_layer_with_rows_of_its_own_is_served(backend):
 
 
 def test_every_layer_refusal_has_a_case():
-    assert len(LAYER_REFUSALS) == 3
+    assert len(LAYER_REFUSALS) == 2
+
+
+@pytest.mark.parametrize("kernel", [HummingIndexedExperts(), None])
+def test_quantised_experts_are_refused_by_the_kernel_that_was_built(kernel):
+    with pytest.raises(
+        ConfigError, match=r"SimpleNamespace with the kernel .* \(layer layer\.7\).*--moe-backend marlin"
+    ):
+        check_kernel("layer.7", quantised(kernel))
+
+
+def test_quantised_experts_with_a_kernel_that_is_known_are_served():
+    check_layer_refusals("layer.7", quantised(MarlinExperts()))
+    check_kernel("layer.7", quantised(MarlinExperts()))
 
 
 @pytest.mark.parametrize(("on_gpu", "missing"), [(False, "host"), (True, "host"), (True, "cuda")])
@@ -169,4 +192,4 @@ def test_the_cpu_platform_needs_no_cuda_library(monkeypatch, tmp_path):
 @pytest.mark.parametrize(("name", "table"), [("refusals", refusals_table), ("layer_refusals", layer_refusals_table)])
 def test_the_documented_table_is_the_code(name, table):
     assert documented(name) == table(), "python tests/doc_tables.py brings it up to date"
-    assert len(getattr(refusals, name.upper())) > 2
+    assert len(getattr(refusals, name.upper())) > 1

@@ -3,7 +3,7 @@
 import pytest
 from engines import TINY_MODEL, greedy, open_engine, prompts
 
-from vllm_expert_prefetch.serving.takeover import TakeoverError
+from vllm_expert_prefetch.serving.expert_tensors import TakeoverError
 
 
 @pytest.mark.engine

@@ -1,12 +1,15 @@
 """The plugin as a user meets it: `vllm serve`, the OpenAI endpoint, /metrics, and signals."""
 
+import contextlib
+import os
 import re
 import signal
-import threading
 import time
 
+import httpx
 import pytest
-from engines import prompts
+from engines import TINY_MODEL, prompts
+from processes import run_python
 from servers import Server, serve
 
 pytestmark = pytest.mark.engine
@@ -104,47 +107,51 @@ def assert_ends_cleanly(running: Server) -> None:
     assert list(running.runtime.iterdir()) == []
 
 
+@pytest.mark.alone
 def test_sigterm_during_generation_ends_everything_within_ten_seconds():
     with serve(*ASK) as running:
         running.wait_ready()
         running.complete("In the beginning", 2)  # the first request compiles the sampler: seconds in which nothing ends
-        client = threading.Thread(target=_complete_until_cut_off, args=(running,))
-        client.start()
-        time.sleep(0.5)
-        assert_ends_cleanly(running)
-        client.join(10)
+        body = {"model": "demo", "prompt": "In the beginning", "max_tokens": 500, "n": 16, "ignore_eos": True}
+        with httpx.stream("POST", f"{running.url}/v1/completions", json={**body, "stream": True}, timeout=30) as answer:
+            lines = answer.iter_lines()
+            assert next(lines).startswith("data: ")
+            assert_ends_cleanly(running)
+            with contextlib.suppress(httpx.HTTPError):
+                assert not any('"finish_reason":"length"' in line for line in lines), "it was not amid a generation"
 
 
-def _complete_until_cut_off(running: Server) -> None:
-    import httpx
-
-    with pytest.raises(httpx.HTTPError):
-        running.complete("In the beginning", 500)
-
-
+@pytest.mark.alone
 def test_sigterm_during_load_ends_everything_within_ten_seconds():
     with serve(*ASK) as running:
         wait_for_line(running, "Starting to load model")
         assert_ends_cleanly(running)
 
 
+def test_several_api_servers_show_the_same_workers():
+    with serve(*ASK, "--api-server-count", "2") as running:
+        running.wait_ready()
+        running.complete("In the beginning", 8)
+        pages = [running.metrics() for _ in range(6)]
+    for name in ("lookups_total", "steps_total", "tpot_seconds_count"):
+        seen = [total(page, name) for page in pages]
+        assert min(seen) == max(seen) > 0, name
+
+
 def test_a_killed_server_leaves_nothing_that_the_next_one_does_not_clean():
     with serve(*ASK) as running:
-        running.wait_ready()
-        killed = next(running.runtime.iterdir())
+        wait_for_line(running, "vllm_expert_prefetch_* on the server's /metrics")
+        (killed,) = running.runtime.iterdir()
         for pid in running.descendants():
-            _kill(pid)
+            os.kill(pid, signal.SIGKILL)
         running.process.wait(10)
         assert killed.exists()
-        with serve(*ASK, environment={"XDG_RUNTIME_DIR": str(running.runtime)}) as successor:
-            successor.wait_ready()
-            assert not killed.exists()
-
-
-def _kill(pid: int) -> None:
-    import os
-
-    os.kill(pid, signal.SIGKILL)
+        check_config = f"""
+            from vllm.engine.arg_utils import EngineArgs
+            EngineArgs({str(TINY_MODEL)!r}, additional_config={{"expert_prefetch": True}}).create_engine_config()
+        """
+        run_python(check_config, {"XDG_RUNTIME_DIR": str(running.runtime)})
+        assert not killed.exists()
 
 
 def wait_for_line(running: Server, text: str, seconds: float = 120) -> None:
@@ -168,13 +175,3 @@ def test_tensor_parallel_workers_give_the_same_text_and_are_told_apart(stock_tex
     by_rank = [total(metrics, "lookups_total", rank=rank) for rank in ("0", "1")]
     assert by_rank[0] == by_rank[1] > 0
     assert total(metrics, "experts", rank="1") == 128
-
-
-def test_several_api_servers_show_the_same_workers():
-    with serve(*ASK, "--api-server-count", "2") as running:
-        running.wait_ready()
-        running.complete("In the beginning", 8)
-        pages = [running.metrics() for _ in range(6)]
-    for name in ("lookups_total", "steps_total", "tpot_seconds_count"):
-        seen = [total(page, name) for page in pages]
-        assert min(seen) == max(seen) > 0, name

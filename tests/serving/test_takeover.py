@@ -1,111 +1,83 @@
 """Once the row space is in place, no old expert tensor may be reachable from a layer: kernels keep references."""
 
-from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from test_expert_tensors import Holder, Layer
 
-from vllm_expert_prefetch.serving.takeover import (
-    TakeoverError,
-    expert_parameters,
-    reachable_tensors,
-    replace_rows,
-    verify_taken_over,
-)
+from vllm_expert_prefetch.serving.expert_tensors import TakeoverError, find_expert_tensors
+from vllm_expert_prefetch.serving.takeover import replace_rows, verify_rows, verify_taken_over
 
 E = 16
 
 
-class Kernel(nn.Module):
-    """Stands for vLLM's quant method and kernel: `held` is what it captured before the takeover."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.held: object = None
-
-
-class Layer(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.w13_weight = nn.Parameter(torch.randn(E, 6, 8), requires_grad=False)
-        self.w13_bias = nn.Parameter(torch.randn(E, 6), requires_grad=False)
-        self.e_score_correction_bias = nn.Parameter(torch.randn(E), requires_grad=False)
-        self.quant_method = Kernel()
-
-
-@dataclass
-class QuantConfig:
-    bias: torch.Tensor
-
-
-Kernel.__module__ = QuantConfig.__module__ = "vllm.test"  # the walk follows vLLM's objects only
-
-
-def rows_for(layer: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: torch.zeros_like(parameter) for name, parameter in expert_parameters(layer, E).items()}
-
-
-def test_parameters_of_the_router_are_left_alone():
-    assert set(expert_parameters(Layer(), E)) == {"w13_weight", "w13_bias"}
-
-
-def test_an_unknown_parameter_with_a_row_per_expert_is_refused():
-    layer = Layer()
-    layer.mystery = nn.Parameter(torch.zeros(E, 3))
-    with pytest.raises(TakeoverError, match=r"mystery \(16, 3\)"):
-        expert_parameters(layer, E)
-
-
-def test_a_transposed_parameter_is_refused():
-    layer = Layer()
-    layer.w2_weight = nn.Parameter(torch.zeros(E, 8, 6).transpose(1, 2), requires_grad=False)
-    with pytest.raises(TakeoverError, match="w2_weight"):
-        expert_parameters(layer, E)
+def take_over(layer: Layer) -> dict[str, torch.Tensor]:
+    """The rows that took the place of the layer's tensors."""
+    found = find_expert_tensors(layer, E)
+    rows = {name: torch.zeros_like(tensor.rows) for name, tensor in found.items()}
+    replace_rows(layer, found, rows)
+    verify_rows(layer.layer_name, found)
+    return rows
 
 
 def test_a_kernel_that_keeps_the_parameter_object_sees_the_row_space():
-    layer = Layer()
-    layer.quant_method.held = QuantConfig(layer.w13_bias)
-    rows = rows_for(layer)
-    replace_rows(layer, rows)
+    layer = Layer(w13_bias=torch.randn(E, 6))
+    layer.quant_method.held = Holder(bias=layer.w13_bias)
+    rows = take_over(layer)
     assert layer.quant_method.held.bias.data_ptr() == rows["w13_bias"].data_ptr()
     assert layer.w13_bias.data_ptr() == rows["w13_bias"].data_ptr()
 
 
-def test_the_loader_no_longer_sees_the_rows_as_parameters():
-    layer = Layer()
-    replace_rows(layer, rows_for(layer))
+def test_the_loader_no_longer_sees_parameters():
+    """It would move them back to the host: what is one per layer too, which the kernel reads where it is."""
+    layer = Layer(e_score_correction_bias=torch.randn(E), w13_input_scale=torch.tensor(3.0))
+    scale = layer.w13_input_scale
+    take_over(layer)
     assert {name for name, _ in layer.named_parameters()} == {"e_score_correction_bias"}
-    assert not layer.state_dict().keys() & {"w13_weight", "w13_bias"}
+    assert layer.state_dict().keys() == {"e_score_correction_bias"}
+    assert layer.w13_input_scale is scale
+
+
+class Elsewhere(Holder):
+    """Of a module that may hold anything, such as a model's own layer."""
+
+
+Elsewhere.__module__ = "vllm.model_executor.models.test"
+
+
+def hold(layer: Layer, **held: Any) -> Any:
+    layer.quant_method.held = Elsewhere(**held)
+    return layer
 
 
 @pytest.mark.parametrize(
     "capture",
     [
-        lambda layer: layer.w13_bias.data,
-        lambda layer: QuantConfig(layer.w13_weight.data[:, :3]),
-        lambda layer: {"scales": [(layer.w13_bias.detach(),)]},
+        lambda layer: hold(layer, full=layer.w2_weight.data),
+        lambda layer: hold(layer, part=layer.w13_weight.data[:, :3]),
+        lambda layer: hold(layer, scales=[(layer.w2_weight.detach(),)]),
+        lambda layer: hold(layer, one=layer.w2_weight.data[3]),
     ],
-    ids=["data", "view inside a config", "detached inside containers"],
+    ids=["full", "part of each row", "inside containers", "one expert"],
 )
-def test_a_kernel_that_keeps_the_full_tensor_is_found_by_name(capture):
-    layer = Layer()
-    layer.quant_method.held = capture(layer)
+def test_whoever_keeps_the_full_tensor_is_found_by_name(capture):
+    layer = capture(Layer())
     with pytest.raises(TakeoverError, match=r"held.*still holds the full expert tensor"):
-        replace_rows(layer, rows_for(layer))
+        take_over(layer)
 
 
-def test_the_walk_ends_on_cycles():
+def test_rows_that_were_replaced_since_are_found_by_name():
     layer = Layer()
-    layer.quant_method.held = {"layer": layer}
-    paths = [path for path, _ in reachable_tensors(layer)]
-    assert len(paths) == len(set(paths)) == 3
+    found = find_expert_tensors(layer, E)
+    replace_rows(layer, found, {name: torch.zeros_like(tensor.rows) for name, tensor in found.items()})
+    layer.w2_weight.data = torch.zeros_like(layer.w2_weight)
+    with pytest.raises(TakeoverError, match=r"experts\.w2_weight .* is not the row space"):
+        verify_rows(layer.layer_name, found)
 
 
 def test_a_model_without_taken_over_layers_fails_by_name():
     layer = Layer()
-    layer.layer_name = "model.layers.3.mlp.experts"
     with pytest.raises(TakeoverError, match=r"model\.layers\.3\.mlp\.experts"):
         verify_taken_over([layer])
     with pytest.raises(TakeoverError, match="none of the model's layers"):

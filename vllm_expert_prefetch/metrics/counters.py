@@ -1,5 +1,6 @@
 """The worker's side: numbers in a small private file, mapped into memory, that the API server reads."""
 
+import contextlib
 import json
 import mmap
 import os
@@ -116,5 +117,6 @@ def read_counters(path: Path) -> Snapshot:
 
 def _unlink(path: Path, lock: int, owner_pid: int) -> None:
     if os.getpid() == owner_pid:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # its folder may be gone, or something else by now
+            path.unlink()
         release_lock(lock)

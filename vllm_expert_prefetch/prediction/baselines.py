@@ -43,7 +43,8 @@ class PreviousPredictor(Predictor):
         target = self.target_of(source)
         assert target is not None
         rows = signals.topk_ids.shape[0]
-        return Prediction(self._ids[target][:rows, :count], self._weights[target][:rows, :count])
+        # Copies: the target layer's own routing is noted before anybody has compared it with the guess.
+        return Prediction(self._ids[target][:rows, :count].clone(), self._weights[target][:rows, :count].clone())
 
 
 class FrequencyPredictor(Predictor):

@@ -12,6 +12,7 @@ from typing import Any
 from vllm_expert_prefetch.config import CONFIG_KEY, config_of
 from vllm_expert_prefetch.metrics.runtime_dir import carry_to_ray_workers, ensure_runtime_dir
 from vllm_expert_prefetch.serving import compat
+from vllm_expert_prefetch.serving.backends import choose_backend
 from vllm_expert_prefetch.serving.early import check_settings
 from vllm_expert_prefetch.serving.refusals import check_libraries, check_refusals
 from vllm_expert_prefetch.serving.termination import make_server_interruptible
@@ -59,6 +60,9 @@ def check_config(vllm_config: Any) -> None:
     check_refusals(vllm_config, config)
     check_settings(vllm_config, config)
     check_libraries(compat.on_cuda_platform())
+    chosen = choose_backend(vllm_config)
+    if chosen is not None:
+        compat.logger().info("expert_prefetch: --moe-backend %s, which reads experts row by row", chosen)
     _show_metrics()
     make_server_interruptible(getattr(vllm_config, "shutdown_timeout", 0))
 

@@ -60,6 +60,14 @@ def on_cuda_platform() -> bool:
     return bool(current_platform.is_cuda())
 
 
+def compute_capability() -> int:
+    """Of the first GPU, 89 for 8.9. Starts no CUDA context."""
+    from vllm.platforms import current_platform
+
+    capability = current_platform.get_device_capability()
+    return 0 if capability is None else int(capability.to_int())
+
+
 def rows_of(x: "torch.Tensor") -> "int | torch.Tensor":
     """Which of a step's rows (T, H) are tokens: the rest is padding, and a dummy or profile run has none.
 

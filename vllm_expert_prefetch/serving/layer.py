@@ -1,5 +1,6 @@
 """vLLM's routed experts, served from an expert cache."""
 
+import contextlib
 import weakref
 from typing import Any
 
@@ -13,15 +14,18 @@ from vllm_expert_prefetch.lookahead.after import LookAhead
 from vllm_expert_prefetch.memory.host_store import HostStore
 from vllm_expert_prefetch.prediction.base import Signals
 from vllm_expert_prefetch.serving import compat
-from vllm_expert_prefetch.serving.refusals import check_layer_refusals
-from vllm_expert_prefetch.serving.speculation import execute_instead
-from vllm_expert_prefetch.serving.takeover import (
-    CANNOT_RELOAD,
+from vllm_expert_prefetch.serving.block_order import blocks_by_expert, depends_on_order
+from vllm_expert_prefetch.serving.expert_tensors import (
+    ExpertTensor,
     TakeoverError,
-    expert_parameters,
-    keep_in_place,
-    replace_rows,
+    check_weights_are_among,
+    find_expert_tensors,
+    leave_where_it_is,
+    unprocessed_row_bytes,
 )
+from vllm_expert_prefetch.serving.refusals import check_kernel, check_layer_refusals
+from vllm_expert_prefetch.serving.speculation import execute_instead
+from vllm_expert_prefetch.serving.takeover import CANNOT_RELOAD, replace_rows
 from vllm_expert_prefetch.serving.worker import worker_of
 
 
@@ -38,6 +42,8 @@ class CachedRoutedExperts(RoutedExperts):
 
     _loaded: dict[tuple[str, str], dict[int, torch.Size]]
     """Expert tensor and shard -> expert -> shape in the checkpoint."""
+    expert_tensors: dict[str, ExpertTensor]
+    """Those whose rows the cache replaces, once it has."""
     vllm_class: type[RoutedExperts] = RoutedExperts
     """The class that this one stands in for."""
 
@@ -57,13 +63,13 @@ class CachedRoutedExperts(RoutedExperts):
             super().__init__(*args, **kwargs)
         check_layer_refusals(self.layer_name, self.quant_method)
         self.is_taken_over = False
+        self._depends_on_order = False
         self.cache: LayerCache | None = None
         """None before the takeover, and where every expert is resident."""
         self.look_ahead: LookAhead | None = None
-        self.unprocessed_row_bytes = tuple(
-            parameter.nbytes // self.local_num_experts
-            for parameter in expert_parameters(self, self.local_num_experts).values()
-        )
+        self.unprocessed_row_bytes = unprocessed_row_bytes(self, self.local_num_experts)
+        # Plain Python: the module must not see these tensors a second time.
+        object.__setattr__(self, "expert_tensors", {})
         self.worker = worker_of(vllm_config, config)
         self.number = self.worker.register(self)
         self.register_buffer("_handle", _register(self), persistent=False)
@@ -83,15 +89,20 @@ class CachedRoutedExperts(RoutedExperts):
         self.quant_method.process_weights_after_loading = post_process_and_take_over
 
     def _take_over(self) -> None:
-        tensors = {name: p.data for name, p in expert_parameters(self, self.local_num_experts).items()}
+        check_kernel(self.layer_name, self.quant_method)
+        found = find_expert_tensors(self, self.local_num_experts)
+        check_weights_are_among(self, found)
+        tensors = {name: tensor.rows for name, tensor in found.items()}
         num_slots = self.worker.num_slots_of(self, tensors)
         if num_slots == self.local_num_experts:
-            keep_in_place(self, tensors)
+            leave_where_it_is(self)
         else:
             store = HostStore(tensors, self.worker.host_memory)
             tensors.clear()
             self.cache = self.worker.create_cache(self, store, num_slots)
-            replace_rows(self, self.cache.tensors)
+            replace_rows(self, found, self.cache.tensors)
+            self.expert_tensors.update(found)
+            self._depends_on_order = depends_on_order(self.quant_method)
         self.is_taken_over = True
         self.worker.layer_taken_over()
 
@@ -101,11 +112,11 @@ class CachedRoutedExperts(RoutedExperts):
         loaded_weight: torch.Tensor,
         weight_name: str,
         shard_id: str,
-        expert_id: int,
+        expert_id: int | None,
         return_success: bool = False,
     ) -> Any:
         """vLLM's own, noting what has come from the checkpoint where it comes one expert at a time."""
-        if loaded_weight.dim() < 3:
+        if expert_id is not None and loaded_weight.dim() < 3:
             self._loaded.setdefault((_name_of(self, param), shard_id), {})[expert_id] = loaded_weight.shape
         load: Any = super().weight_loader
         return load(param, loaded_weight, weight_name, shard_id, expert_id, return_success)
@@ -165,7 +176,19 @@ class CachedRoutedExperts(RoutedExperts):
         row_ids = self.cache.serve(topk_ids, rows, guess is not None)
         if look_ahead is not None:
             look_ahead.after(self.number, Signals(x, topk_ids, topk_weights), rows, routed)
-        return self._compute(x, topk_weights, row_ids)
+        if not self._depends_on_order:
+            return self._compute(x, topk_weights, row_ids)
+        with blocks_by_expert(topk_ids, row_ids):
+            return self._compute(x, topk_weights, row_ids)
+
+    def compute_in_rows(
+        self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, row_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """A copy of what the kernel gives with the expert of each id of `topk_ids` in the row of `row_ids`."""
+        dtype = self.quant_method.topk_indices_dtype or torch.int32
+        ids, rows = (of.to(x.device, dtype) for of in (topk_ids, row_ids))
+        with torch.no_grad(), blocks_by_expert(ids, rows) if self._depends_on_order else contextlib.nullcontext():
+            return self._compute(x, topk_weights, rows).clone()
 
     def _compute(self, x: torch.Tensor, topk_weights: torch.Tensor, row_ids: torch.Tensor) -> torch.Tensor:
         """vLLM's kernel, for which rows are what experts are to it."""

@@ -133,32 +133,45 @@ class LayerRefusal:
     """Takes the quant_method of vLLM's RoutedExperts."""
 
 
-def _is_quantised(quant_method: Any) -> bool:
-    from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
-
-    return not isinstance(quant_method, UnquantizedFusedMoEMethod)
+def _is_unquantised_elsewhere(quant_method: Any) -> bool:
+    backend = getattr(quant_method, "unquantized_backend", None)
+    return backend is not None and backend.name not in _BACKENDS
 
 
 _BACKENDS = ("TRITON", "CPU")
 """Of unquantised experts, by the names of vLLM's UnquantizedMoeBackend."""
+KERNELS = ("TritonExperts", "TritonWNA16Experts", "MarlinExperts")
+"""Of quantised experts, by the names of vLLM's classes: an expert's rows are all that they read of it."""
 
 LAYER_REFUSALS = (
     LayerRefusal(
         "kernels that contain the router (monolithic)",
         "--moe-backend",
-        "choose a modular backend, on a GPU --moe-backend triton; on CPU use vLLM 0.30 or newer",
+        "choose a modular backend, on a GPU --moe-backend triton, or marlin for 4-bit experts; on CPU use vLLM 0.30 or "
+        "newer",
         lambda quant_method: bool(getattr(quant_method, "is_monolithic", False)),
-    ),
-    LayerRefusal(
-        "quantised experts", "--quantization", "use the bf16, fp16 or fp32 checkpoint of the model", _is_quantised
     ),
     LayerRefusal(
         "MoE kernels whose rows may depend on each other: all but Triton's and the CPU platform's",
         "--moe-backend",
         "choose --moe-backend triton",
-        lambda quant_method: quant_method.unquantized_backend.name not in _BACKENDS,
+        _is_unquantised_elsewhere,
     ),
 )
+
+
+def check_kernel(layer_name: str, quant_method: Any) -> None:
+    """Raise ConfigError unless the kernel that vLLM has built for a layer's quantised experts is one of KERNELS."""
+    if hasattr(quant_method, "unquantized_backend"):
+        return
+    kernel = getattr(quant_method, "moe_kernel", None)
+    name = "none of vLLM's modular ones" if kernel is None else type(kernel.fused_experts).__name__
+    if name not in KERNELS:
+        raise ConfigError(
+            f"{CONFIG_KEY}: quantised experts of {type(quant_method).__name__} with the kernel {name} are not "
+            f"supported (layer {layer_name}): choose --moe-backend marlin or triton, whichever vLLM offers for this "
+            "format, or an unquantised checkpoint"
+        )
 
 
 def check_refusals(vllm_config: Any, config: ExpertPrefetchConfig) -> None:

@@ -5,7 +5,8 @@ from typing import Any
 from vllm_expert_prefetch.config import config_of
 from vllm_expert_prefetch.metrics.publish import Publisher
 from vllm_expert_prefetch.serving import compat
-from vllm_expert_prefetch.serving.takeover import CANNOT_RELOAD, TakeoverError
+from vllm_expert_prefetch.serving.expert_tensors import TakeoverError
+from vllm_expert_prefetch.serving.takeover import CANNOT_RELOAD
 from vllm_expert_prefetch.serving.worker import find_worker
 
 

@@ -11,7 +11,7 @@ import torch
 from vllm_expert_prefetch import __version__
 from vllm_expert_prefetch.cache.base import Caches, LayerCache
 from vllm_expert_prefetch.cache.create import create_caches, create_shared_rows, page_bytes
-from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, ExpertPrefetchConfig
+from vllm_expert_prefetch.config import AUTO, ExpertPrefetchConfig
 from vllm_expert_prefetch.lookahead.after import LookAhead
 from vllm_expert_prefetch.memory.host_memory import HostMemoryOptions, numa_node_of_gpu
 from vllm_expert_prefetch.memory.host_store import HostStore
@@ -23,9 +23,10 @@ from vllm_expert_prefetch.metrics.runtime_dir import ensure_runtime_dir
 from vllm_expert_prefetch.metrics.scrape_port import serve_counters
 from vllm_expert_prefetch.planning.sizing import GB, LayerShape, MemoryBudget, size_cache
 from vllm_expert_prefetch.serving import compat
+from vllm_expert_prefetch.serving.proof import prove_kernels
 from vllm_expert_prefetch.serving.sources import create_look_ahead_of
 from vllm_expert_prefetch.serving.speculation import describe_execution
-from vllm_expert_prefetch.serving.takeover import TakeoverError
+from vllm_expert_prefetch.serving.takeover import verify_rows
 
 if TYPE_CHECKING:
     from vllm_expert_prefetch.serving.layer import CachedRoutedExperts
@@ -51,6 +52,7 @@ class Worker:
         self._shared_rows: dict[tuple[object, ...], Any] = {}
         self._private_bytes = 0
         self._num_taken_over = 0
+        self._proved: set[str] = set()
         self._next_progress = time.monotonic() + _PROGRESS_SECONDS
         self.execution = config.execution
         self.prefetch = ""
@@ -124,7 +126,8 @@ class Worker:
         """The model is loaded and every layer taken over: look ahead where that is asked for, count, and say so."""
         layers, caches = self.layers, self.caches
         for layer in layers:
-            _verify_rows(layer)
+            verify_rows(layer.layer_name, layer.expert_tensors)
+        self._proved = prove_kernels([layer for layer in layers if layer.cache is not None])
         link_rate = caches.measure_bandwidth() if caches else 0.0
         look_ahead, self.prefetch = create_look_ahead_of(model, layers, self.config, caches, link_rate)
         self.execution = describe_execution(self.config, look_ahead, len(layers), self.prefetch)
@@ -148,8 +151,9 @@ class Worker:
             f"policy {self.config.policy}, execution {self.execution}, prefetch {self.prefetch}; engine "
             f"{self._engine_name()}, link {self._link() or 'not emulated'}"
             + (f"; sizing: {self._sizing}" if self._sizing else ""),
-            f"proved: all {len(layers)} MoE layers were taken over, {num_served} read their row spaces, and no other "
-            "copy of their experts can be reached",
+            f"proved: all {len(layers)} MoE layers were taken over, {num_served} read their row spaces, no other copy "
+            "of their experts can be reached"
+            + "".join(f", {name} gives the same bits whatever rows they are in" for name in sorted(self._proved)),
             "look: vllm_expert_prefetch_* on the server's /metrics, or vllm-expert-prefetch top URL",
         ]
 
@@ -261,17 +265,6 @@ def worker_of(vllm_config: Any, config: ExpertPrefetchConfig) -> Worker:
 def find_worker(vllm_config: Any) -> Worker | None:
     """The worker that `worker_of` has made for this configuration object, if it has."""
     return _workers.get(id(vllm_config))
-
-
-def _verify_rows(layer: "CachedRoutedExperts") -> None:
-    """Raise TakeoverError when something has replaced the row space behind a parameter since the takeover."""
-    for name, rows in layer.cache.tensors.items() if layer.cache is not None else ():
-        held = getattr(layer, name)
-        if held.data_ptr() != rows.data_ptr() or held.shape != rows.shape:
-            raise TakeoverError(
-                f"{CONFIG_KEY}: {layer.layer_name}.{name} {tuple(held.shape)} is not the row space "
-                f"{tuple(rows.shape)} that took its place"
-            )
 
 
 def _range(values: list[int]) -> str:

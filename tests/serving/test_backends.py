@@ -1,0 +1,55 @@
+"""Which backend is chosen for a format, against what vLLM offers for it (0.26 and 0.33, its own tables)."""
+
+from types import SimpleNamespace
+
+import pytest
+from formats.checkpoints import CONFIGS
+
+from vllm_expert_prefetch.serving import backends, compat
+from vllm_expert_prefetch.serving.backends import backend_for, choose_backend
+
+VLLM_NAMES = {
+    "gptq": "auto_gptq",
+    "awq": "auto_awq",
+    "w4a16": "compressed-tensors",
+    "fp8-channel": "compressed-tensors",
+    "int8": "compressed-tensors",
+    "fp8-static": "fp8",
+    "fp8-dynamic": "fp8",
+    "fp8-block": "fp8",
+    "nvfp4": "modelopt_fp4",
+    "mxfp4": "gpt_oss_mxfp4",
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+def test_every_format_gets_a_backend_that_reads_rows(name, capability):
+    eight_bits = name.startswith("fp8")
+    expected = "triton" if name == "int8" or (eight_bits and capability >= 89) else "marlin"
+    assert backend_for(VLLM_NAMES[name], CONFIGS[name], capability) == expected
+
+
+@pytest.mark.parametrize(
+    ("quantization", "backend"),
+    [(None, "triton"), ("moe_wna16", "triton"), ("modelopt", "triton"), ("quark", "marlin")],
+)
+def test_formats_without_a_test_checkpoint(quantization, backend):
+    assert backend_for(quantization, {}, 90) == backend
+
+
+def config(moe_backend, quantization="auto_gptq"):
+    hf = SimpleNamespace(quantization_config=CONFIGS["gptq"])
+    model = SimpleNamespace(quantization=quantization, hf_config=hf, hf_text_config=SimpleNamespace())
+    return SimpleNamespace(model_config=model, kernel_config=SimpleNamespace(moe_backend=moe_backend))
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "asked", "chosen"), [(True, "auto", "marlin"), (True, "triton", None), (False, "auto", None)]
+)
+def test_only_what_nobody_asked_for_is_chosen(monkeypatch, on_gpu, asked, chosen):
+    monkeypatch.setattr(compat, "on_cuda_platform", lambda: on_gpu)
+    monkeypatch.setattr(backends.compat, "compute_capability", lambda: 90)
+    vllm_config = config(asked)
+    assert choose_backend(vllm_config) == chosen
+    assert vllm_config.kernel_config.moe_backend == (chosen or asked)

@@ -1,0 +1,55 @@
+"""Which of vLLM's MoE backends serves a format on a GPU, where the user names none.
+
+vLLM's own choice may contain the router (TRT-LLM, OAI-Triton), hold weights in objects of its own (Humming, DeepGEMM),
+or keep vectors per expert where nothing can replace them (CUTLASS). Marlin and Triton read rows, and are offered for
+every format that is served, on every GPU since compute capability 8.0.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vllm_expert_prefetch.serving import compat
+
+_FP8_CAPABILITY = 89
+"""The first one whose tensor cores multiply FP8, which Triton's kernel needs."""
+_FP8 = ("fp8", "fbgemm_fp8", "modelopt", "deepseek_v4_fp8", "fp8_per_tensor", "fp8_per_block", "fp8_per_channel")
+
+
+def choose_backend(vllm_config: Any) -> str | None:
+    """Set vLLM's `moe_backend` where it is "auto" on a GPU. Returns what was chosen, None where nothing was."""
+    kernel_config = vllm_config.kernel_config
+    if not compat.on_cuda_platform() or kernel_config.moe_backend != "auto":
+        return None
+    model = vllm_config.model_config
+    given = getattr(model.hf_text_config, "quantization_config", None) or getattr(
+        model.hf_config, "quantization_config", None
+    )
+    kernel_config.moe_backend = backend_for(model.quantization, given or {}, compat.compute_capability())
+    return str(kernel_config.moe_backend)
+
+
+def backend_for(quantization: str | None, given: Mapping[str, Any], capability: int) -> str:
+    """A value of `--moe-backend`.
+
+    `quantization`: vLLM's name of the method, None for unquantised experts; `given`: the checkpoint's
+    `quantization_config`; `capability`: 89 for 8.9.
+    """
+    if quantization is None:
+        return "triton"
+    kind = _activations(quantization, given)
+    if kind == "float":
+        return "triton" if capability >= _FP8_CAPABILITY else "marlin"
+    return "triton" if kind == "int" or quantization == "moe_wna16" else "marlin"
+
+
+def _activations(quantization: str, given: Mapping[str, Any]) -> str | None:
+    """ "float" or "int" where inputs and weights have 8 bits, else None: only weights are quantised, or in 4 bits."""
+    if quantization in _FP8:
+        return "float"
+    if quantization != "compressed-tensors":
+        return None
+    for group in (given.get("config_groups") or {}).values():
+        weights, inputs = group.get("weights") or {}, group.get("input_activations")
+        if inputs and weights.get("num_bits") == 8:
+            return str(weights.get("type"))
+    return None

@@ -99,6 +99,10 @@ test-triton: setup  ## The Triton kernel in Triton's interpreter
 bench: setup  ## Every benchmark, in its quick form
 	@set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python "$$script" --quick; done
 
+formats: setup  ## Slow, half a gigabyte: what vLLM's CUDA builds offer for each quantised format, and what is chosen
+	$(BIN)/python tests/formats/offered.py all build/formats
+	$(BIN)/python tests/doc_tables.py
+
 sanitize: setup  ## The native code's C++ tests under the address, undefined-behaviour and thread sanitizers
 	$(BIN)/pytest tests/native/test_sanitizers.py $(PYTEST_ARGS)
 

@@ -3,6 +3,7 @@
 A table stands between `<!-- table:NAME -->` and `<!-- /table -->`.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
@@ -61,6 +62,22 @@ def formats_table() -> str:
     return _table(("format", *(f"`--moe-backend {kernel}`" for kernel in kernels)), rows)
 
 
+def backends_table() -> str:
+    """One row per format: vLLM's default kernel and what the plugin chooses, as `make formats` found them."""
+    from formats.offered import CAPABILITIES, RESULT, VERSIONS
+
+    found = json.loads(RESULT.read_text())["versions"][VERSIONS[-1]]
+    rows = []
+    for name in found[str(CAPABILITIES[0])]:
+        answers = [found[str(capability)][name] for capability in CAPABILITIES]
+        cells = [
+            answer["chosen"] if answer["default"] == answer["kernel"] else f"{answer['default']} -> {answer['chosen']}"
+            for answer in answers
+        ]
+        rows.append((name, *cells))
+    return _table(("format", *(f"SM {capability}" for capability in CAPABILITIES)), rows)
+
+
 def _refusal_rows(refusals: Iterable[Any]) -> str:
     rows = [(refusal.what, f"`{refusal.flag}`", refusal.remedy) for refusal in refusals]
     return _table(("what", "asked for by", "remedy"), rows)
@@ -71,6 +88,7 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "metrics": (DOCS / "metrics.md", metrics_table),
     "refusals": (DOCS / "compatibility.md", refusals_table),
     "formats": (DOCS / "compatibility.md", formats_table),
+    "backends": (DOCS / "compatibility.md", backends_table),
     "layer_refusals": (DOCS / "compatibility.md", layer_refusals_table),
 }
 

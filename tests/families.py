@@ -214,6 +214,82 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+_EXPERTS = {"num_experts": NUM_EXPERTS, "num_experts_per_tok": 2}
+_LOCAL_EXPERTS = {"num_local_experts": NUM_EXPERTS, "num_experts_per_tok": 2}
+_ROUTED_EXPERTS = {"n_routed_experts": NUM_EXPERTS, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+_SIZES = {"intermediate_size": 256, "moe_intermediate_size": 64}
+_SMALL = {**GROUPED_QUERY, "intermediate_size": 64}
+# Name -> Transformers' configuration class, its arguments, and how many of its layers are MoE layers.
+OTHER_FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
+    "granite-moe": ("GraniteMoeConfig", {**_SMALL, **_LOCAL_EXPERTS}, 3),
+    "granite-moe-shared": ("GraniteMoeSharedConfig", {**_SMALL, **_LOCAL_EXPERTS, "shared_intermediate_size": 96}, 3),
+    "llama4": (
+        "Llama4TextConfig",
+        {
+            **_SMALL,
+            "head_dim": 64,
+            "intermediate_size_mlp": 128,
+            "num_local_experts": NUM_EXPERTS,
+            "num_experts_per_tok": 1,
+            "attention_chunk_size": 256,
+        },
+        3,
+    ),
+    "hunyuan": ("HunYuanMoEV1Config", {**_SMALL, "head_dim": 64, "num_experts": NUM_EXPERTS, "moe_topk": 2}, 3),
+    "glm4-moe": (
+        "Glm4MoeConfig",
+        {**GROUPED_QUERY, **_SIZES, **_ROUTED_EXPERTS, "head_dim": 64, "n_shared_experts": 1},
+        2,
+    ),
+    "ernie4.5": (
+        "Ernie4_5_MoeConfig",
+        {
+            **GROUPED_QUERY,
+            **_SIZES,
+            "moe_num_experts": NUM_EXPERTS,
+            "moe_k": 2,
+            "moe_layer_end_index": 2,
+            "tie_word_embeddings": True,
+        },
+        2,
+    ),
+    "dots1": (
+        "Dots1Config",
+        {**GROUPED_QUERY, **_SIZES, **_ROUTED_EXPERTS, "first_k_dense_replace": 1, "n_shared_experts": 1},
+        2,
+    ),
+    "lfm2-moe": (
+        "Lfm2MoeConfig",
+        {
+            **GROUPED_QUERY,
+            **_SIZES,
+            **_EXPERTS,
+            "num_dense_layers": 1,
+            "layer_types": ["conv", "full_attention", "conv"],
+            "tie_word_embeddings": True,
+        },
+        2,
+    ),
+    "qwen3-next": (
+        "Qwen3NextConfig",
+        {
+            **GROUPED_QUERY,
+            **_SIZES,
+            **_EXPERTS,
+            "head_dim": 64,
+            "shared_expert_intermediate_size": 64,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 64,
+            "linear_value_head_dim": 64,
+        },
+        3,
+    ),
+    "exaone-moe": ("ExaoneMoeConfig", {**GROUPED_QUERY, **_SIZES, **_EXPERTS, "n_group": 1, "topk_group": 1}, 2),
+    "flex-olmo": ("FlexOlmoConfig", {**_SMALL, **_EXPERTS}, 3),
+}
+
 
 def write_checkpoint(name: str, directory: Path | str, seed: int = 0, **changes: Any) -> Path:
     """Write a random checkpoint of the family `name` into `directory` (created if needed) and return the directory.
@@ -224,8 +300,11 @@ def write_checkpoint(name: str, directory: Path | str, seed: int = 0, **changes:
     import torch
     import transformers
 
-    family = FAMILIES[name]
-    config = getattr(transformers, family.config_class)(**{**family.config, **changes}, dtype="bfloat16")
+    if name in FAMILIES:
+        config_class, given = FAMILIES[name].config_class, FAMILIES[name].config
+    else:
+        config_class, given, _ = OTHER_FAMILIES[name]
+    config = getattr(transformers, config_class)(**{**given, **changes}, dtype="bfloat16")
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
     model.to_empty(device="cpu")

@@ -7,6 +7,8 @@ import sysconfig
 from pathlib import Path
 from types import ModuleType
 
+from processes import run_python
+
 ROOT = Path(__file__).resolve().parents[1]
 CSRC = ROOT / "csrc"
 
@@ -32,3 +34,24 @@ def find_cuda_tool(name: str) -> str | None:
         str(packages / "triton" / "backends" / "nvidia" / "bin"),
     ]
     return shutil.which(name, path=os.pathsep.join(places))
+
+
+def load_and_fork(part: str, folder: Path) -> None:
+    """Load libvep_{part}.so from `folder` in a new process, and use CUDA in a forked child where there is a GPU."""
+    output = run_python(f"""
+        import os
+        from pathlib import Path
+        from vllm_expert_prefetch.native import library
+        library.FOLDER = Path({str(folder)!r})
+        print(library.{part}_library() is not None, library.why_not_{part}(), flush=True)
+        import torch
+        assert not torch.cuda.is_initialized()
+        assert "{part}" == "cuda" or "libcuda.so" not in open("/proc/self/maps").read()
+        if os.fork() == 0:
+            if torch.cuda.is_available():
+                torch.zeros(1, device="cuda")
+            os._exit(0)
+        _, status = os.wait()
+        assert status == 0, status
+    """)
+    assert output == "True None\n"

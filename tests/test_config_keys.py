@@ -32,7 +32,7 @@ def made_worker(monkeypatch, config):
     monkeypatch.setattr(compat, "on_cuda_platform", lambda: False)
     made = Worker(SimpleNamespace(), config)
     layer = SimpleNamespace(accelerator=torch.device("cpu"), number=0, top_k=TOP_K, local_num_experts=8)
-    layer.layer_name, layer.look_ahead = "model.layers.0.mlp.experts", None
+    layer.layer_name, layer.look_ahead, layer.quant_method = "model.layers.0.mlp.experts", None, None
     made._layers.append(lambda: layer)
     made._slots = [4]
     store = HostStore({"w13": torch.zeros(8, 3000)}, made.host_memory)

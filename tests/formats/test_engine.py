@@ -38,7 +38,7 @@ def options(backend):
 
 
 @pytest.mark.parametrize(("name", "backend"), CASES)
-def test_a_format_is_bit_equal_with_a_quarter_and_half_of_its_experts(name, backend, cuda_operators, tmp_path):
+def test_a_format_is_bit_equal_with_a_part_of_its_experts(name, backend, cuda_operators, tmp_path):
     model, prompts = write_quantised(name, tmp_path / name), family_of(name).prompts[:3]
 
     def generate(llm):
@@ -50,11 +50,12 @@ def test_a_format_is_bit_equal_with_a_quarter_and_half_of_its_experts(name, back
         assert type(layer.quant_method.moe_kernel.fused_experts).__name__ == f"{backend.capitalize()}Experts"
         error = error_of(layer, Checkpoint(name, load_file(model / "model.safetensors")))
         assert error < (WEIGHT_ONLY_ERROR if backend == "marlin" else QUANTISED_INPUT_ERROR)
-    for config in ({"cache_fraction": 0.25}, {"cache_fraction": 0.5, "prefetch": "on", "emulated_link_gbps": 0.05}):
-        with open_engine(model, config, **options(backend)) as llm:
-            assert generate(llm) == expected
-            counted, words = counters(llm), [cache.words() for cache in caches(llm)]
-        assert all(min(layer.hits, layer.misses, layer.wide_steps, layer.overflow) > 0 for layer in words)
+    share = 0.25 if backend == "marlin" else 0.5
+    config = {"cache_fraction": share, "prefetch": "on", "emulated_link_gbps": 0.05}
+    with open_engine(model, config, **options(backend)) as llm:
+        assert generate(llm) == expected
+        counted, words = counters(llm), [cache.words() for cache in caches(llm)]
+    assert all(min(layer.hits, layer.misses, layer.wide_steps, layer.overflow) > 0 for layer in words)
     assert counted["transfer_bytes_total/prefetch"] > 0
 
 

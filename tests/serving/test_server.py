@@ -60,7 +60,10 @@ def test_the_start_says_in_few_lines_what_is_offloaded_and_where_to_look(server)
         "0.0003932 GB overflow rows",
         "on the host 0.006291 GB, pageable",
     )
-    ways = ("policy lru, execution exact, prefetch off: ", "engine cpu, link not emulated")
+    ways = (
+        "policy lru, execution exact, prefetch off: ",
+        "of UnquantizedFusedMoEMethod, engine cpu, link not emulated",
+    )
     for part in ("8 MoE layers x 16 experts, 8 slots each", *sizes, *ways, "proved: all 8 MoE layers", "/metrics"):
         assert part in text
 
@@ -85,6 +88,7 @@ def test_metrics_of_the_worker_process_appear_on_vllms_endpoint(server):
         'execution="exact"',
         'policy="lru"',
         'platform="cpu"',
+        'quant_method="UnquantizedFusedMoEMethod"',
         'prefetch="off: ',
         'model_name="demo"',
         'rank="0"',

@@ -256,10 +256,21 @@ METRICS = (
         "ratio",
         "Hit rate that the cache was sized for: `planned_hit_rate`, or the share of experts that have a slot.",
     ),
-    Metric("info", Kind.INFO, "", "Mode, policy, prefetch, link, platform and versions, as labels."),
+    Metric("info", Kind.INFO, "", "Mode, policy, prefetch, link, kernel, platform and versions, as labels."),
 )
 
-INFO_LABELS = ("execution", "policy", "prefetch", "link", "pinned", "platform", "version", "vllm_version")
+INFO_LABELS = (
+    "execution",
+    "policy",
+    "prefetch",
+    "link",
+    "pinned",
+    "kernel",
+    "quant_method",
+    "platform",
+    "version",
+    "vllm_version",
+)
 LAYER_LABEL = "layer"
 
 _NUMERIC = tuple(metric for metric in METRICS if metric.kind is not Kind.INFO)

@@ -23,7 +23,7 @@ from vllm_expert_prefetch.metrics.runtime_dir import ensure_runtime_dir
 from vllm_expert_prefetch.metrics.scrape_port import serve_counters
 from vllm_expert_prefetch.planning.sizing import GB, LayerShape, MemoryBudget, size_cache
 from vllm_expert_prefetch.serving import compat
-from vllm_expert_prefetch.serving.proof import prove_kernels
+from vllm_expert_prefetch.serving.proof import kernel_name, prove_kernels
 from vllm_expert_prefetch.serving.sources import create_look_ahead_of
 from vllm_expert_prefetch.serving.speculation import describe_execution
 from vllm_expert_prefetch.serving.takeover import verify_rows
@@ -148,9 +148,9 @@ class Worker:
             f"{len(layers)} MoE layers x {_range(experts)} experts, {_range(slots)} slots each: {private / GB:.4g} GB "
             f"cache ({share:.0f} % of the experts), {shared / GB:.4g} GB overflow rows; on the host {store / GB:.4g} "
             f"GB, {'page-locked' if self._is_pinned() else 'pageable'}",
-            f"policy {self.config.policy}, execution {self.execution}, prefetch {self.prefetch}; engine "
-            f"{self._engine_name()}, link {self._link() or 'not emulated'}"
-            + (f"; sizing: {self._sizing}" if self._sizing else ""),
+            f"policy {self.config.policy}, execution {self.execution}, prefetch {self.prefetch}; kernel "
+            f"{self._kernels()} of {self._quant_methods()}, engine {self._engine_name()}, link "
+            f"{self._link() or 'not emulated'}" + (f"; sizing: {self._sizing}" if self._sizing else ""),
             f"proved: all {len(layers)} MoE layers were taken over, {num_served} read their row spaces, no other copy "
             "of their experts can be reached"
             + "".join(f", {name} gives the same bits whatever rows they are in" for name in sorted(self._proved)),
@@ -166,6 +166,8 @@ class Worker:
             "prefetch": self.prefetch,
             "link": str(self._link() or "real"),
             "pinned": str(self._is_pinned()).lower(),
+            "kernel": self._kernels(),
+            "quant_method": self._quant_methods(),
             "platform": "cuda" if self.host_memory.cuda else "cpu",
             "version": __version__,
             "vllm_version": compat.vllm_version(),
@@ -226,6 +228,12 @@ class Worker:
 
     def _engine_name(self) -> str:
         return self.caches.engine_name if self.caches else "none: every expert is resident"
+
+    def _kernels(self) -> str:
+        return ", ".join(sorted({kernel_name(layer) for layer in self.layers}))
+
+    def _quant_methods(self) -> str:
+        return ", ".join(sorted({type(layer.quant_method).__name__ for layer in self.layers}))
 
     def _is_pinned(self) -> bool:
         return all(layer.cache.store.memory.is_pinned for layer in self.layers if layer.cache is not None)

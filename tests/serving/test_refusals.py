@@ -139,8 +139,9 @@ def quantised(kernel):
     [
         (Method(monolithic=True), 0),
         (SimpleNamespace(is_monolithic=True), 0),
-        (Method("FLASHINFER_CUTLASS"), 1),
-        (Method("BATCHED_TRITON"), 1),
+        (SimpleNamespace(is_monolithic=False, uses_meta_device=True), 1),
+        (Method("FLASHINFER_CUTLASS"), 2),
+        (Method("BATCHED_TRITON"), 2),
     ],
 )
 def test_a_layer_is_refused_by_its_kernel(method, number):
@@ -156,7 +157,7 @@ def test_a_layer_with_rows_of_its_own_is_served(backend):
 
 
 def test_every_layer_refusal_has_a_case():
-    assert len(LAYER_REFUSALS) == 2
+    assert len(LAYER_REFUSALS) == 3
 
 
 @pytest.mark.parametrize("kernel", [HummingIndexedExperts(), None])

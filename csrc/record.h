@@ -3,13 +3,7 @@
 
 #include <cstdint>
 
-#ifndef VEP_HD
-#ifdef __CUDACC__
-#define VEP_HD __host__ __device__
-#else
-#define VEP_HD
-#endif
-#endif
+#include "host_device.h"
 
 namespace vep {
 

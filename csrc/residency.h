@@ -9,11 +9,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define VEP_HD __host__ __device__
-#else
-#define VEP_HD
-#endif
+#include "host_device.h"
 
 #if !defined(__CUDA_ARCH__)
 #include <algorithm>

@@ -17,13 +17,7 @@
 
 #include <cstdint>
 
-#ifndef VEP_HD
-#ifdef __CUDACC__
-#define VEP_HD __host__ __device__
-#else
-#define VEP_HD
-#endif
-#endif
+#include "host_device.h"
 
 #if defined(__CUDA_ARCH__)
 #include <cuda/atomic>

@@ -27,10 +27,12 @@ class Layer:
         views = {"w": torch.randn((E, H, H), generator=generator), "scale": torch.rand(E, generator=generator)}
         tensors = {name: torch.full_like(view, torch.nan) for name, view in views.items()}
         self.cache = SimpleNamespace(store=SimpleNamespace(views=views), tensors=tensors)
-        self.quant_method = SimpleNamespace(moe_kernel=SimpleNamespace(fused_experts=kernel()))
+        self.quant_method = SimpleNamespace(
+            moe_kernel=SimpleNamespace(fused_experts=kernel()), topk_indices_dtype=torch.int64
+        )
         self.fault, self.num_calls = fault, 0
 
-    def compute_in_rows(self, x, topk_weights, topk_ids, row_ids):
+    def compute(self, x, topk_weights, topk_ids, row_ids):
         self.num_calls += 1
         rows = self.cache.tensors
         scales = self.cache.store.views["scale"] if self.fault == "a scale left behind" else rows["scale"]
@@ -46,7 +48,7 @@ class Layer:
 
 def test_a_kernel_that_reads_rows_passes_and_the_experts_end_in_another_order():
     layer = Layer()
-    assert prove_kernels([layer]) == {"TidyExperts"}
+    prove_kernels([layer])
     views, rows = layer.cache.store.views["w"], layer.cache.tensors["w"]
     assert not torch.equal(rows, views)
     assert torch.equal(rows.flatten(1).sort(0).values, views.flatten(1).sort(0).values)
@@ -63,9 +65,11 @@ def test_one_layer_of_each_kind_computes():
         """Another kernel: another kind."""
 
     layers = [Layer(), Layer(), Layer(kernel=OtherExperts)]
-    assert prove_kernels(layers) == {"TidyExperts", "OtherExperts"}
+    prove_kernels(layers)
     assert [layer.num_calls for layer in layers] == [2 * len(NUM_TOKENS), 0, 2 * len(NUM_TOKENS)]
 
 
-def test_without_a_cache_nothing_is_proved():
-    assert prove_kernels([]) == set()
+def test_bits_are_compared_so_that_what_is_not_a_number_may_come_out():
+    layer = Layer()
+    layer.cache.store.views["scale"][:] = torch.nan
+    prove_kernels([layer])

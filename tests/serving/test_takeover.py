@@ -17,7 +17,7 @@ def take_over(layer: Layer) -> dict[str, torch.Tensor]:
     found = find_expert_tensors(layer, E)
     rows = {name: torch.zeros_like(tensor.rows) for name, tensor in found.items()}
     replace_rows(layer, found, rows)
-    verify_rows(layer.layer_name, found)
+    verify_rows(layer, found, E)
     return rows
 
 
@@ -67,13 +67,31 @@ def test_whoever_keeps_the_full_tensor_is_found_by_name(capture):
         take_over(layer)
 
 
-def test_rows_that_were_replaced_since_are_found_by_name():
+def data(layer: Layer) -> None:
+    layer.w2_weight.data = torch.zeros_like(layer.w2_weight)
+
+
+def whole_tensor(layer: Layer) -> None:
+    layer.w2_weight = torch.zeros_like(layer.w2_weight)
+
+
+def fewer_rows(layer: Layer) -> None:
+    layer.w2_weight.data = layer.w2_weight.data[:3]
+
+
+def scale_of_the_kernel(layer: Layer) -> None:
+    layer.hold(scale=torch.randn(E, 5))
+
+
+@pytest.mark.parametrize("change", [data, whole_tensor, fewer_rows, scale_of_the_kernel])
+def test_whatever_was_replaced_since_is_found_by_name(change):
     layer = Layer()
     found = find_expert_tensors(layer, E)
     replace_rows(layer, found, {name: torch.zeros_like(tensor.rows) for name, tensor in found.items()})
-    layer.w2_weight.data = torch.zeros_like(layer.w2_weight)
-    with pytest.raises(TakeoverError, match=r"experts\.w2_weight .* is not the row space"):
-        verify_rows(layer.layer_name, found)
+    verify_rows(layer, found, E)
+    change(layer)
+    with pytest.raises(TakeoverError, match=r"(w2_weight|scale) .*"):
+        verify_rows(layer, found, E)
 
 
 def test_a_model_without_taken_over_layers_fails_by_name():

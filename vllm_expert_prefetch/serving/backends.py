@@ -12,7 +12,7 @@ from vllm_expert_prefetch.serving import compat
 
 _FP8_CAPABILITY = 89
 """The first one whose tensor cores multiply FP8, which Triton's kernel needs."""
-_FP8 = ("fp8", "fbgemm_fp8", "modelopt", "deepseek_v4_fp8", "fp8_per_tensor", "fp8_per_block", "fp8_per_channel")
+_FP8 = ("fp8", "fbgemm_fp8", "modelopt", "deepseek_v4_fp8")
 
 
 def choose_backend(vllm_config: Any) -> str | None:

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from vllm_expert_prefetch.serving import compat
+
 _KERNEL = "MarlinExperts"
 _step: tuple[torch.Tensor, torch.Tensor] | None = None
 """(T, K) expert ids and row ids of the step that is being computed."""
@@ -18,8 +20,7 @@ _step: tuple[torch.Tensor, torch.Tensor] | None = None
 
 def depends_on_order(quant_method: Any) -> bool:
     """Whether the kernel of a post-processed layer needs `blocks_by_expert`. Prepares vLLM for it where it does."""
-    kernel = getattr(quant_method, "moe_kernel", None)
-    if kernel is None or type(kernel.fused_experts).__name__ != _KERNEL:
+    if compat.kernel_name(quant_method) != _KERNEL:
         return False
     from vllm.model_executor.layers.fused_moe.experts import marlin_moe
 

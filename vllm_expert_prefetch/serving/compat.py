@@ -60,6 +60,12 @@ def on_cuda_platform() -> bool:
     return bool(current_platform.is_cuda())
 
 
+def kernel_name(quant_method: Any) -> str:
+    """vLLM's name of the class that computes a layer's experts: of its quantisation method where there is no kernel."""
+    kernel = getattr(quant_method, "moe_kernel", None)
+    return type(quant_method if kernel is None else kernel.fused_experts).__name__
+
+
 def compute_capability() -> int:
     """Of the first GPU, 89 for 8.9. Starts no CUDA context."""
     from vllm.platforms import current_platform

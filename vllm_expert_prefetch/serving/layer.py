@@ -1,6 +1,5 @@
 """vLLM's routed experts, served from an expert cache."""
 
-import contextlib
 import weakref
 from typing import Any
 
@@ -176,19 +175,16 @@ class CachedRoutedExperts(RoutedExperts):
         row_ids = self.cache.serve(topk_ids, rows, guess is not None)
         if look_ahead is not None:
             look_ahead.after(self.number, Signals(x, topk_ids, topk_weights), rows, routed)
+        return self.compute(x, topk_weights, topk_ids, row_ids)
+
+    def compute(
+        self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, row_ids: torch.Tensor
+    ) -> torch.Tensor:
+        """What vLLM's kernel gives with the expert of each id of `topk_ids` (T, K) in the row of `row_ids` (T, K)."""
         if not self._depends_on_order:
             return self._compute(x, topk_weights, row_ids)
         with blocks_by_expert(topk_ids, row_ids):
             return self._compute(x, topk_weights, row_ids)
-
-    def compute_in_rows(
-        self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, row_ids: torch.Tensor
-    ) -> torch.Tensor:
-        """A copy of what the kernel gives with the expert of each id of `topk_ids` in the row of `row_ids`."""
-        dtype = self.quant_method.topk_indices_dtype or torch.int32
-        ids, rows = (of.to(x.device, dtype) for of in (topk_ids, row_ids))
-        with torch.no_grad(), blocks_by_expert(ids, rows) if self._depends_on_order else contextlib.nullcontext():
-            return self._compute(x, topk_weights, rows).clone()
 
     def _compute(self, x: torch.Tensor, topk_weights: torch.Tensor, row_ids: torch.Tensor) -> torch.Tensor:
         """vLLM's kernel, for which rows are what experts are to it."""

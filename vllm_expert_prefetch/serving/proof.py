@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_expert_prefetch.config import CONFIG_KEY
+from vllm_expert_prefetch.serving.compat import kernel_name
 from vllm_expert_prefetch.serving.expert_tensors import TakeoverError
 
 if TYPE_CHECKING:
@@ -21,52 +22,49 @@ NUM_TOKENS_ON_GPU = (1, 32, 512)
 """Of the steps that are compared: kernels take other tiles, and divide their work in other ways, for other sizes."""
 
 
-def prove_kernels(layers: "Sequence[CachedRoutedExperts]") -> set[str]:
-    """Prove one layer of each kind: same kernel, same shapes. Returns the kernels' names.
+def prove_kernels(layers: "Sequence[CachedRoutedExperts]") -> None:
+    """Prove one layer of each kind: same kernel, same shapes. `layers`: those with a cache.
 
-    Raises TakeoverError, naming the layer and its kernel. `layers`: those with a cache.
+    Raises TakeoverError, naming the layer and its kernel.
     """
     kinds = {_kind(layer): layer for layer in reversed(layers)}
     for layer in kinds.values():
         _prove(layer)
-    return {kernel_name(layer) for layer in layers}
-
-
-def kernel_name(layer: "CachedRoutedExperts") -> str:
-    """vLLM's name of the class that computes the experts of a layer."""
-    kernel = getattr(layer.quant_method, "moe_kernel", None)
-    return type(layer.quant_method if kernel is None else kernel.fused_experts).__name__
 
 
 def _kind(layer: "CachedRoutedExperts") -> tuple[object, ...]:
     assert layer.cache is not None
     shapes = [(name, view.shape, view.dtype) for name, view in layer.cache.store.views.items()]
-    return kernel_name(layer), type(layer.quant_method), layer.top_k, layer.activation, *shapes
+    return kernel_name(layer.quant_method), type(layer.quant_method), layer.top_k, layer.activation, *shapes
 
 
+@torch.no_grad()
 def _prove(layer: "CachedRoutedExperts") -> None:
     generator = torch.Generator().manual_seed(0)
     num_experts, device = layer.local_num_experts, layer.accelerator
+    dtype = layer.quant_method.topk_indices_dtype or torch.int32
     own_order, other_order = torch.arange(num_experts), torch.randperm(num_experts, generator=generator)
     steps = []
     for num_tokens in NUM_TOKENS if device.type == "cpu" else NUM_TOKENS_ON_GPU:
         x = torch.randn((num_tokens, layer.hidden_size), generator=generator)
         scores = torch.rand((num_tokens, num_experts), generator=generator).topk(layer.top_k)
-        weights = (scores.values / scores.values.sum(-1, keepdim=True)).float()
-        steps.append((x.to(layer.moe_config.in_dtype).to(device), weights.to(device), scores.indices))
+        weights = scores.values / scores.values.sum(-1, keepdim=True)
+        steps.append((x.to(device, layer.moe_config.in_dtype), weights.to(device), scores.indices))
     outputs = []
     for row_of in (own_order, other_order):
         _lay(layer, row_of.tolist())
-        # Kernels may write over their input.
-        outputs.append([layer.compute_in_rows(x.clone(), weights, ids, row_of[ids]) for x, weights, ids in steps])
-    for (x, _, _), expected, found in zip(steps, *outputs, strict=True):
-        if not torch.equal(expected, found):
-            differing = (expected != found).float().mean().item()
+        for x, weights, ids in steps:
+            rows = row_of[ids].to(device, dtype)
+            # Kernels may write over their input, and give memory that the next call takes again.
+            outputs.append(layer.compute(x.clone(), weights, ids.to(device, dtype), rows).clone())
+    for expected, found in zip(outputs[: len(steps)], outputs[len(steps) :], strict=True):
+        differ = expected.view(torch.uint8) != found.view(torch.uint8)  # bits: not a number is as good as any
+        if differ.any():
             raise TakeoverError(
-                f"{CONFIG_KEY}: {layer.layer_name} with {kernel_name(layer)} ({type(layer.quant_method).__name__}) "
-                f"does not give the same bits when its experts are in other rows: {100 * differing:.2g} % of the "
-                f"values of {len(x)} tokens differ. Choose another --moe-backend, or serve without the plugin; please "
-                "report it"
+                f"{CONFIG_KEY}: {layer.layer_name} with {kernel_name(layer.quant_method)} "
+                f"({type(layer.quant_method).__name__}) does not give the same bits when its experts are in other "
+                f"rows: {100 * differ.float().mean().item():.2g} % of the bytes of {len(found)} tokens differ. Choose "
+                "another --moe-backend, or serve without the plugin; please report it"
             )
 
 

@@ -170,8 +170,7 @@ def check_kernel(layer_name: str, quant_method: Any) -> None:
     """Raise ConfigError unless the kernel that vLLM has built for a layer's quantised experts is one of KERNELS."""
     if hasattr(quant_method, "unquantized_backend"):
         return
-    kernel = getattr(quant_method, "moe_kernel", None)
-    name = "none of vLLM's modular ones" if kernel is None else type(kernel.fused_experts).__name__
+    name = compat.kernel_name(quant_method)
     if name not in KERNELS:
         raise ConfigError(
             f"{CONFIG_KEY}: quantised experts of {type(quant_method).__name__} with the kernel {name} are not "

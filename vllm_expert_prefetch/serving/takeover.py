@@ -9,6 +9,8 @@ from vllm_expert_prefetch.config import CONFIG_KEY
 from vllm_expert_prefetch.serving.expert_tensors import (
     ExpertTensor,
     TakeoverError,
+    check_weights_are_among,
+    find_expert_tensors,
     leave_where_it_is,
     reachable_tensors,
 )
@@ -36,14 +38,19 @@ def replace_rows(layer: Any, tensors: Mapping[str, ExpertTensor], rows: Mapping[
             )
 
 
-def verify_rows(layer_name: str, tensors: Mapping[str, ExpertTensor]) -> None:
-    """Raise TakeoverError when something has replaced the row space behind a layer's tensors since the takeover."""
-    for name, tensor in tensors.items():
+def verify_rows(layer: Any, tensors: Mapping[str, ExpertTensor], num_experts: int) -> None:
+    """Raise TakeoverError when something has replaced the row space behind a layer's tensors since the takeover.
+
+    `tensors`: those of the takeover. What the layer and its kernel hold now is found anew.
+    """
+    check_weights_are_among(layer, tensors)
+    row_space = {tensor.rows.untyped_storage().data_ptr() for tensor in tensors.values()}
+    for name, tensor in [*tensors.items(), *find_expert_tensors(layer, num_experts).items()]:
         for holder in tensor.holders:
-            if holder.untyped_storage().data_ptr() != tensor.rows.untyped_storage().data_ptr():
+            if holder.untyped_storage().data_ptr() not in row_space or len(holder) != num_experts:
                 raise TakeoverError(
-                    f"{CONFIG_KEY}: {layer_name}.{name} {tuple(holder.shape)} is not the row space "
-                    f"{tuple(tensor.rows.shape)} that took its place"
+                    f"{CONFIG_KEY}: {layer.layer_name}.{name} {tuple(holder.shape)} is not the row space of "
+                    f"{num_experts} experts that took its place"
                 )
 
 

@@ -23,7 +23,7 @@ from vllm_expert_prefetch.metrics.runtime_dir import ensure_runtime_dir
 from vllm_expert_prefetch.metrics.scrape_port import serve_counters
 from vllm_expert_prefetch.planning.sizing import GB, LayerShape, MemoryBudget, size_cache
 from vllm_expert_prefetch.serving import compat
-from vllm_expert_prefetch.serving.proof import kernel_name, prove_kernels
+from vllm_expert_prefetch.serving.proof import prove_kernels
 from vllm_expert_prefetch.serving.sources import create_look_ahead_of
 from vllm_expert_prefetch.serving.speculation import describe_execution
 from vllm_expert_prefetch.serving.takeover import verify_rows
@@ -52,7 +52,6 @@ class Worker:
         self._shared_rows: dict[tuple[object, ...], Any] = {}
         self._private_bytes = 0
         self._num_taken_over = 0
-        self._proved: set[str] = set()
         self._next_progress = time.monotonic() + _PROGRESS_SECONDS
         self.execution = config.execution
         self.prefetch = ""
@@ -126,8 +125,9 @@ class Worker:
         """The model is loaded and every layer taken over: look ahead where that is asked for, count, and say so."""
         layers, caches = self.layers, self.caches
         for layer in layers:
-            verify_rows(layer.layer_name, layer.expert_tensors)
-        self._proved = prove_kernels([layer for layer in layers if layer.cache is not None])
+            if layer.cache is not None:
+                verify_rows(layer, layer.expert_tensors, layer.local_num_experts)
+        prove_kernels([layer for layer in layers if layer.cache is not None])
         link_rate = caches.measure_bandwidth() if caches else 0.0
         look_ahead, self.prefetch = create_look_ahead_of(model, layers, self.config, caches, link_rate)
         self.execution = describe_execution(self.config, look_ahead, len(layers), self.prefetch)
@@ -153,7 +153,7 @@ class Worker:
             f"{self._link() or 'not emulated'}" + (f"; sizing: {self._sizing}" if self._sizing else ""),
             f"proved: all {len(layers)} MoE layers were taken over, {num_served} read their row spaces, no other copy "
             "of their experts can be reached"
-            + "".join(f", {name} gives the same bits whatever rows they are in" for name in sorted(self._proved)),
+            + (", and the kernel gives the same bits whatever rows they are in" if num_served else ""),
             "look: vllm_expert_prefetch_* on the server's /metrics, or vllm-expert-prefetch top URL",
         ]
 
@@ -230,7 +230,7 @@ class Worker:
         return self.caches.engine_name if self.caches else "none: every expert is resident"
 
     def _kernels(self) -> str:
-        return ", ".join(sorted({kernel_name(layer) for layer in self.layers}))
+        return ", ".join(sorted({compat.kernel_name(layer.quant_method) for layer in self.layers}))
 
     def _quant_methods(self) -> str:
         return ", ".join(sorted({type(layer.quant_method).__name__ for layer in self.layers}))

@@ -5,7 +5,7 @@ own (`w13_*`, `w2_*`) and those that its quantisation config holds (scales, zero
 found and not understood is an error: a tensor left behind would give other experts' values, with nothing to see.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,7 +88,7 @@ def unprocessed_row_bytes(layer: torch.nn.Module, num_experts: int) -> tuple[int
     )
 
 
-def check_weights_are_among(layer: Any, tensors: dict[str, ExpertTensor]) -> None:
+def check_weights_are_among(layer: Any, tensors: Mapping[str, ExpertTensor]) -> None:
     """Raise TakeoverError unless the two weights that vLLM hands to a layer's kernel are among its `tensors`."""
     held = {id(holder) for tensor in tensors.values() for holder in tensor.holders}
     for name in ("w13_weight", "w2_weight"):

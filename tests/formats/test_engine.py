@@ -12,6 +12,7 @@ from engines import caches, counters, greedy, layers, open_engine
 from safetensors.torch import load_file, save_file
 
 import vllm_expert_prefetch.serving.layer as layer_module
+import vllm_expert_prefetch.serving.takeover as takeover
 from formats import standins
 from formats.checkpoints import CASES, dequantise, family_of, write_quantised
 from vllm_expert_prefetch.serving.expert_tensors import TakeoverError
@@ -62,7 +63,8 @@ def test_a_format_is_bit_equal_with_a_part_of_its_experts(name, backend, cuda_op
 def test_a_scale_that_was_not_found_fails_the_proof_at_start(cuda_operators, monkeypatch, tmp_path):
     find = layer_module.find_expert_tensors
     no_scales = lambda *of: {name: tensor for name, tensor in find(*of).items() if "scale" not in name}  # noqa: E731
-    monkeypatch.setattr(layer_module, "find_expert_tensors", no_scales)
+    for module in (layer_module, takeover):  # found neither then nor when the rows are verified
+        monkeypatch.setattr(module, "find_expert_tensors", no_scales)
     model = write_quantised("int8", tmp_path / "int8")
     with pytest.raises(TakeoverError, match=r"layers\.0\.mlp\.experts with TritonExperts .*not give the same bits"):
         open_engine(model, {"cache_fraction": 0.5}, **options("triton")).__enter__()

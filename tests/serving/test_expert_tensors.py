@@ -39,6 +39,8 @@ Wrapper.__module__ = "triton_kernels.tensor"
 
 class Layer(nn.Module):
     layer_name = "model.layers.3.mlp.experts"
+    w13_weight: torch.Tensor
+    w2_weight: torch.Tensor
 
     def __init__(self, **parameters: torch.Tensor) -> None:
         super().__init__()

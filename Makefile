@@ -92,15 +92,17 @@ test: setup  ## The whole test suite
 	exit $$status
 
 # Not in .venv: vLLM's CPU build behaves differently beside Triton.
-test-triton: setup  ## The Triton kernel in Triton's interpreter
+test-triton: setup  ## Triton kernels in Triton's interpreter: the router's, and vLLM's own for experts
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target build/triton triton
-	PYTHONPATH=build/triton $(BIN)/pytest tests/prediction/test_fused_router.py $(PYTEST_ARGS)
+	PYTHONPATH=build/triton $(BIN)/pytest tests/prediction/test_fused_router.py tests/formats/test_triton_rows.py \
+		$(PYTEST_ARGS)
 
 bench: setup  ## Every benchmark, in its quick form
 	@set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python "$$script" --quick; done
 
 formats: setup  ## Slow, half a gigabyte: what vLLM's CUDA builds offer for each quantised format, and what is chosen
-	$(BIN)/python tests/formats/offered.py all build/formats
+	PYTHONPATH=tests $(BIN)/python -m formats.offered all build/formats
+	PYTHONPATH=tests $(BIN)/python -m formats.layouts all build/formats
 	$(BIN)/python tests/doc_tables.py
 
 sanitize: setup  ## The native code's C++ tests under the address, undefined-behaviour and thread sanitizers

@@ -2,16 +2,19 @@
 
     python .ci/mutants.py [NAME ...]
 
-A mutant is one replaced text in one file. It is applied to a copy of the tree, where its tests run; a mutant of the C++
-sources is compiled first. A mutant that survives, or whose text does not occur exactly once, makes the run fail.
+A mutant is one replaced text in one file. It is applied to a copy of the tree, of which there is one for each core, and
+its tests run there; a mutant of the C++ sources is compiled first. A mutant that survives, or whose text does not occur
+exactly once, makes the run fail.
 """
 
 import os
+import queue
 import shutil
 import subprocess
 import sys
 import tempfile
 import tomllib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +41,33 @@ def main() -> int:
         raise SystemExit(f"no such mutant: {', '.join(sorted(unknown))}")
     chosen = [mutant for mutant in mutants if not wanted or mutant["name"] in wanted]
     bad = []
-    with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder)
-        for name in COPIED:
-            copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
-            copy(ROOT / name, tree / name)
-        for number, mutant in enumerate(chosen, 1):
-            verdict = try_mutant(tree, mutant)
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+        trees: queue.SimpleQueue[Path] = queue.SimpleQueue()
+        for number in range(os.cpu_count() or 1):
+            trees.put(copy_of_the_tree(Path(folder, str(number))))
+
+        def in_a_free_tree(mutant: dict[str, Any]) -> str:
+            tree = trees.get()
+            try:
+                return try_mutant(tree, mutant)
+            finally:
+                trees.put(tree)
+
+        for number, (mutant, verdict) in enumerate(zip(chosen, pool.map(in_a_free_tree, chosen), strict=True), 1):
             print(f"{number:3}/{len(chosen)} {mutant['name']}: {verdict}", flush=True)
             if verdict != "killed":
                 bad.append(mutant["name"])
     print(f"{len(chosen) - len(bad)} of {len(chosen)} killed" + (f"; not: {', '.join(bad)}" if bad else ""))
     return int(bool(bad))
+
+
+def copy_of_the_tree(tree: Path) -> Path:
+    """A copy that mutants may change, one at a time, made at `tree`."""
+    tree.mkdir()
+    for name in COPIED:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy2
+        copy(ROOT / name, tree / name)
+    return tree
 
 
 def try_mutant(tree: Path, mutant: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from vllm_expert_prefetch.metrics.counters import SUFFIX, Counters
 from vllm_expert_prefetch.metrics.definitions import INDEX, INFO_LABELS
 
-INFO = {label: f"some {label}" for label in INFO_LABELS}
+INFO = {label: f"some {label}" for label in INFO_LABELS} | {"lookahead_layers": "2"}
 
 
 def labels(rank: str = "0", model_name: str = "a/model", engine: str = "0") -> dict[str, str]:

@@ -15,6 +15,7 @@ from vllm_expert_prefetch.config import ExpertPrefetchConfig
 from vllm_expert_prefetch.metrics.definitions import METRICS, Metric
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+REGISTERED = Path(__file__).with_name("serving") / "registered.json"
 _TYPES = {int: "integer", float: "number", str: "string", bool: "true / false"}
 
 
@@ -78,6 +79,48 @@ def backends_table() -> str:
     return _table(("format", *(f"SM {capability}" for capability in CAPABILITIES)), rows)
 
 
+def layouts_table() -> str:
+    """One row per format: with which backends its rows were found again, and which are refused, in each version."""
+    from formats.layouts import FORMATS, FOUND, REFUSED
+    from formats.offered import RESULT
+
+    found = json.loads(RESULT.read_text())["layouts"]
+
+    def where(name: str, backend: str, kind: str) -> str:
+        """Versions, and the GPUs where it is not all of them."""
+        versions: dict[str, list[str]] = {}
+        for version, gpus in found.items():
+            own = [gpu for gpu, formats in gpus.items() if formats[name].get(backend, "").startswith(kind)]
+            if own:
+                on = "" if len(own) == len(gpus) else f" on SM {', '.join(own)}"
+                versions.setdefault(on, []).append(version.removesuffix(".0"))
+        return "; ".join(", ".join(short) + on for on, short in versions.items())
+
+    rows = []
+    for name in FORMATS:
+        asked = {backend for gpus in found.values() for formats in gpus.values() for backend in formats[name]}
+        refused = [backend for backend in sorted(asked - {"any"}) if where(name, backend, REFUSED)]
+        if "any" in asked:
+            refused.insert(0, f"any of {where(name, 'any', REFUSED)}")
+        proved = (where(name, backend, FOUND) or where(name, "any", FOUND) for backend in ("marlin", "triton"))
+        rows.append((name, *proved, ", ".join(refused)))
+    return _table(("format", "rows found with `marlin`", "rows found with `triton`", "refused"), rows)
+
+
+def families_table() -> str:
+    """One row per family with a test, then one per other thing that is known of a model class of vLLM."""
+    classes: dict[str, list[str]] = {}
+    for name, known in json.loads(REGISTERED.read_text())["models"].items():
+        classes.setdefault(known, []).append(f"`{name}`")
+    families = [known.removeprefix("covered by ") for known in sorted(classes) if known.startswith("covered by ")]
+    rows = [
+        (f"a test: {family}", *(", ".join(classes.pop(f"{how} {family}", [])) for how in ("covered by", "as")))
+        for family in families
+    ]
+    rows += [(known, ", ".join(classes[known]), "") for known in sorted(classes)]
+    return _table(("what is known", "vLLM's model class", "the same experts in"), rows)
+
+
 def _refusal_rows(refusals: Iterable[Any]) -> str:
     rows = [(refusal.what, f"`{refusal.flag}`", refusal.remedy) for refusal in refusals]
     return _table(("what", "asked for by", "remedy"), rows)
@@ -86,9 +129,11 @@ def _refusal_rows(refusals: Iterable[Any]) -> str:
 TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "config": (DOCS / "configuration.md", config_table),
     "metrics": (DOCS / "metrics.md", metrics_table),
+    "families": (DOCS / "compatibility.md", families_table),
     "refusals": (DOCS / "compatibility.md", refusals_table),
     "formats": (DOCS / "compatibility.md", formats_table),
     "backends": (DOCS / "compatibility.md", backends_table),
+    "layouts": (DOCS / "compatibility.md", layouts_table),
     "layer_refusals": (DOCS / "compatibility.md", layer_refusals_table),
 }
 

@@ -13,6 +13,7 @@ experts swapped in one layer, or only their biases, change most completions of 3
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,6 +220,15 @@ _LOCAL_EXPERTS = {"num_local_experts": NUM_EXPERTS, "num_experts_per_tok": 2}
 _ROUTED_EXPERTS = {"n_routed_experts": NUM_EXPERTS, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
 _SIZES = {"intermediate_size": 256, "moe_intermediate_size": 64}
 _SMALL = {**GROUPED_QUERY, "intermediate_size": 64}
+_LINEAR_ATTENTION = {
+    "head_dim": 64,
+    "shared_expert_intermediate_size": 64,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+}
 # Name -> Transformers' configuration class, its arguments, and how many of its layers are MoE layers.
 OTHER_FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
     "granite-moe": ("GraniteMoeConfig", {**_SMALL, **_LOCAL_EXPERTS}, 3),
@@ -276,19 +286,162 @@ OTHER_FAMILIES: dict[str, tuple[str, dict[str, Any], int]] = {
             **GROUPED_QUERY,
             **_SIZES,
             **_EXPERTS,
-            "head_dim": 64,
-            "shared_expert_intermediate_size": 64,
-            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 4,
-            "linear_key_head_dim": 64,
-            "linear_value_head_dim": 64,
+            **_LINEAR_ATTENTION,
         },
         3,
     ),
     "exaone-moe": ("ExaoneMoeConfig", {**GROUPED_QUERY, **_SIZES, **_EXPERTS, "n_group": 1, "topk_group": 1}, 2),
     "flex-olmo": ("FlexOlmoConfig", {**_SMALL, **_EXPERTS}, 3),
+    "phimoe": (
+        "PhimoeConfig",
+        {
+            **_SMALL,
+            **_LOCAL_EXPERTS,
+            "attention_bias": True,
+            "lm_head_bias": True,
+            "architectures": ["PhiMoEForCausalLM"],
+        },
+        3,
+    ),
+    "cohere2-moe": (
+        "Cohere2MoeConfig",
+        {**_SMALL, **_EXPERTS, "head_dim": 64, "sliding_window": 32, "tie_word_embeddings": True},
+        3,
+    ),
+    "gemma4": (
+        "Gemma4TextConfig",
+        {
+            **GROUPED_QUERY,
+            **_SIZES,
+            "enable_moe_block": True,
+            "num_experts": NUM_EXPERTS,
+            "top_k_experts": 2,
+            "head_dim": 64,
+            "global_head_dim": 64,
+            "hidden_size_per_layer_input": 0,
+            "sliding_window": 32,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "tie_word_embeddings": True,
+        },
+        3,
+    ),
+    "granite-moe-hybrid": (
+        "GraniteMoeHybridConfig",
+        {
+            **_SMALL,
+            **_LOCAL_EXPERTS,
+            "shared_intermediate_size": 96,
+            "layer_types": ["mamba", "attention", "mamba"],
+            "mamba_n_heads": 4,
+            "mamba_d_state": 64,
+            "mamba_d_head": 64,
+        },
+        3,
+    ),
+    "glm4-moe-lite": (
+        "Glm4MoeLiteConfig",
+        {
+            **DEEPSEEK,
+            "num_key_value_heads": 2,
+            "q_lora_rank": 64,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+        },
+        3,
+    ),
+    "afmoe": (
+        "AfmoeConfig",
+        {
+            **GROUPED_QUERY,
+            **_SIZES,
+            **_EXPERTS,
+            "head_dim": 64,
+            "num_dense_layers": 1,
+            "num_shared_experts": 1,
+            "sliding_window": 32,
+            "global_attn_every_n_layers": 2,
+            "score_func": "sigmoid",
+            "route_norm": True,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+        2,
+    ),
+    "qwen3.5-moe": (
+        "Qwen3_5MoeTextConfig",
+        {**GROUPED_QUERY, **_EXPERTS, **_LINEAR_ATTENTION, "moe_intermediate_size": 64},
+        3,
+    ),
+    "qwen3-vl-moe": (
+        "Qwen3VLMoeConfig",
+        {
+            "text_config": {
+                **GROUPED_QUERY,
+                **_SIZES,
+                **_EXPERTS,
+                "head_dim": 64,
+                "norm_topk_prob": True,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [12, 10, 10]},
+            },
+            "vision_config": {
+                "depth": 2,
+                "hidden_size": 64,
+                "intermediate_size": 64,
+                "num_heads": 2,
+                "out_hidden_size": 128,
+                "num_position_embeddings": 64,
+                "deepstack_visual_indexes": [0],
+            },
+            "image_token_id": VOCAB_SIZE - 1,
+            "video_token_id": VOCAB_SIZE - 2,
+            "vision_start_token_id": VOCAB_SIZE - 3,
+            "vision_end_token_id": VOCAB_SIZE - 4,
+            "tie_word_embeddings": False,
+        },
+        3,
+    ),
+    "longcat": (
+        "LongcatFlashConfig",
+        {
+            **COMMON,
+            "num_layers": 2,
+            "num_key_value_heads": 2,
+            "rope_parameters": DEEPSEEK["rope_parameters"],
+            "q_lora_rank": 64,
+            "kv_lora_rank": 512,
+            "qk_nope_head_dim": 64,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 64,
+            "head_dim": 64,
+            "n_routed_experts": NUM_EXPERTS,
+            "ffn_hidden_size": 256,
+            "expert_ffn_hidden_size": 64,
+            "moe_topk": 4,
+            "zero_expert_num": 8,
+            "zero_expert_type": "identity",
+            "mla_scale_q_lora": True,
+            "mla_scale_kv_lora": True,
+        },
+        2,
+    ),
 }
+
+
+def _like_longcat(name: str, tensor: torch.Tensor) -> torch.Tensor | None:
+    """Experts that compute nothing have no weights in a published checkpoint."""
+    found = re.search(r"experts\.(\d+)\.", name)
+    return None if found and int(found[1]) >= NUM_EXPERTS else tensor
+
+
+def _like_qwen3_vl(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """All experts in one tensor, inputs before outputs."""
+    return tensor.transpose(1, 2).contiguous() if ".experts." in name else tensor
+
+
+# Family -> what a published checkpoint has in place of a tensor that Transformers writes.
+PUBLISHED = {"longcat": _like_longcat, "qwen3-vl-moe": _like_qwen3_vl}
 
 
 def write_checkpoint(name: str, directory: Path | str, seed: int = 0, **changes: Any) -> Path:
@@ -298,21 +451,46 @@ def write_checkpoint(name: str, directory: Path | str, seed: int = 0, **changes:
     there is no such family.
     """
     import torch
+    from safetensors.torch import load_file, save_file
+    from transformers.models.auto import modeling_auto
+
+    config = config_of(name, **changes)
+    is_text = type(config) in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING
+    auto: Any = modeling_auto.AutoModelForCausalLM if is_text else modeling_auto.AutoModelForImageTextToText
+    architectures = config.architectures
+    with torch.device("meta"):
+        model = auto.from_config(config)
+    model.to_empty(device="cpu")
+    random_weights(model, seed)
+    model.save_pretrained(directory)
+    if architectures:  # Transformers writes the name of its own class
+        config.architectures = architectures
+        config.save_pretrained(directory)
+    if name in PUBLISHED:
+        path = Path(directory) / "model.safetensors"
+        published = {key: PUBLISHED[name](key, tensor) for key, tensor in load_file(path).items()}
+        save_file({key: tensor for key, tensor in published.items() if tensor is not None}, path, {"format": "pt"})
+    return Path(directory)
+
+
+def config_of(name: str, **changes: Any) -> Any:
+    """Transformers' configuration of the family `name`, with `changes`. KeyError if there is no such family."""
     import transformers
 
     if name in FAMILIES:
         config_class, given = FAMILIES[name].config_class, FAMILIES[name].config
     else:
         config_class, given, _ = OTHER_FAMILIES[name]
-    config = getattr(transformers, config_class)(**{**given, **changes}, dtype="bfloat16")
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    model.to_empty(device="cpu")
+    return getattr(transformers, config_class)(**{**given, **changes}, dtype="bfloat16")
+
+
+def random_weights(model: Any, seed: int = 0) -> None:
+    """Give every tensor of a model of Transformers random values."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     for tensor_name, tensor in model.state_dict().items():
         tensor.copy_(random_values(tensor_name, tensor, generator))
-    model.save_pretrained(directory)
-    return Path(directory)
 
 
 def prompt(length: int, seed: int) -> dict[str, list[int]]:
@@ -329,11 +507,11 @@ def random_values(name: str, like: torch.Tensor, generator: torch.Generator) -> 
     import torch
 
     unit = (torch.rand(like.shape, generator=generator) - 0.5) * 12**0.5
-    if "norm" in name:
+    if "norm" in name or name.endswith(("scale", "scalar")):
         return (1 + 0.1 * unit) * (2.5 if "q_norm" in name or "k_norm" in name else 1)
     if name.endswith("embed_tokens.weight"):
         return unit
-    if name.endswith("e_score_correction_bias"):
+    if name.endswith(("e_score_correction_bias", "expert_bias")):
         return 0.3 * unit
     if like.dim() == 1 or name.endswith("_bias"):
         return 0.5 * unit
@@ -351,8 +529,18 @@ def loudness(vocab_size: int) -> torch.Tensor:
     return scales
 
 
+_SHARP = (
+    "mlp.gate.weight",
+    "mlp.router.weight",
+    "router.gate.weight",
+    "q_proj.weight",
+    "q_b_proj.weight",
+    "k_proj.weight",
+)
+
+
 def gain(name: str) -> float:
     """Root mean square of a weight's product with a normalised input (within a factor of 1.5 for gpt-oss's experts)."""
-    if name.endswith(("mlp.gate.weight", "mlp.router.weight", "q_proj.weight", "q_b_proj.weight", "k_proj.weight")):
+    if name.endswith(_SHARP):
         return 2.5
     return 2.0 if "gate_proj" in name or "up_proj" in name else 1.0

@@ -83,6 +83,7 @@ def pretend(capability: int) -> None:
     import torch
 
     torch.version.cuda = "13.0"
+    torch.accelerator.empty_cache = lambda: None
     _pretend_to_have_libraries()
 
 
@@ -91,7 +92,7 @@ def _pretend_to_have_libraries() -> None:
     import vllm.utils.flashinfer as flashinfer
     import vllm.utils.import_utils as imports
 
-    for name in ("has_triton_kernels", "has_deep_gemm", "has_humming"):
+    for name in ("has_triton_kernels", "has_deep_gemm"):
         if hasattr(imports, name):
             setattr(imports, name, functools.cache(lambda: True))
     if hasattr(imports, "get_triton_kernels_version"):

@@ -1,9 +1,9 @@
 """What vLLM's CUDA builds offer for each format on each GPU, and what the plugin chooses: asked without a GPU.
 
-`make formats` runs `python tests/formats/offered.py all FOLDER`. It takes the wheels of VERSIONS apart in FOLDER (their
+`make formats` runs `python -m formats.offered all FOLDER`. It takes the wheels of VERSIONS apart in FOLDER (their
 Python files; half a gigabyte to download), asks each behind `fake_gpu`, and writes `benchmarks/results/formats.json`.
-`doc_tables.py` makes the table in docs/compatibility.md of it. `offered.py one CAPABILITY` asks the vLLM that is in
-PYTHONPATH. The last line of what either prints is JSON.
+`doc_tables.py` makes the table in docs/compatibility.md of it. `one CAPABILITY` asks the vLLM that is in PYTHONPATH.
+The last line of what either prints is JSON.
 """
 
 import contextlib
@@ -11,8 +11,9 @@ import json
 import os
 import subprocess
 import sys
+import types
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -24,15 +25,6 @@ CAPABILITIES = (80, 86, 89, 90, 100, 120)
 BESIDE = ("triton", "humming-kernels==0.1.19")
 """What the wheels import: needed as files, never run."""
 
-_GPT_OSS = {
-    "num_experts": 128,
-    "num_local_experts": 128,
-    "num_logical_experts": 128,
-    "experts_per_token": 4,
-    "hidden_dim": 2880,
-    "intermediate_size": 2880,
-    "has_bias": True,
-}
 # name -> (vLLM's name of the method, the quantization_config as far as the plugin looks)
 _INPUTS_TOO = {"weights": {"num_bits": 8, "type": "float"}, "input_activations": {"num_bits": 8}}
 _INT8_TOO = {"weights": {"num_bits": 8, "type": "int"}, "input_activations": {"num_bits": 8}}
@@ -55,17 +47,8 @@ NAMES: dict[str, tuple[str, dict[str, Any]]] = {
 def selectors() -> dict[str, tuple[Callable[[Any], Any], dict[str, Any]]]:
     """For each of NAMES: vLLM's own choice for a layer's configuration, and how that differs from the usual layer."""
     import vllm.model_executor.layers.quantization.utils.quant_utils as keys
-    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-    from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
     from vllm.model_executor.layers.fused_moe.oracle import fp8, int8, mxfp4, nvfp4
 
-    if hasattr(mxfp4, "_user_moe_activation_override"):
-        mxfp4._user_moe_activation_override = lambda: None
-    gpt_oss = {
-        **_GPT_OSS,
-        "activation": MoEActivation.SWIGLUOAI,
-        "routing_method": RoutingMethodType.Renormalize,
-    }
     found: dict[str, tuple[Callable[[Any], Any], dict[str, Any]]] = {
         "FP8 in blocks of 128": (
             lambda c: fp8.select_fp8_moe_backend(c, keys.kFp8Static128BlockSym, keys.kFp8Dynamic128Sym),
@@ -89,7 +72,7 @@ def selectors() -> dict[str, tuple[Callable[[Any], Any], dict[str, Any]]]:
             lambda c: int8.select_int8_moe_backend(c, keys.kInt8StaticChannelSym, keys.kInt8DynamicTokenSym),
             {},
         ),
-        "MXFP4 (gpt-oss)": (mxfp4.select_mxfp4_moe_backend, gpt_oss),
+        "MXFP4 (gpt-oss)": (mxfp4.select_mxfp4_moe_backend, gpt_oss()),
         "NVFP4, inputs too": (
             lambda c: nvfp4.select_nvfp4_moe_backend(c, keys.kNvfp4Static, keys.kNvfp4Dynamic),
             {},
@@ -133,17 +116,11 @@ def _weights_only(kind: str, bits: int) -> Callable[[Any], Any]:
     return lambda c: int_wna16.select_wna16_moe_backend(c, key, config, has_zeros, has_bias, allow_tile_padding=True)
 
 
-def ask(capability: int) -> dict[str, dict[str, str]]:
-    """Of the vLLM in PYTHONPATH: format -> its default kernel, what the plugin chooses, and the kernel of that."""
-    from formats import fake_gpu
-
-    fake_gpu.pretend(capability)
+def moe_config(**differs: Any) -> Any:
+    """vLLM's configuration of an MoE layer: that of Qwen3-30B-A3B but for what `differs`."""
     import torch
-    from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.model_executor.layers.fused_moe.activation import MoEActivation
     from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig, RoutingMethodType
-
-    from vllm_expert_prefetch.serving.backends import backend_for
 
     usual = {
         "num_experts": 128,
@@ -158,13 +135,47 @@ def ask(capability: int) -> dict[str, dict[str, str]]:
         "moe_parallel_config": FusedMoEParallelConfig.make_no_parallel(),
         "in_dtype": torch.bfloat16,
     }
+    return FusedMoEConfig(**{**usual, **differs})
+
+
+def gpt_oss() -> dict[str, Any]:
+    """How a layer of gpt-oss-120b differs."""
+    from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+    from vllm.model_executor.layers.fused_moe.config import RoutingMethodType
+
+    return {
+        "experts_per_token": 4,
+        "hidden_dim": 2880,
+        "intermediate_size": 2880,
+        "has_bias": True,
+        "activation": MoEActivation.SWIGLUOAI,
+        "routing_method": RoutingMethodType.Renormalize,
+    }
+
+
+def any_model() -> contextlib.AbstractContextManager[Any]:
+    """Within: vLLM's configuration is that of a model, of which it says no more than its type."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    config, given = VllmConfig(), types.SimpleNamespace(model_type="qwen3_moe")
+    config.model_config = types.SimpleNamespace(hf_config=given, hf_text_config=given, quantization_config=None)
+    return set_current_vllm_config(config)
+
+
+def ask(capability: int) -> dict[str, dict[str, str]]:
+    """Of the vLLM in PYTHONPATH: format -> its default kernel, what the plugin chooses, and the kernel of that."""
+    from formats import fake_gpu
+
+    fake_gpu.pretend(capability)
+    from vllm_expert_prefetch.serving.backends import backend_for
+
     answers = {}
-    with set_current_vllm_config(VllmConfig()):
+    with any_model():
         for name, (select, differs) in selectors().items():
 
             def kernel_of(backend: str, select: Any = select, differs: Any = differs) -> str:
                 try:
-                    kernel = select(FusedMoEConfig(**{**usual, **differs, "moe_backend": backend}))[1]
+                    kernel = select(moe_config(**differs, moe_backend=backend))[1]
                 except (ValueError, NotImplementedError) as error:
                     return f"none: {str(error)[:80]}"
                 return kernel.__name__ + (" (monolithic)" if kernel.is_monolithic() else "")
@@ -174,8 +185,8 @@ def ask(capability: int) -> dict[str, dict[str, str]]:
     return answers
 
 
-def ask_all(folder: Path) -> dict[str, Any]:
-    """Every version and GPU, each in a process of its own: version -> capability -> format -> answers."""
+def ask_all(folder: Path, module: str, capabilities: Iterable[int]) -> dict[str, Any]:
+    """What `python -m MODULE one CAPABILITY` prints, of every version and GPU: version -> capability -> answers."""
     folder.mkdir(parents=True, exist_ok=True)
     beside = folder / "beside"
     if not beside.exists():
@@ -191,10 +202,10 @@ def ask_all(folder: Path) -> dict[str, Any]:
             wheel.unlink()
         found[version] = {}
         path = [str(package), str(beside), str(ROOT / "tests"), str(ROOT)]
-        for capability in CAPABILITIES:
+        for capability in capabilities:
             print(f"vLLM {version}, compute capability {capability / 10}", flush=True)
             done = subprocess.run(
-                [sys.executable, __file__, "one", str(capability)],
+                [sys.executable, "-m", module, "one", str(capability)],
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
                 capture_output=True,
                 text=True,
@@ -204,6 +215,12 @@ def ask_all(folder: Path) -> dict[str, Any]:
                 raise SystemExit(done.stderr[-4000:])
             found[version][str(capability)] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def store(key: str, found: dict[str, Any]) -> None:
+    """Write one part of the results, and leave the others."""
+    others = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+    RESULT.write_text(json.dumps({**others, "date": date.today().isoformat(), key: found}, indent=1) + "\n")
 
 
 def _pip(command: str, *arguments: str) -> None:
@@ -217,8 +234,8 @@ def main() -> None:
             answers = ask(int(sys.argv[2]))
         print(json.dumps(answers))
         return
-    found = ask_all(Path(sys.argv[2]))
-    RESULT.write_text(json.dumps({"date": date.today().isoformat(), "versions": found}, indent=1) + "\n")
+    found = ask_all(Path(sys.argv[2]), "formats.offered", CAPABILITIES)
+    store("versions", found)
     kernels = [answer["kernel"] for gpus in found.values() for formats in gpus.values() for answer in formats.values()]
     refused = sum(kernel.startswith("none") for kernel in kernels)
     print(json.dumps({"asked": len(kernels), "served": len(kernels) - refused, "refused": refused}))

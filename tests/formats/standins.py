@@ -23,8 +23,24 @@ def install(patch: Any) -> None:
     """Have vLLM's Marlin and Triton experts compute with what is here; `patch` is a pytest.MonkeyPatch."""
     import vllm.model_executor.layers.fused_moe.experts.marlin_moe as marlin_moe
     import vllm.model_executor.layers.fused_moe.experts.triton_moe as triton_moe
-    import vllm.model_executor.layers.fused_moe.utils as moe_utils
     from vllm.model_executor.layers.quantization.utils import marlin_utils, marlin_utils_fp4, marlin_utils_fp8
+
+    install_operators(patch)
+    for module in (marlin_moe, marlin_utils, marlin_utils_fp4, marlin_utils_fp8):
+        for name in ("get_marlin_workspace", "marlin_make_workspace_new", "marlin_make_workspace"):
+            if hasattr(module, name):
+                patch.setattr(module, name, lambda *args, **kwargs: torch.zeros(1024, dtype=torch.int32))
+    for experts in (marlin_moe.MarlinExpertsBase, marlin_moe.MarlinExperts, triton_moe.TritonExperts):
+        patch.setattr(experts, "_supports_current_device", staticmethod(lambda: True))
+    patch.setattr(triton_moe.TritonExperts, "_supports_quant_scheme", staticmethod(lambda weight, activation: True))
+    patch.setattr(triton_moe, "invoke_fused_moe_triton_kernel", triton_gemm)
+    names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+    patch.setattr(triton_moe, "tl", types.SimpleNamespace(**names), raising=False)
+
+
+def install_operators(patch: Any) -> None:
+    """The operators alone: Triton's own kernels stay, for Triton's interpreter."""
+    import vllm.model_executor.layers.fused_moe.utils as moe_utils
 
     operators = {
         "moe_align_block_size": align_blocks,
@@ -38,18 +54,9 @@ def install(patch: Any) -> None:
     }
     for name, operator in operators.items():
         patch.setattr(ops, name, operator, raising=False)
-    for module in (marlin_moe, marlin_utils, marlin_utils_fp4, marlin_utils_fp8):
-        for name in ("get_marlin_workspace", "marlin_make_workspace_new", "marlin_make_workspace"):
-            if hasattr(module, name):
-                patch.setattr(module, name, lambda *args, **kwargs: torch.zeros(1024, dtype=torch.int32))
-    for experts in (marlin_moe.MarlinExpertsBase, marlin_moe.MarlinExperts, triton_moe.TritonExperts):
-        patch.setattr(experts, "_supports_current_device", staticmethod(lambda: True))
-    patch.setattr(triton_moe.TritonExperts, "_supports_quant_scheme", staticmethod(lambda weight, activation: True))
     patch.setattr(moe_utils, "_fp8_quantize", quantise_fp8)
     patch.setattr(moe_utils, "_int8_quantize", quantise_int8)
-    patch.setattr(triton_moe, "invoke_fused_moe_triton_kernel", triton_gemm)
-    names = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-    patch.setattr(triton_moe, "tl", types.SimpleNamespace(**names), raising=False)
+    _define("silu_and_mul(Tensor(a!) out, Tensor x) -> ()", silu_and_mul)
     _define("swigluoai_and_mul(Tensor(a!) out, Tensor x, float alpha=1.702, float limit=7.0) -> ()", swigluoai_and_mul)
 
 
@@ -94,6 +101,12 @@ def sum_over_topk(parts: torch.Tensor, out: torch.Tensor, *rest: Any) -> None:
     out.copy_(parts.float().sum(dim=1))
 
 
+def silu_and_mul(out: torch.Tensor, x: torch.Tensor) -> None:
+    """_C.silu_and_mul."""
+    gate, up = x.float().chunk(2, -1)
+    out.copy_(torch.nn.functional.silu(gate).to(x.dtype).float() * up)
+
+
 def swigluoai_and_mul(out: torch.Tensor, x: torch.Tensor, alpha: float = 1.702, limit: float = 7.0) -> None:
     """_C.swigluoai_and_mul: gates and values take turns."""
     gate, up = x.float()[..., ::2].clamp(max=limit), x.float()[..., 1::2].clamp(-limit, limit)
@@ -122,9 +135,9 @@ def scaled_fp8_quant(x: torch.Tensor, scale: Any = None, *args: Any, **named: An
 
 def silu_and_mul_per_block_quant(x: torch.Tensor, group_size: int, *args: Any, **named: Any) -> tuple[Any, Any]:
     """_C.silu_and_mul_per_block_quant."""
-    gate, up = x.float().chunk(2, -1)
-    activated = torch.nn.functional.silu(gate).to(x.dtype).float() * up
-    return quantise_fp8(activated.to(x.dtype), None, False, (1, group_size))
+    activated = x.new_empty(len(x), x.size(1) // 2)
+    silu_and_mul(activated, x)
+    return quantise_fp8(activated, None, False, (1, group_size))
 
 
 def _to_fp8(x: torch.Tensor) -> torch.Tensor:

@@ -84,6 +84,29 @@ def test_nothing_temporary_is_left(tmp_path):
     assert list(tmp_path.iterdir()) == [counters.path]
 
 
+def test_where_there_is_no_space_left_the_file_is_named_and_nothing_stays(tmp_path):
+    """Not found by the first write to the mapping: that would be SIGBUS, and the end of the server."""
+    output = run_python(f"""
+        import resource
+        from pathlib import Path
+        from counter_files import make_counters
+        kept = make_counters(Path({str(tmp_path)!r}), rank="1", stem="kept")
+        kept.path.unlink()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+        for attempt in (lambda: make_counters(Path({str(tmp_path)!r})), kept.keep):
+            try:
+                attempt()
+            except OSError as error:
+                print(error)
+        kept.add(0, 1)
+        print(list(Path({str(tmp_path)!r}).iterdir()))
+    """)
+    first, second, left = output.splitlines()
+    assert first.startswith(f"{tmp_path}/engine0-rank0-000000{SUFFIX}: File too large")
+    assert second.startswith(f"{tmp_path}/kept{SUFFIX}: File too large")
+    assert left == "[]"
+
+
 def test_a_header_that_is_too_long_is_refused_and_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match=rf"metrics header of \d+ bytes exceeds {HEADER_BYTES - 4}"):
         Counters(tmp_path / f"a{SUFFIX}", labels(model_name="m" * HEADER_BYTES), INFO)

@@ -100,6 +100,16 @@ def test_where_the_runtime_directory_cannot_be_used_it_lies_in_the_temporary_one
     assert str(base / place) in line
 
 
+def test_a_full_place_is_not_taken(base):
+    output = run_python(
+        "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        f"try:\n    {MAKE}except OSError as error:\n    print(error)"
+    )
+    assert output.count("File too large") == 2
+    assert "with space left" in output
+    assert list(base.iterdir()) == []
+
+
 def test_where_nothing_can_be_used_both_places_and_the_remedy_are_named(base, monkeypatch):
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(base / "missing"))
     monkeypatch.setattr(tempfile, "tempdir", str(base / "gone"))

@@ -234,7 +234,7 @@ def test_once_as_text_shows_every_line(counters, page, capsys):
         "layers",
         "10  ",
         "61.1 % hits",
-        "recall 90.0 %",
+        "2 ahead, recall 90.0 %",
         "12.5 %",
     ):
         assert part in shown

@@ -102,6 +102,51 @@ def test_a_layer_norm_keeps_its_shift():
     assert gate.norm.shift.tolist() == [0.0] * HIDDEN
 
 
+class NormingRouter(nn.Module):
+    """As Gemma-4's: it norms the residual itself, and not as the norm in front of the experts does."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm, self.proj = norm, nn.Linear(HIDDEN, EXPERTS, bias=False).bfloat16()
+        self.scale = nn.Parameter(torch.linspace(2.0, 0.5, HIDDEN).bfloat16())
+
+    def forward(self, residual):
+        return self.proj(self.norm(residual) * self.scale)
+
+
+def with_a_router_of_its_own(layer, norm=nn.RMSNorm):
+    del layer.mlp.gate
+    layer.mlp.router = NormingRouter(norm(HIDDEN, eps=1e-6).bfloat16())
+
+
+def test_a_router_that_norms_the_residual_itself_is_read_as_a_gate_of_what_the_experts_read():
+    layers = [Layer(), Layer()]
+    for layer in layers:
+        with_a_router_of_its_own(layer)
+    gate = find_sources(model(*layers))[1].gate
+    residual = 3 * torch.randn(5, HIDDEN)
+    expected = layers[1].mlp.router(residual.bfloat16()).float()
+    torch.testing.assert_close(gate.logits(gate.norm.apply(residual)), expected, rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize("is_grouped", [False, True])
+def test_a_bias_that_the_router_of_the_cpu_platform_does_not_read_is_left_out(is_grouped):
+    class CPURouter(types.SimpleNamespace):
+        """vLLM's, by name."""
+
+    layers = [Layer(), Layer()]
+    for layer in layers:
+        layer.mlp.experts.router = CPURouter(
+            **vars(layer.mlp.experts.router),
+            use_grouped_topk=is_grouped,
+            num_expert_group=2,
+            topk_group=1,
+            e_score_correction_bias=torch.ones(EXPERTS),
+        )
+    bias = find_sources(model(*layers))[0].gate.routing.correction_bias
+    assert (bias is not None) == is_grouped
+
+
 def damaged(change):
     layers = [Layer(), Layer()]
     change(layers[1])
@@ -133,6 +178,7 @@ def not_finite(layer):
         (no_norm, "no norm of size 8 around it"),
         (unknown_norms, "which of before, between in 1 feeds the experts is not known"),
         (not_finite, "not finite"),
+        (lambda layer: with_a_router_of_its_own(layer, nn.LayerNorm), "what NormingRouter makes of its input"),
         (lambda layer: setattr(layer.mlp.experts, "routed_input_transform", nn.Identity()), "latent experts"),
         (lambda layer: setattr(layer.mlp.experts.router, "_hash_indices_table", torch.zeros(1)), "by token id"),
         (lambda layer: setattr(layer.mlp.experts.router, "scoring_func", "tanh"), "tanh"),

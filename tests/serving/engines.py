@@ -1,6 +1,7 @@
 """Engines for tests: open one in this process, generate greedily, compare, free it again."""
 
 import contextlib
+import functools
 import gc
 import json
 from collections.abc import Iterator
@@ -25,13 +26,18 @@ def open_engine(model: Path | str, config: dict[str, Any] | bool | None, **optio
     """A vLLM `LLM` in this process. `config`: the plugin's configuration, None for an engine that does not ask."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
-    from vllm.model_executor.models import registry
 
-    # vLLM looks at a model's class in a process of its own, which takes 10 s for every new class; here it need not.
-    registry._run_in_subprocess = lambda look: look()
+    _spare_what_is_done_for_every_engine()
+    gc.freeze()  # what is there by now stays: not looked at by every collection of this engine's
     if config is not None:
         options["additional_config"] = {"expert_prefetch": config}
-    defaults = {"enforce_eager": True, "max_model_len": 512, "max_num_seqs": 16, "enable_prefix_caching": False}
+    defaults = {
+        "enforce_eager": True,
+        "max_model_len": 512,
+        "max_num_seqs": 16,
+        "enable_prefix_caching": False,
+        "kv_cache_memory_bytes": 1 << 27,
+    }
     llm = LLM(str(model), **(defaults | options))
     try:
         yield llm
@@ -40,6 +46,25 @@ def open_engine(model: Path | str, config: dict[str, Any] | bool | None, **optio
         del llm
         cleanup_dist_env_and_memory()
         gc.collect()
+
+
+@functools.cache
+def _spare_what_is_done_for_every_engine() -> None:
+    """More than half of the time of an engine that is one of many in a process, and nothing that is tested here."""
+    from vllm.model_executor.models import registry
+    from vllm.platforms import current_platform
+    from vllm.v1.engine import core
+    from vllm.v1.worker import gpu_worker
+
+    # vLLM looks at a model's class in a process of its own, 10 s for every new class.
+    registry._run_in_subprocess = lambda look: look()
+    # It looks through every module for the kernels that it replaces on CPUs, which it has then replaced.
+    current_platform.register_triton_kernel_overrides = functools.cache(
+        current_platform.register_triton_kernel_overrides
+    )
+    # It collects garbage among all objects of the process seven times.
+    core.freeze_gc_heap = gpu_worker.freeze_gc_heap = lambda: None
+    gc.unfreeze = lambda: None
 
 
 def greedy(llm: Any, prompts: list[Any], num_tokens: int = 16) -> list[Output]:

@@ -1,5 +1,6 @@
 """What does not fit the model or this host is refused before anything is loaded, with the number and the remedy."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -64,6 +65,19 @@ def test_vllms_own_path_ends_with_the_message():
     additional = {"expert_prefetch": {"slots_per_layer": 1}}
     with pytest.raises(ConfigError, match="at least slots_per_layer = 2"):
         EngineArgs(str(TINY_MODEL), additional_config=additional, max_model_len=512).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"), [(0.0001, r"0 slots .* cache_gb = ([0-9.]+)"), (9, r"more than all .* \(([0-9.]+) GB")]
+)
+def test_a_size_in_bytes_is_held_against_the_checkpoint_before_it_is_loaded(given, message):
+    def start(gigabytes):
+        settings = {"expert_prefetch": {"cache_gb": gigabytes}}
+        EngineArgs(str(TINY_MODEL), additional_config=settings, max_model_len=512).create_engine_config()
+
+    with pytest.raises(ConfigError, match=message) as error:
+        start(given)
+    start(float(re.search(message, str(error.value))[1]))
 
 
 @pytest.mark.parametrize("error", [NotFound("no gate"), ArtifactError("another model")], ids=["model", "artifact"])

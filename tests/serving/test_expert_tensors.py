@@ -77,6 +77,13 @@ def test_a_vector_that_only_the_quantisation_config_holds_is_found():
     assert names(layer) == {"w13_weight", "w2_weight", "quant_method.moe_quant_config.alpha_or_gscale"}
 
 
+def test_the_quantisation_config_is_known_where_the_kernel_holds_it():
+    layer = Layer()
+    layer.hold(alpha_or_gscale=torch.rand(E))
+    layer.quant_method.moe_kernel = Holder(quant_config=layer.quant_method.moe_quant_config)
+    assert names(layer) == {"w13_weight", "w2_weight", "quant_method.moe_kernel.quant_config.alpha_or_gscale"}
+
+
 def test_two_names_of_one_tensor_are_one_piece_of_memory():
     layer = Layer()
     layer.w13_qweight = layer.w13_weight

@@ -162,8 +162,10 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _prefetch(summary: dict[str, Any]) -> str:
+    ahead = summary["servers"][0]["lookahead_layers"]
     return (
-        f"of its copies used; recall {_percent(summary['prefetch_recall'])}, {summary['gated_layers']:.0f} layers gated"
+        f"of its copies used; {ahead} ahead, recall {_percent(summary['prefetch_recall'])}, "
+        f"{summary['gated_layers']:.0f} layers gated"
     )
 
 

@@ -28,8 +28,8 @@ class Counters:
     def __init__(
         self, path: Path, labels: Mapping[str, str], info: Mapping[str, str], layers: Sequence[str] = ()
     ) -> None:
-        """Create `path` (mode 0600). `labels` are those of `COMMON_LABELS`, `info` those of `INFO_LABELS`, `layers` the
-        names of the layers that are counted one by one.
+        """Create `path` (mode 0600), or raise OSError. `labels` are those of `COMMON_LABELS`, `info` those of
+        `INFO_LABELS`, `layers` the names of the layers that are counted one by one.
         """
         self.path = path
         self.layers = tuple(layers)
@@ -44,8 +44,11 @@ class Counters:
         temporary = self.path.with_suffix(".tmp")
         descriptor = os.open(temporary, os.O_CREAT | os.O_RDWR | os.O_EXCL, 0o600)
         try:
-            os.ftruncate(descriptor, len(content))
+            os.posix_fallocate(descriptor, 0, len(content))  # where it lacks space, writing would be SIGBUS
             self._map = mmap.mmap(descriptor, len(content))
+        except OSError as error:
+            temporary.unlink()
+            raise OSError(f"{self.path}: {error.strerror}") from error
         finally:
             os.close(descriptor)
         self._map[:] = content

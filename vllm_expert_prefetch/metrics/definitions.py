@@ -256,13 +256,14 @@ METRICS = (
         "ratio",
         "Hit rate that the cache was sized for: `planned_hit_rate`, or the share of experts that have a slot.",
     ),
-    Metric("info", Kind.INFO, "", "Mode, policy, prefetch, link, kernel, platform and versions, as labels."),
+    Metric("info", Kind.INFO, "", "Mode, policy, prefetch, link, kernel, platform, versions and more, as labels."),
 )
 
 INFO_LABELS = (
     "execution",
     "policy",
     "prefetch",
+    "lookahead_layers",
     "link",
     "pinned",
     "kernel",

@@ -16,6 +16,8 @@ ENVIRONMENT_VARIABLE = "EXPERT_PREFETCH_RUNTIME_DIR"
 """Set for child processes only; its value changes with every run, so it must stay out of vLLM's configuration."""
 
 _PREFIX = "expert-prefetch-"
+_NEEDED_BYTES = 1 << 18
+"""Free space that a place must have: what the counters of a few ranks take."""
 _logger = logging.getLogger("vllm.expert_prefetch")  # below vLLM's own, whose handlers then apply
 _RAY_COPIES = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 
@@ -48,14 +50,33 @@ def _make() -> Path:
         except OSError as error:
             problems.append(str(error))
             continue
+        if problem := _lacks_space(unlocked):
+            problems.append(problem)
+            unlocked.rmdir()
+            continue
         hold_lock(unlocked)
         if problems:
             _logger.warning("expert_prefetch: the metrics are in %s: %s", base, problems[0])
         return unlocked.rename(base / unlocked.name.removeprefix("."))
     raise OSError(
         f"expert_prefetch: no folder for the metrics can be made: {'; '.join(problems)}. Let XDG_RUNTIME_DIR or TMPDIR "
-        "name a folder that this user may write to"
+        "name a folder that this user may write to, with space left"
     )
+
+
+def _lacks_space(directory: Path) -> str | None:
+    """What came of trying to take it."""
+    file = directory / "space"
+    try:
+        descriptor = os.open(file, os.O_CREAT | os.O_WRONLY, 0o600)
+        try:
+            os.posix_fallocate(descriptor, 0, _NEEDED_BYTES)
+        finally:
+            os.close(descriptor)
+            file.unlink()
+    except OSError as error:
+        return f"{directory.parent}: {error.strerror}"
+    return None
 
 
 def remove_runtime_dir() -> None:

@@ -1,1 +1,1 @@
-"""Sizing and, later, analytic models and trace replay. No torch, no vLLM."""
+"""Sizing, and what a checkpoint tells of its experts before it is loaded. No torch, no vLLM."""

@@ -12,7 +12,8 @@ from vllm_expert_prefetch.serving import compat
 
 _FP8_CAPABILITY = 89
 """The first one whose tensor cores multiply FP8, which Triton's kernel needs."""
-_FP8 = ("fp8", "fbgemm_fp8", "modelopt", "deepseek_v4_fp8")
+_FP8 = ("fp8", "fbgemm_fp8", "modelopt")
+"""Not deepseek_v4_fp8: its experts are MXFP4."""
 
 
 def choose_backend(vllm_config: Any) -> str | None:
@@ -43,13 +44,17 @@ def backend_for(quantization: str | None, given: Mapping[str, Any], capability: 
 
 
 def _activations(quantization: str, given: Mapping[str, Any]) -> str | None:
-    """ "float" or "int" where inputs and weights have 8 bits, else None: only weights are quantised, or in 4 bits."""
+    """ "float" or "int" where inputs and weights have 8 bits, else None.
+
+    That is: only weights are quantised, or in 4 bits, or in groups (MXFP8), for which vLLM has no Triton kernel or an
+    emulation.
+    """
     if quantization in _FP8:
-        return "float"
+        return None if given.get("store_dtype") == "mxfp4" else "float"
     if quantization != "compressed-tensors":
         return None
     for group in (given.get("config_groups") or {}).values():
         weights, inputs = group.get("weights") or {}, group.get("input_activations")
-        if inputs and weights.get("num_bits") == 8:
+        if inputs and weights.get("num_bits") == 8 and weights.get("strategy") != "group":
             return str(weights.get("type"))
     return None

@@ -66,6 +66,12 @@ def kernel_name(quant_method: Any) -> str:
     return type(quant_method if kernel is None else kernel.fused_experts).__name__
 
 
+def ignores_correction_bias(router: Any) -> bool:
+    """Whether vLLM's router has a correction bias that it does not read: without groups, that of the CPU platform."""
+    reads_it = getattr(router, "use_grouped_topk", False) or getattr(router, "scoring_func", "") == "sqrtsoftplus"
+    return type(router).__name__ == "CPURouter" and not reads_it
+
+
 def compute_capability() -> int:
     """Of the first GPU, 89 for 8.9. Starts no CUDA context."""
     from vllm.platforms import current_platform

@@ -1,11 +1,17 @@
 """Settings that cannot work, found in the process that reads the flags: before anything is loaded, message last."""
 
+import contextlib
+import mmap
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError
+
 from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, OFF, ConfigError, ExpertPrefetchConfig
 from vllm_expert_prefetch.lookahead.create import check_distance
-from vllm_expert_prefetch.planning.sizing import share_of
+from vllm_expert_prefetch.planning.checkpoint import read_layer_shapes
+from vllm_expert_prefetch.planning.sizing import share_of, size_cache
 from vllm_expert_prefetch.prediction import ArtifactError
 from vllm_expert_prefetch.prediction.artifact import load_card
 
@@ -20,6 +26,8 @@ def check_settings(vllm_config: Any, config: ExpertPrefetchConfig) -> None:
     num_layers = getattr(model.hf_text_config, "num_hidden_layers", None)
     if isinstance(num_layers, int) and config.prefetch != OFF:
         check_distance(config, num_layers, "layers")
+    if config.cache_gb is not None:
+        _check_bytes(vllm_config, config)
     if config.artifact is None and config.predictor not in _WITHOUT_ARTIFACT:
         raise ConfigError(
             f"{CONFIG_KEY}: predictor {config.predictor} needs an artifact: vllm-expert-prefetch calibrate makes one"
@@ -46,6 +54,28 @@ def _check_slots(config: ExpertPrefetchConfig, num_experts: int, top_k: Any) -> 
             f"{given}, more than the {num_experts} experts. Give at most slots_per_layer = {num_experts}, or drop "
             f"{CONFIG_KEY}: the experts fit"
         )
+
+
+def _check_bytes(vllm_config: Any, config: ExpertPrefetchConfig) -> None:
+    """Where the checkpoint is on this host and its experts are not quantised; else when its first layer is loaded."""
+    model, text = vllm_config.model_config, vllm_config.model_config.hf_text_config
+    folder = _folder_of(model)
+    top_k, num_layers = getattr(text, "num_experts_per_tok", None), getattr(text, "num_hidden_layers", None)
+    if folder is None or model.quantization or not isinstance(top_k, int) or not isinstance(num_layers, int):
+        return
+    num_ranks = vllm_config.parallel_config.tensor_parallel_size
+    layers = read_layer_shapes(folder, num_layers, top_k, model.dtype.itemsize, num_ranks)
+    if layers:
+        size_cache(config, layers, None, mmap.PAGESIZE)
+
+
+def _folder_of(model: Any) -> Path | None:
+    """The folder of the checkpoint's files, which may still have to be downloaded."""
+    if Path(model.model).is_dir():
+        return Path(model.model)
+    with contextlib.suppress(LocalEntryNotFoundError):
+        return Path(snapshot_download(model.model, revision=model.revision, local_files_only=True))
+    return None
 
 
 def _check_host(config: ExpertPrefetchConfig) -> None:

@@ -14,7 +14,8 @@ import torch
 from vllm_expert_prefetch.config import CONFIG_KEY
 
 _PREFIXES = ("w13_", "w2_")
-_QUANT_CONFIG = "moe_quant_config"
+_QUANT_CONFIG = "quant_config"
+"""In the path of what it holds, be it reached as the method's `moe_quant_config` or as the kernel's `quant_config`."""
 _OF_THE_ROUTER = {"e_score_correction_bias", "hash_indices_table"}
 _SHORT_ROW_BYTES = 16
 """Rows up to this length that are equal for all experts stay where they are: shapes, strides, a common scale."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 
 from vllm_expert_prefetch.cache.base import Caches
 from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, SPECULATIVE, ConfigError, ExpertPrefetchConfig
@@ -73,13 +74,18 @@ def _source(name: str, runner: Any, modules: dict[str, torch.nn.Module]) -> Sour
     moe_config = runner.moe_config
     hidden = moe_config.hidden_dim_unpadded or moe_config.hidden_dim
     gate_module = _gate_module(name, runner, modules, (runner.router.global_num_experts, hidden))
-    weight, bias = _read_linear(name, gate_module, hidden, moe_config.in_dtype)
     norm_module = _norm_module(name, modules, hidden)
+    norm = _norm(name, norm_module)
+    router = _router_with_a_norm(gate_module, runner, modules)
+    if router is None:
+        weight, bias = _read_linear(name, gate_module, hidden, moe_config.in_dtype)
+    else:
+        weight, bias = _read_router(name, router, norm, moe_config.in_dtype), None
     gate = Gate(
         name=name,
         weight=weight,
         bias=bias,
-        norm=_norm(name, norm_module),
+        norm=norm,
         routing=_routing(name, runner.router),
         output_scale=float(getattr(runner, "routed_scaling_factor", 1.0)),
     )
@@ -118,12 +124,9 @@ def _read_linear(name: str, module: Any, inputs: int, dtype: torch.dtype) -> tup
     bias = bias.detach().float() if isinstance(bias, torch.Tensor) else None
     weight = getattr(module, "weight", None)
     if not (isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.shape[1:] == (inputs,)):
-        device = next((t.device for t in (*module.parameters(), *module.buffers()) if t.numel()), torch.device("cpu"))
         # Unit vectors so long that the answer, rounded to `dtype`, is the weight alone: the bias is below its last bit.
         length = 2.0**8 if dtype == torch.float16 else 2.0**40
-        with torch.inference_mode():
-            answers = module((length * torch.eye(inputs)).to(device, dtype))
-        answers = (answers[0] if isinstance(answers, tuple) else answers).float()
+        answers = _answers(module, length * torch.eye(inputs), dtype)
         if bias is not None:
             answers = torch.where(answers == bias, 0.0, answers)
         weight = answers.T / length
@@ -131,6 +134,39 @@ def _read_linear(name: str, module: Any, inputs: int, dtype: torch.dtype) -> tup
     if not bool(torch.isfinite(weight).all()):
         raise NotFound(f"{name}: the gate's weights are not finite")
     return weight, bias
+
+
+def _answers(module: Any, questions: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What `module` makes of the rows of `questions`, float32."""
+    device = next((t.device for t in (*module.parameters(), *module.buffers()) if t.numel()), torch.device("cpu"))
+    with torch.inference_mode():
+        answers = module(questions.to(device, dtype))
+    return (answers[0] if isinstance(answers, tuple) else answers).float()
+
+
+def _router_with_a_norm(gate_module: Any, runner: Any, modules: dict[str, torch.nn.Module]) -> Any:
+    """The module that holds the gate and a norm of its own, and not the experts: its gate reads what they do not."""
+    for module in modules.values():
+        children = list(module.children())
+        is_around = any(child is gate_module for child in children) and not any(m is runner for m in module.modules())
+        if is_around and any(_eps(child) is not None for child in children):
+            return module
+    return None
+
+
+def _read_router(name: str, router: Any, norm: Norm, dtype: torch.dtype) -> torch.Tensor:
+    """The weight (E, H) float32 that gives, from `norm`'s output, the logits of a `router` that norms the residual.
+
+    Gemma-4: logits of `W (scale * r / rms(r))`, while the experts read `gain * r / rms(r)`.
+    """
+    hidden = norm.gain.shape[0]
+    weight = _answers(router, hidden**0.5 * torch.eye(hidden), dtype).T / hidden**0.5
+    residual = torch.linspace(-1.0, 2.0, hidden).to(weight)
+    expected = weight @ F.rms_norm(residual, residual.shape)
+    difference = _answers(router, residual.unsqueeze(0), dtype)[0] - expected
+    if norm.centered or norm.shift is not None or not bool(difference.norm() < 0.05 * expected.norm()):
+        raise NotFound(f"{name}: what {type(router).__name__} makes of its input is not known")
+    return (weight * norm.inverse_gain()).contiguous()
 
 
 def _beside(block_name: str, runner_name: str, modules: dict[str, torch.nn.Module]) -> Iterator[Any]:
@@ -191,7 +227,7 @@ def _routing(name: str, router: Any) -> Routing:
     if getattr(router, "custom_routing_function", None) is not None:
         # A function of the model's own: its logits still rank the experts in every model that has one so far.
         scoring = "softmax"
-    bias = getattr(router, "e_score_correction_bias", None)
+    bias = None if compat.ignores_correction_bias(router) else getattr(router, "e_score_correction_bias", None)
     has_groups = bool(getattr(router, "use_grouped_topk", hasattr(router, "num_expert_group")))
     try:
         return Routing(

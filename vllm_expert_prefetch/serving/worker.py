@@ -52,7 +52,8 @@ class Worker:
         self._shared_rows: dict[tuple[object, ...], Any] = {}
         self._private_bytes = 0
         self._num_taken_over = 0
-        self._next_progress = time.monotonic() + _PROGRESS_SECONDS
+        self._began = self._said = 0.0
+        """When the first layer was complete, and when the log last said how far the load is."""
         self.execution = config.execution
         self.prefetch = ""
         """The look-ahead's name, or why there is none; there once the model is loaded."""
@@ -87,6 +88,7 @@ class Worker:
         Decided for all layers at once, when the first one is complete and every other weight is loaded.
         """
         if not self._slots:
+            self._began = self._said = time.monotonic()
             budget = None
             if compat.on_cuda_platform():
                 budget = self._budget(sum(t.nbytes for t in tensors.values() if t.device.type != "cpu"))
@@ -114,12 +116,12 @@ class Worker:
         if len(stores) == self._num_taken_over == 1:
             for note in stores[0].memory.notes:
                 compat.logger().warning("%s. Going on without", note)
-        if time.monotonic() > self._next_progress:
-            self._next_progress = time.monotonic() + _PROGRESS_SECONDS
-            compat.logger().info(
-                "expert_prefetch: %d of %d MoE layers in host memory, %.4g GB",
-                *(self._num_taken_over, len(self._layers), sum(store.num_bytes for store in stores) / GB),
-            )
+        now = time.monotonic()
+        if stores and now > self._said + _PROGRESS_SECONDS:
+            self._said = now
+            num_bytes = sum(store.num_bytes for store in stores)
+            line = describe_progress(self._num_taken_over, len(self._layers), num_bytes, now - self._began)
+            compat.logger().info("expert_prefetch: %s", line)
 
     def start(self, model: torch.nn.Module) -> None:
         """The model is loaded and every layer taken over: look ahead where that is asked for, count, and say so."""
@@ -164,6 +166,7 @@ class Worker:
             "execution": self.execution,
             "policy": self.config.policy,
             "prefetch": self.prefetch,
+            "lookahead_layers": str(self.config.lookahead_layers if look_ahead else 0),
             "link": str(self._link() or "real"),
             "pinned": str(self._is_pinned()).lower(),
             "kernel": self._kernels(),
@@ -273,6 +276,15 @@ def worker_of(vllm_config: Any, config: ExpertPrefetchConfig) -> Worker:
 def find_worker(vllm_config: Any) -> Worker | None:
     """The worker that `worker_of` has made for this configuration object, if it has."""
     return _workers.get(id(vllm_config))
+
+
+def describe_progress(num_done: int, num_layers: int, num_bytes: int, seconds: float) -> str:
+    """How far a load is after `seconds`, how fast, and how long it will take still."""
+    left = seconds / num_done * (num_layers - num_done)
+    return (
+        f"{num_done} of {num_layers} MoE layers are in host memory, {num_bytes / GB:.4g} GB at "
+        f"{num_bytes / GB / seconds:.2g} GB/s, about {left:.0f} s to go"
+    )
 
 
 def _range(values: list[int]) -> str:

@@ -1,0 +1,57 @@
+"""What a checkpoint says of its routed experts: the names and shapes in its safetensors headers. No weight is read."""
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import safe_open
+
+from vllm_expert_prefetch.planning.sizing import LayerShape
+
+_OF_EXPERTS = re.compile(
+    r"(?P<layer>(\w+\.)*layers\.(?P<number>\d+)(\.\w+)?)\.(experts\.((?P<expert>\d+)\.)?|(?=(input|output)_linear))"
+    r"(?P<tensor>\w+?)(?P<bias>[._]bias)?(\.weight)?"
+)
+"""One expert's tensor, or one with a row per expert: `experts.down_proj`, Granite's `output_linear`."""
+_SECOND = ("down_proj", "w2", "output_linear")
+"""The names of the matrix that gives the expert's output. vLLM keeps the others in one tensor, w13."""
+_FLOATS = ("BF16", "F16", "F32")
+
+
+def read_layer_shapes(
+    folder: Path, num_layers: int, top_k: int, element_bytes: int, num_ranks: int
+) -> list[LayerShape]:
+    """The MoE layers among the first `num_layers` of the checkpoint in `folder`, as one of `num_ranks` holds them.
+
+    `element_bytes`: of the type in which the model is served. Empty where the experts are quantised or go unrecognised.
+    """
+    experts: dict[str, int] = {}
+    elements: dict[str, dict[str, int]] = {}
+    for name, shape, dtype in _headers(folder):
+        found = _OF_EXPERTS.fullmatch(name)
+        if not found or int(found["number"]) >= num_layers or name.startswith("mtp."):
+            continue
+        one, has_bias = found["expert"] is not None, found["bias"] is not None
+        if len(shape) != 3 - one - has_bias:
+            continue
+        if dtype not in _FLOATS:
+            return []
+        layer = found["layer"]
+        experts[layer] = max(experts.get(layer, 0), int(found["expert"]) + 1 if one else shape[0])
+        row = f"{'w2' if found['tensor'] in _SECOND else 'w13'}{'_bias' if has_bias else ''}"
+        rows = elements.setdefault(layer, {})
+        rows[row] = rows.get(row, 0) + math.prod(shape)
+    return [
+        LayerShape(count, top_k, tuple(rows[row] // count * element_bytes // num_ranks for row in sorted(rows)))
+        for rows, count in zip(elements.values(), experts.values(), strict=True)
+    ]
+
+
+def _headers(folder: Path) -> Iterator[tuple[str, list[int], str]]:
+    """Name, shape and type of every tensor."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="numpy") as file:
+            for name in file.keys():  # noqa: SIM118 - not a dictionary
+                tensor = file.get_slice(name)
+                yield name, tensor.get_shape(), tensor.get_dtype()

@@ -16,7 +16,7 @@ from formats.offered import RESULT, ROOT, VERSIONS
 from vllm_expert_prefetch.serving.backends import backend_for
 
 LAYOUTS = json.loads(RESULT.read_text())["layouts"]
-NUM_PROVED = 198
+NUM_PROVED = 210
 """Combinations: fewer would be a loss of something that was served."""
 NEVER = {"INT4 weights, FP8 inputs (compressed-tensors)", "INT8, quantised while loading"}
 """Formats for which vLLM has neither Marlin nor Triton, and experts that are refused whatever computes them."""
@@ -30,7 +30,8 @@ NOT_THERE = {
 
 def test_make_formats_saw_no_fault():
     found = counts(LAYOUTS)
-    assert (found["faults"], found["proved"]) == (0, NUM_PROVED)
+    assert found["faults"] == 0
+    assert found["proved"] >= NUM_PROVED
     assert list(LAYOUTS) == list(VERSIONS)
     for gpus in LAYOUTS.values():
         assert list(gpus) == [str(capability) for capability in CAPABILITIES], "run make formats"

@@ -145,16 +145,6 @@ def test_previous_and_a_distance_of_two_are_bit_equal(stock):
         check_conservation(counters(llm), llm)
 
 
-def test_compiled_look_ahead_is_bit_equal_to_compiled_stock():
-    results = []
-    for config in (None, LINK | {"prefetch": "on"}):
-        with open_engine(TINY_MODEL, config, enforce_eager=False) as llm:
-            results.append(greedy(llm, PROMPTS))
-            if config:
-                assert counters(llm)["predictions_total/used"] > 0
-    assert results[0] == results[1]
-
-
 @pytest.mark.parametrize(
     ("config", "reason"),
     [

@@ -70,7 +70,7 @@ serve: setup  ## Serve the demo model with the plugin (PORT=8000, DEMO=tiny or s
 		$(if $(EMULATES),--additional-config.expert_prefetch.emulated_link_gbps $(LINK_GBPS)) \
 		--port $(PORT) --max-model-len 2048 --kv-cache-memory-bytes 1G --enforce-eager $(SERVE_ARGS)
 
-mutants: setup  ## Slow: every mutant of tests/mutants.toml must be killed by the fast tests (half an hour)
+mutants: setup  ## Slow: every mutant of tests/mutants.toml must be killed by the fast tests (20 minutes on two cores)
 	$(BIN)/python .ci/mutants.py
 
 lint: setup  ## ruff, mypy and clang-format

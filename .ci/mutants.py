@@ -41,9 +41,10 @@ def main() -> int:
         raise SystemExit(f"no such mutant: {', '.join(sorted(unknown))}")
     chosen = [mutant for mutant in mutants if not wanted or mutant["name"] in wanted]
     bad = []
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor() as pool:
+    at_once = os.cpu_count() or 1
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(at_once) as pool:
         trees: queue.SimpleQueue[Path] = queue.SimpleQueue()
-        for number in range(os.cpu_count() or 1):
+        for number in range(at_once):
             trees.put(copy_of_the_tree(Path(folder, str(number))))
 
         def in_a_free_tree(mutant: dict[str, Any]) -> str:

@@ -100,7 +100,7 @@ test-triton: setup  ## Triton kernels in Triton's interpreter: the router's, and
 bench: setup  ## Every benchmark, in its quick form
 	@set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python "$$script" --quick; done
 
-formats: setup  ## Slow, half a gigabyte: what vLLM's CUDA builds offer for each quantised format, and what is chosen
+formats: setup  ## Slow, half a gigabyte: what vLLM's CUDA builds offer for each format, what is chosen, where the bytes are
 	PYTHONPATH=tests $(BIN)/python -m formats.offered all build/formats
 	PYTHONPATH=tests $(BIN)/python -m formats.layouts all build/formats
 	$(BIN)/python tests/doc_tables.py

@@ -14,12 +14,17 @@ from vllm_expert_prefetch.serving.early import check_settings
 from vllm_expert_prefetch.serving.sources import NotFound, create_look_ahead_of
 
 
-def check(executor="mp", top_k=2, num_layers=8, **settings):
+def check(executor="mp", top_k=2, num_layers=8, model="an/absent-one", **settings):
     """A model of 16 experts, in the process that reads the flags."""
     text = SimpleNamespace(num_experts_per_tok=top_k, num_hidden_layers=num_layers)
-    model = SimpleNamespace(get_num_experts=lambda: 16, hf_text_config=text)
-    parallel = SimpleNamespace(distributed_executor_backend=executor)
-    check_settings(SimpleNamespace(model_config=model, parallel_config=parallel), ExpertPrefetchConfig(**settings))
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(
+            model=model, revision=None, quantization=None, get_num_experts=lambda: 16, hf_text_config=text
+        ),
+        parallel_config=SimpleNamespace(distributed_executor_backend=executor, tensor_parallel_size=1),
+        load_config=SimpleNamespace(download_dir=None),
+    )
+    check_settings(config, ExpertPrefetchConfig(**settings))
 
 
 @pytest.mark.parametrize(
@@ -54,6 +59,8 @@ def test_a_setting_that_cannot_work_is_refused(settings, message, tmp_path, monk
         {"lookahead_layers": 8, "prefetch": "off"},
         {"predictor": "previous"},
         {"executor": "ray", "artifact": "/on/the/workers", "numa_node": 99},
+        {"cache_gb": 0.0001},  # not downloaded yet
+        {"cache_gb": 0.0001, "model": "s3://bucket/model"},
         {"top_k": [1, 4, 2], "slots_per_layer": 1},  # layers differ: checked when they are loaded
     ],
 )

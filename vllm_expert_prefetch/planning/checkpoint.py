@@ -1,11 +1,12 @@
 """What a checkpoint says of its routed experts: the names and shapes in its safetensors headers. No weight is read."""
 
+import json
 import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from vllm_expert_prefetch.planning.sizing import LayerShape
 
@@ -24,11 +25,17 @@ def read_layer_shapes(
 ) -> list[LayerShape]:
     """The MoE layers among the first `num_layers` of the checkpoint in `folder`, as one of `num_ranks` holds them.
 
-    `element_bytes`: of the type in which the model is served. Empty where the experts are quantised or go unrecognised.
+    `element_bytes`: of the type in which the model is served. Empty where that cannot be told: files are missing or
+    damaged, the experts are quantised or go unrecognised, or the files hold more than one model's layers.
     """
+    try:
+        headers = list(_headers(folder))
+    except SafetensorError:
+        return []
     experts: dict[str, int] = {}
     elements: dict[str, dict[str, int]] = {}
-    for name, shape, dtype in _headers(folder):
+    numbers = set()
+    for name, shape, dtype in headers:
         found = _OF_EXPERTS.fullmatch(name)
         if not found or int(found["number"]) >= num_layers or name.startswith("mtp."):
             continue
@@ -38,10 +45,13 @@ def read_layer_shapes(
         if dtype not in _FLOATS:
             return []
         layer = found["layer"]
+        numbers.add(found["number"])
         experts[layer] = max(experts.get(layer, 0), int(found["expert"]) + 1 if one else shape[0])
         row = f"{'w2' if found['tensor'] in _SECOND else 'w13'}{'_bias' if has_bias else ''}"
         rows = elements.setdefault(layer, {})
         rows[row] = rows.get(row, 0) + math.prod(shape)
+    if len(numbers) < len(elements):
+        return []
     return [
         LayerShape(count, top_k, tuple(rows[row] // count * element_bytes // num_ranks for row in sorted(rows)))
         for rows, count in zip(elements.values(), experts.values(), strict=True)
@@ -50,8 +60,19 @@ def read_layer_shapes(
 
 def _headers(folder: Path) -> Iterator[tuple[str, list[int], str]]:
     """Name, shape and type of every tensor."""
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in _files(folder):
         with safe_open(path, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118 - not a dictionary
                 tensor = file.get_slice(name)
                 yield name, tensor.get_shape(), tensor.get_dtype()
+
+
+def _files(folder: Path) -> list[Path]:
+    """Those that the index names, or the only one; none where some are missing, as amid a download."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        paths = [folder / name for name in sorted({*json.loads(index.read_text())["weight_map"].values()})]
+    else:
+        paths = list(folder.glob("*.safetensors"))
+    is_whole = all(path.exists() for path in paths) and (index.exists() or len(paths) == 1)
+    return paths if is_whole else []

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, OFF, ConfigError, ExpertPrefetchConfig
 from vllm_expert_prefetch.lookahead.create import check_distance
@@ -59,7 +59,7 @@ def _check_slots(config: ExpertPrefetchConfig, num_experts: int, top_k: Any) -> 
 def _check_bytes(vllm_config: Any, config: ExpertPrefetchConfig) -> None:
     """Where the checkpoint is on this host and its experts are not quantised; else when its first layer is loaded."""
     model, text = vllm_config.model_config, vllm_config.model_config.hf_text_config
-    folder = _folder_of(model)
+    folder = _folder_of(vllm_config)
     top_k, num_layers = getattr(text, "num_experts_per_tok", None), getattr(text, "num_hidden_layers", None)
     if folder is None or model.quantization or not isinstance(top_k, int) or not isinstance(num_layers, int):
         return
@@ -69,12 +69,14 @@ def _check_bytes(vllm_config: Any, config: ExpertPrefetchConfig) -> None:
         size_cache(config, layers, None, mmap.PAGESIZE)
 
 
-def _folder_of(model: Any) -> Path | None:
-    """The folder of the checkpoint's files, which may still have to be downloaded."""
+def _folder_of(vllm_config: Any) -> Path | None:
+    """The folder of the checkpoint's files; None where they still have to be downloaded, or are not in a folder."""
+    model = vllm_config.model_config
     if Path(model.model).is_dir():
         return Path(model.model)
-    with contextlib.suppress(LocalEntryNotFoundError):
-        return Path(snapshot_download(model.model, revision=model.revision, local_files_only=True))
+    cache = vllm_config.load_config.download_dir
+    with contextlib.suppress(LocalEntryNotFoundError, HFValidationError):
+        return Path(snapshot_download(model.model, revision=model.revision, cache_dir=cache, local_files_only=True))
     return None
 
 

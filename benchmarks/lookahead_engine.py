@@ -17,7 +17,6 @@ from vllm_expert_prefetch.cache.create import create_caches
 from vllm_expert_prefetch.config import ExpertPrefetchConfig
 from vllm_expert_prefetch.lookahead.after import LookAhead
 from vllm_expert_prefetch.memory.link import EmulatedLink
-from vllm_expert_prefetch.memory.row_space import RowSpace
 from vllm_expert_prefetch.metrics.definitions import SERIES
 from vllm_expert_prefetch.metrics.publish import Publisher
 from vllm_expert_prefetch.prediction import (
@@ -173,7 +172,7 @@ class StudyEngine:
         self._caches = create_caches(self.num_layers, link, torch.device("cpu"))
         for number, layer in enumerate(self._layers):
             old = layer.cache
-            fixed = (old.store, RowSpace(old.tensors, 0), old.num_slots, old.top_k, self._config.policy)
+            fixed = (old.store, old.tensors, old.num_slots, old.top_k, self._config.policy)
             layer.cache = self._caches.add(number, *fixed)
 
     def _look_ahead_with(self, look_ahead: Any) -> None:

@@ -19,6 +19,7 @@ from vllm_expert_prefetch.planning.sizing import LayerShape, size_cache
 from vllm_expert_prefetch.prediction import ArtifactError
 from vllm_expert_prefetch.residency import POLICIES
 from vllm_expert_prefetch.serving import compat, worker
+from vllm_expert_prefetch.serving.sizes import CacheSizes
 from vllm_expert_prefetch.serving.speculation import describe_execution
 from vllm_expert_prefetch.serving.worker import Worker
 
@@ -34,7 +35,7 @@ def made_worker(monkeypatch, config):
     layer = SimpleNamespace(accelerator=torch.device("cpu"), number=0, top_k=TOP_K, local_num_experts=8)
     layer.layer_name, layer.look_ahead, layer.quant_method = "model.layers.0.mlp.experts", None, None
     made._layers.append(lambda: layer)
-    made._slots = [4]
+    made.sizes.slots = [4]
     store = HostStore({"w13": torch.zeros(8, 3000)}, made.host_memory)
     layer.cache = made.create_cache(layer, store, 4)
     return made
@@ -47,13 +48,23 @@ def published(monkeypatch, tmp_path, config):
     monkeypatch.setattr(worker, "serve_counters", lambda counters, port: ports.append(port))
     monkeypatch.setattr(compat, "local_rank", lambda: 0)
     labels = {"model_name": "m", "engine": "0", "rank": "0"}
-    monkeypatch.setattr(made, "_place", lambda: (tmp_path / f"{id(made)}.counters", labels))
+    monkeypatch.setattr(worker, "place_of", lambda _: (tmp_path / f"{id(made)}.counters", labels))
     publisher = made._publish(None, 0.0)
     return publisher.counters, ports
 
 
 def slots(monkeypatch, tmp_path, config):
-    return size_cache(config, SHAPES, None, 4096)[0]
+    return size_cache(config, SHAPES, 4096)[0]
+
+
+def kv_cache(monkeypatch, tmp_path, config):
+    monkeypatch.setattr(compat, "measures_memory", lambda: True)
+    model, cache = SimpleNamespace(max_model_len=100), SimpleNamespace(kv_cache_memory_bytes=None)
+    sizes = CacheSizes(SimpleNamespace(cache_config=cache, model_config=model), config)
+    rows = torch.empty(8, 4096, dtype=torch.uint8)
+    layer = SimpleNamespace(accelerator=rows.device, local_num_experts=8, top_k=2, unprocessed_row_bytes=())
+    sizes.decide([layer] * 4, layer, {"w": rows})
+    return sizes.grow(300_000, 0, 100_000, 10_000), sizes.slots
 
 
 def policy(monkeypatch, tmp_path, config):
@@ -141,6 +152,7 @@ TABLE = {
     "cache_gb": (slots, {"cache_gb": 0.00013}, {"cache_gb": 0.0002}),
     "cache_fraction": (slots, {"cache_fraction": 0.25}, {"cache_fraction": 0.75}),
     "slots_per_layer": (slots, {"slots_per_layer": 3}, {"slots_per_layer": 5}),
+    "kv_cache_tokens": (kv_cache, {}, {"kv_cache_tokens": 300}),
     "policy": (policy, {"policy": "lru"}, {"policy": "lfru"}),
     "execution": (execution, {}, {"execution": "speculative", "artifact": "folder"}),
     "prefetch": (prefetch, {"prefetch": "off"}, {"prefetch": "on"}),
@@ -172,6 +184,6 @@ def test_two_values_are_seen_to_differ(monkeypatch, tmp_path, key):
 
 
 def test_auto_sizes_by_half():
-    assert size_cache(ExpertPrefetchConfig(), SHAPES, None, 4096) == [4] * 4
+    assert size_cache(ExpertPrefetchConfig(), SHAPES, 4096) == [4] * 4
     with pytest.raises(ConfigError, match="slots_per_layer = 1 gives 1 slots per layer, and one token needs 2"):
-        size_cache(ExpertPrefetchConfig(slots_per_layer=1), SHAPES, None, 4096)
+        size_cache(ExpertPrefetchConfig(slots_per_layer=1), SHAPES, 4096)

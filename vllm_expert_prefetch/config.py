@@ -102,6 +102,11 @@ class ExpertPrefetchConfig:
     slots_per_layer: Annotated[_Count, Field(ge=1)] | None = _key(
         None, "Expert slots of each MoE layer. Excludes `cache_gb` and `cache_fraction`."
     )
+    kv_cache_tokens: Annotated[_Count, Field(ge=1)] | None = _key(
+        None,
+        "GPU only, without a size of the expert cache: tokens that vLLM's KV cache holds at least; the expert cache "
+        "takes the rest of the memory. Unset: four sequences of `max_model_len`, or half of that memory at most.",
+    )
     policy: Annotated[StrictStr, _one_of(*POLICIES)] = _key(
         "lru", "Eviction policy: " + ", ".join(f"`{name}`" for name in POLICIES) + "."
     )
@@ -157,9 +162,13 @@ class ExpertPrefetchConfig:
         "workers on other hosts than the API server. Unset: on vLLM's /metrics only.",
     )
 
+    @property
+    def sizes_given(self) -> list[str]:
+        """The keys that say how large the expert cache is; none of them: it is sized by what memory there is."""
+        return [name for name in ("cache_gb", "cache_fraction", "slots_per_layer") if getattr(self, name) is not None]
+
     def __post_init__(self) -> None:
-        sizes = ["cache_gb", "cache_fraction", "slots_per_layer"]
-        given = [name for name in sizes if getattr(self, name) is not None]
+        given = self.sizes_given + ["kv_cache_tokens"] * (self.kv_cache_tokens is not None)
         if len(given) > 1:
             raise ConfigError(_message(f"{' and '.join(given)} exclude each other; keep one"))
         if self.execution == SPECULATIVE:

@@ -3,7 +3,6 @@
 
 #include <cuda.h>
 #include <cuda_runtime.h>
-#include <tvm/ffi/container/array.h>
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/extra/cuda/device_guard.h>
 #include <tvm/ffi/memory.h>
@@ -11,7 +10,6 @@
 #include <tvm/ffi/tvm_ffi.h>
 
 #include <atomic>
-#include <memory>
 #include <string>
 #include <utility>
 #include <vector>
@@ -21,7 +19,6 @@
 namespace vep {
 namespace {
 
-using tvm::ffi::Array;
 using tvm::ffi::Object;
 using tvm::ffi::ObjectRef;
 using tvm::ffi::Tensor;
@@ -107,65 +104,82 @@ class Memory : public ObjectRef {
   TVM_FFI_DEFINE_OBJECT_REF_METHODS_NOTNULLABLE(Memory, ObjectRef, MemoryObj);
 };
 
-// One range of addresses over several memories, one behind the other. Gone with the last tensor over it.
-class Range {
+// Addresses, and the memories that are mapped there one behind the other. Gone with the last tensor over them.
+class RangeObj : public Object {
  public:
-  explicit Range(std::vector<Memory> parts) : device_(parts.front()->device) {
+  RangeObj(int64_t num_bytes, int device) : size(static_cast<size_t>(num_bytes)), device(device) {
     const Driver& driver = Driver::get();
-    for (const Memory& part : parts) size_ += part->size;
-    driver.check(driver.cuMemAddressReserve(&start_, size_, 0, 0, 0),
-                 "no " + std::to_string(size_) + " bytes of GPU addresses for expert rows");
-    try {
-      for (Memory& part : parts) map(driver, std::move(part));
-    } catch (...) {
-      release();
-      throw;
-    }
+    driver.check(driver.cuMemAddressReserve(&start_, size, 0, 0, 0),
+                 "no " + std::to_string(size) + " bytes of GPU addresses for expert rows");
   }
-  Range(const Range&) = delete;
-  Range& operator=(const Range&) = delete;
-  ~Range() { release(); }
-
-  void* start() const { return reinterpret_cast<void*>(start_); }
-  int64_t size() const { return static_cast<int64_t>(size_); }
-  int device() const { return device_; }
-
- private:
-  void map(const Driver& driver, Memory part) {
-    const CUdeviceptr at = start_ + mapped_;
-    driver.check(driver.cuMemMap(at, part->size, 0, part->handle, 0), "cannot map GPU memory for expert rows");
-    mapped_ += part->size;
-    parts_.push_back(std::move(part));
-    CUmemAccessDesc access{};
-    access.location = memory_of(device_).location;
-    access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
-    driver.check(driver.cuMemSetAccess(at, parts_.back()->size, &access, 1), "cannot use GPU memory for expert rows");
-  }
-
   // Nothing is checked here: the driver may be gone at exit.
-  void release() {
+  ~RangeObj() {
     const Driver& driver = Driver::get();
     CUdeviceptr at = start_;
     for (const Memory& part : parts_) {
       driver.cuMemUnmap(at, part->size);
       at += part->size;
     }
-    driver.cuMemAddressFree(start_, size_);
+    driver.cuMemAddressFree(start_, size);
   }
 
-  int device_;
-  size_t size_ = 0, mapped_ = 0;
+  void* start() const { return reinterpret_cast<void*>(start_); }
+  size_t mapped() const { return mapped_; }
+
+  // Zero from here on.
+  void push(Memory part) {
+    TVM_FFI_CHECK(part->device == device && part->size <= size - mapped_, ValueError)
+        << part->size << " bytes of GPU " << part->device << " do not fit behind " << mapped_ << " of " << size
+        << " on GPU " << device;
+    const Driver& driver = Driver::get();
+    const CUdeviceptr at = start_ + mapped_;
+    driver.check(driver.cuMemMap(at, part->size, 0, part->handle, 0), "cannot map GPU memory for expert rows");
+    mapped_ += part->size;
+    parts_.push_back(std::move(part));
+    CUmemAccessDesc access{};
+    access.location = memory_of(device).location;
+    access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+    driver.check(driver.cuMemSetAccess(at, parts_.back()->size, &access, 1), "cannot use GPU memory for expert rows");
+    check_cuda(cudaMemset(reinterpret_cast<void*>(at), 0, parts_.back()->size), "zeroing expert rows");
+    check_cuda(cudaStreamSynchronize(cudaStreamLegacy), "zeroing expert rows");
+  }
+
+  // Unmaps what was pushed last.
+  void pop() {
+    TVM_FFI_CHECK(!parts_.empty(), ValueError) << "nothing is mapped in this range";
+    check_cuda(cudaDeviceSynchronize(), "kernels that may read expert rows");
+    const Driver& driver = Driver::get();
+    const size_t last = parts_.back()->size;
+    driver.check(driver.cuMemUnmap(start_ + mapped_ - last, last), "cannot unmap GPU memory of expert rows");
+    mapped_ -= last;
+    parts_.pop_back();
+  }
+
+  const size_t size;
+  const int device;
+
+  static constexpr bool _type_mutable = true;
+  TVM_FFI_DECLARE_OBJECT_INFO_FINAL("vep.RowRange", RangeObj, Object);
+
+ private:
+  size_t mapped_ = 0;
   CUdeviceptr start_ = 0;
   std::vector<Memory> parts_;
 };
 
+class Range : public ObjectRef {
+ public:
+  Range(int64_t num_bytes, int device) : ObjectRef(tvm::ffi::make_object<RangeObj>(num_bytes, device)) {}
+  TVM_FFI_DEFINE_OBJECT_REF_METHODS_NOTNULLABLE(Range, ObjectRef, RangeObj);
+};
+
 // Of a tensor over a Range.
 struct Keeper {
-  std::shared_ptr<Range> range;
+  Range range;
   void AllocData(DLTensor* tensor) { tensor->data = range->start(); }
   void FreeData(DLTensor*) {
     try {
-      tvm::ffi::CUDADeviceGuard guard(range->device());
+      tvm::ffi::CUDADeviceGuard guard(range->device);
       cudaDeviceSynchronize();          // a kernel may still be reading
     } catch (const tvm::ffi::Error&) {  // CUDA is gone already, and all memory with it
     }
@@ -195,15 +209,28 @@ Memory Create(int64_t num_bytes, int64_t device) {
   return Memory(num_bytes, static_cast<int>(device));
 }
 
-// uint8 over `parts` of one device, one behind the other, all zero from here on.
-Tensor Map(Array<Memory> parts) {
-  TVM_FFI_CHECK(!parts.empty(), ValueError) << "a range needs memory";
-  tvm::ffi::CUDADeviceGuard guard(parts[0]->device);
-  auto range = std::make_shared<Range>(std::vector<Memory>(parts.begin(), parts.end()));
-  check_cuda(cudaMemset(range->start(), 0, static_cast<size_t>(range->size())), "zeroing expert rows");
-  check_cuda(cudaStreamSynchronize(cudaStreamLegacy), "zeroing expert rows");
-  const int64_t size = range->size();
-  const DLDevice device{kDLCUDA, range->device()};
+// Addresses for `num_bytes`, a multiple of the granularity; nothing is mapped there.
+Range Reserve(int64_t num_bytes, int64_t device) {
+  TVM_FFI_CHECK(num_bytes > 0, ValueError) << "a range needs a size";
+  tvm::ffi::CUDADeviceGuard guard(static_cast<int>(device));
+  return Range(num_bytes, static_cast<int>(device));
+}
+
+void Push(Range range, Memory memory) {
+  tvm::ffi::CUDADeviceGuard guard(range->device);
+  range->push(std::move(memory));
+}
+
+void Pop(Range range) {
+  tvm::ffi::CUDADeviceGuard guard(range->device);
+  range->pop();
+}
+
+// uint8 over the whole range, where memory is mapped everywhere.
+Tensor TensorOver(Range range) {
+  TVM_FFI_CHECK(range->mapped() == range->size, ValueError) << "a range needs memory";
+  const DLDevice device{kDLCUDA, range->device};
+  const int64_t size = static_cast<int64_t>(range->size);
   return Tensor::FromNDAlloc(Keeper{std::move(range)}, {size}, DLDataType{kDLUInt, 8, 1}, device);
 }
 
@@ -216,5 +243,8 @@ int64_t BytesTaken() {
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(row_space_granularity, vep::Granularity);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(row_space_create, vep::Create);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(row_space_map, vep::Map);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(row_space_reserve, vep::Reserve);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(row_space_push, vep::Push);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(row_space_pop, vep::Pop);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(row_space_tensor, vep::TensorOver);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(row_space_bytes, vep::BytesTaken);

@@ -10,7 +10,6 @@ from vllm_expert_prefetch.cache.device import DeviceCaches
 from vllm_expert_prefetch.cache.words import Words
 from vllm_expert_prefetch.memory.host_memory import HostMemory, HostMemoryOptions
 from vllm_expert_prefetch.memory.host_store import HostStore
-from vllm_expert_prefetch.memory.row_space import RowSpace
 from vllm_expert_prefetch.native.library import host_library, why_not_host
 
 pytestmark = pytest.mark.skipif(host_library() is None, reason=str(why_not_host()))
@@ -62,7 +61,7 @@ def made(monkeypatch):
     tensors = {"w": torch.arange(NUM_EXPERTS * 4).view(NUM_EXPERTS, 4)}
     for number in range(NUM_LAYERS):
         store = HostStore(tensors, HostMemoryOptions())
-        caches.add(number, store, RowSpace({"w": torch.zeros_like(tensors["w"])}, 0), NUM_SLOTS, TOP_K, "lru")
+        caches.add(number, store, {"w": torch.zeros_like(tensors["w"])}, NUM_SLOTS, TOP_K, "lru")
     library.calls.clear()
     return library.calls, caches
 

@@ -289,7 +289,7 @@ def find_rows(layer: Any) -> str:
     check_weights_are_among(layer, found)
     before = {id(tensor): tensor.clone() for _, tensor in reached(layer)}
     host = HostStore({name: tensor.rows for name, tensor in found.items()}, HostMemoryOptions())
-    rows = SharedRows(host.views, _NUM_SLOTS).row_space(0).tensors
+    rows = SharedRows(host.views, _NUM_SLOTS).row_space(0)
     replace_rows(layer, found, rows)
     verify_rows(layer, found, NUM_EXPERTS)
     row_of = [(expert + 3) % NUM_EXPERTS for expert in range(NUM_EXPERTS)]

@@ -53,7 +53,7 @@ def test_the_tensors_are_those_of_plain_vllm_and_zero():
         "w2": torch.empty(NUM_EXPERTS, 33, 7),
         "scale": torch.empty(NUM_EXPERTS, dtype=torch.float64),
     }
-    tensors = SharedRows(like, num_slots=3).row_space(0).tensors
+    tensors = SharedRows(like, num_slots=3).row_space(0)
     assert list(tensors) == list(like)
     for name, tensor in tensors.items():
         assert (tensor.shape, tensor.dtype, tensor.is_contiguous()) == (like[name].shape, like[name].dtype, True)
@@ -64,7 +64,7 @@ def test_the_tensors_are_those_of_plain_vllm_and_zero():
 @pytest.mark.parametrize("num_bytes", ROW_BYTES)
 def test_slots_are_a_layers_own_and_whole_pages_behind_them_are_shared(num_bytes, num_slots):
     shared = SharedRows(rows_of(num_bytes), num_slots)
-    one, other = (shared.row_space(0).tensors["w"] for _ in range(2))
+    one, other = (shared.row_space(0)["w"] for _ in range(2))
     one[:num_slots], other[:num_slots] = 1, 2
     one[num_slots:] = 3
     assert (one[:num_slots] == 1).all()
@@ -73,7 +73,33 @@ def test_slots_are_a_layers_own_and_whole_pages_behind_them_are_shared(num_bytes
     seen = other.view(-1)[private_bytes:]
     assert (seen == 3).all()
     total = -(-NUM_EXPERTS * num_bytes // PAGE) * PAGE
-    assert (shared.num_bytes, shared.row_space(0).private_bytes) == (total - private_bytes, private_bytes)
+    assert (shared.num_bytes, shared.private_bytes) == (total - private_bytes, 2 * private_bytes)
+
+
+@pytest.mark.parametrize(("num_slots", "more"), [(1, 2), (3, 3), (2, 7), (3, NUM_EXPERTS)])
+@pytest.mark.parametrize("num_bytes", ROW_BYTES)
+def test_growing_makes_slots_of_overflow_rows_and_moves_no_row(num_bytes, num_slots, more):
+    """Each tensor and each area keeps what is its own, and what is not needed any more is given back."""
+    like = {"w": rows_of(num_bytes)["w"], "v": rows_of(num_bytes)["w"]}
+    shared, as_made = SharedRows(like, num_slots, areas=2), SharedRows(like, more, areas=2)
+    spaces = [shared.row_space(area) for area in (0, 0, 1)]
+    addresses = [space["w"].data_ptr() for space in spaces]
+    for space in spaces:
+        space["w"].fill_(9), space["v"].fill_(9)
+    shared.grow(more)
+    spaces.append(shared.row_space(1))
+    assert [space["w"].data_ptr() for space in spaces[:3]] == addresses
+    like_it = [as_made.row_space(area) for area in (0, 0, 1, 1)]
+    for number in range(4):
+        for name in ("w", "v"):
+            for made in (spaces, like_it):
+                made[number][name].fill_(10 * number + (name == "v"))
+    for space, expected in zip(spaces, like_it, strict=True):
+        assert torch.equal(space["w"], expected["w"])
+        assert torch.equal(space["v"], expected["v"])
+    assert (shared.num_bytes, shared.private_bytes) == (as_made.num_bytes, as_made.private_bytes)
+    if shared._file >= 0:
+        assert os.fstat(shared._file).st_blocks * 512 <= shared.num_bytes
 
 
 @pytest.mark.parametrize("num_bytes", ROW_BYTES)
@@ -81,14 +107,14 @@ def test_an_overflow_row_holds_what_a_layer_writes_until_another_writes_there(nu
     """Also the row that begins on a layer's last page of its own."""
     shared = SharedRows(rows_of(num_bytes), num_slots=3)
     for value in range(1, 20):
-        tensor = shared.row_space(0).tensors["w"]
+        tensor = shared.row_space(0)["w"]
         tensor[3:] = value
         assert (tensor[3:] == value).all()
 
 
 def test_areas_are_apart():
     shared = SharedRows(rows_of(PAGE) | {"scale": torch.empty(NUM_EXPERTS, PAGE)}, num_slots=2, areas=2)
-    first, again, second = (shared.row_space(area).tensors for area in (0, 0, 1))
+    first, again, second = (shared.row_space(area) for area in (0, 0, 1))
     for name in first:
         first[name].fill_(5)
         assert (again[name][2:] == 5).all()
@@ -99,9 +125,7 @@ def test_areas_are_apart():
 
 
 def test_tensors_of_one_layer_do_not_share():
-    tensors = (
-        SharedRows({"a": torch.empty(NUM_EXPERTS, PAGE), "b": torch.empty(NUM_EXPERTS, PAGE)}, 2).row_space(0).tensors
-    )
+    tensors = SharedRows({"a": torch.empty(NUM_EXPERTS, PAGE), "b": torch.empty(NUM_EXPERTS, PAGE)}, 2).row_space(0)
     tensors["a"].fill_(1)
     tensors["b"].fill_(2)
     assert (tensors["a"] == 1).all()
@@ -119,7 +143,7 @@ def test_where_nothing_is_shared_no_file_is_made(monkeypatch, num_bytes, num_slo
     """A slot for every expert, or all rows of a tensor within a page."""
     forbid_memfd(monkeypatch)
     shared = SharedRows(rows_of(num_bytes), num_slots)
-    one, other = (shared.row_space(0).tensors["w"] for _ in range(2))
+    one, other = (shared.row_space(0)["w"] for _ in range(2))
     one.fill_(1)
     assert not other.any()
     assert shared.num_bytes == 0
@@ -129,7 +153,7 @@ def test_where_nothing_is_shared_no_file_is_made(monkeypatch, num_bytes, num_slo
 def test_the_memory_lives_as_long_as_any_tensor_over_it_and_no_longer():
     before = status_bytes("VmSize")
     shared = SharedRows(rows_of(2**25), num_slots=4)
-    one, other = (shared.row_space(0).tensors["w"] for _ in range(2))
+    one, other = (shared.row_space(0)["w"] for _ in range(2))
     last_row = one[-1]
     addresses = [tensor.data_ptr() for tensor in (one, other)]
     del shared, one
@@ -216,7 +240,7 @@ def test_a_killed_process_leaves_nothing():
         shared = SharedRows({"w": torch.empty(8, 1 << 20)}, 2)
         spaces = [shared.row_space(0) for _ in range(3)]
         for space in spaces:
-            space.tensors["w"].fill_(1)
+            space["w"].fill_(1)
         print("ready", flush=True)
         input()
     """)

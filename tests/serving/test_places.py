@@ -6,13 +6,11 @@ import pytest
 from counter_files import INFO
 from prometheus_client import CollectorRegistry, generate_latest
 
-from vllm_expert_prefetch.config import ExpertPrefetchConfig
 from vllm_expert_prefetch.metrics.collector import register_collector
 from vllm_expert_prefetch.metrics.counters import Counters
 from vllm_expert_prefetch.metrics.definitions import INDEX
 from vllm_expert_prefetch.metrics.runtime_dir import ENVIRONMENT_VARIABLE, ensure_runtime_dir
-from vllm_expert_prefetch.serving import compat
-from vllm_expert_prefetch.serving.worker import Worker
+from vllm_expert_prefetch.serving.places import place_of
 
 
 @pytest.fixture
@@ -20,11 +18,10 @@ def place(tmp_path, monkeypatch):
     """The file and labels that one more worker of this process gets."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setenv(ENVIRONMENT_VARIABLE, "")
-    monkeypatch.setattr(compat, "on_cuda_platform", lambda: False)
     model = SimpleNamespace(served_model_name=["served"], model="folder")
     parallel = SimpleNamespace(data_parallel_rank=0, rank=1)
     vllm_config = SimpleNamespace(model_config=model, parallel_config=parallel)
-    return lambda: Worker(vllm_config, ExpertPrefetchConfig())._place()
+    return lambda: place_of(vllm_config)
 
 
 def test_two_engines_of_one_process_are_told_apart_and_both_are_shown(place):

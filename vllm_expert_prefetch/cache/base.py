@@ -30,7 +30,7 @@ class LayerCache(ABC):
 
     def __init__(self, store: HostStore, space: RowSpace, num_slots: int, top_k: int) -> None:
         self.store = store
-        self.tensors = space.tensors
+        self.tensors = space
         self.num_experts, self.num_slots, self.top_k = store.num_experts, num_slots, top_k
         self.record_bytes = store.record_bytes
 

@@ -245,7 +245,7 @@ def _segment_table(library: Any, store: HostStore, space: RowSpace, device: torc
             (
                 view.data_ptr() + moved,
                 view.stride(0) * view.element_size(),
-                space.tensors[name].data_ptr(),
+                space[name].data_ptr(),
                 view[0].nbytes,
             )
             for name, view in store.views.items()

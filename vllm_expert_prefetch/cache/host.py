@@ -115,7 +115,7 @@ def _segment_table(store: HostStore, space: RowSpace) -> torch.Tensor:
     """One row per expert tensor, int64: address in the host store, stride there, address of the rows, row bytes."""
     return torch.tensor(
         [
-            (view.data_ptr(), view.stride(0) * view.element_size(), space.tensors[name].data_ptr(), view[0].nbytes)
+            (view.data_ptr(), view.stride(0) * view.element_size(), space[name].data_ptr(), view[0].nbytes)
             for name, view in store.views.items()
         ],
         dtype=torch.int64,

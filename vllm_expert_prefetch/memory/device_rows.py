@@ -37,7 +37,7 @@ def bytes_taken() -> int:
 
 
 class DeviceSharedRows:
-    """The memory behind the overflow rows of all layers whose records have one shape and that have C slots.
+    """The row spaces of all layers whose records have one shape and that have C slots, and what is behind their rows.
 
     As `row_space.SharedRows`: all memory starts zeroed, and is given back with the last tensor over it.
     """
@@ -46,33 +46,70 @@ class DeviceSharedRows:
         """`rows_like[name]` (E, *row): the shape and dtype of each expert tensor. Raises RowSpaceError."""
         self._library: Any = cuda_library()
         self._device = torch.device("cuda", _index(device))
+        self._page = granularity(device)
         self._rows_like = {name: torch.empty_like(tensor, device="meta") for name, tensor in rows_like.items()}
-        page = granularity(device)
-        self._extents = {
-            name: Extent.of(tensor[0].nbytes, len(tensor), num_slots, page) for name, tensor in self._rows_like.items()
-        }
-        shared = {name: extent.shared for name, extent in self._extents.items() if extent.shared}
-        self._areas = [{name: self._create(size) for name, size in shared.items()} for _ in range(areas)]
-        self.num_bytes = areas * sum(shared.values())
-        """Bytes of all areas."""
+        self._extents = self._with_slots(num_slots)
+        self._ranges: list[tuple[str, int, Any]] = []
+        """Of each tensor that shares: its name, its area, its addresses."""
+        self.private_bytes = 0
+        """Behind the slots of all row spaces made so far."""
+        self._num_areas = areas
+        self._areas = self._create_areas()
+
+    @property
+    def num_bytes(self) -> int:
+        """Behind the overflow rows, in all areas."""
+        return self._num_areas * sum(extent.shared for extent in self._extents.values())
 
     def row_space(self, area: int) -> RowSpace:
         """A new layer's rows, its overflow rows in area number `area`. Raises RowSpaceError."""
-        tensors, private_bytes = {}, 0
+        space, private_bytes = {}, 0
         for name, like in self._rows_like.items():
-            shared = self._areas[area].get(name)
-            if shared is None:
-                tensors[name] = _with_memory(lambda like=like: torch.zeros_like(like, device=self._device))  # type: ignore[misc]
-                private_bytes += tensors[name].nbytes
-            else:
-                tensors[name] = self._map(like, self._extents[name].private, shared)
-                private_bytes += self._extents[name].private
-        return RowSpace(tensors, private_bytes)
+            extent = self._extents[name]
+            if not extent.shared:
+                space[name] = _with_memory(lambda like=like: torch.zeros_like(like, device=self._device))  # type: ignore[misc]
+                private_bytes += space[name].nbytes
+                continue
+            addresses = self._library.row_space_reserve(extent.private + extent.shared, self._device.index)
+            self._push(addresses, self._create(extent.private))
+            self._push(addresses, self._areas[area][name])
+            self._ranges.append((name, area, addresses))
+            rows = torch.from_dlpack(self._library.row_space_tensor(addresses))
+            space[name] = rows[: prod(like.shape) * like.element_size()].view(like.dtype).view(like.shape)
+            private_bytes += extent.private
+        self.private_bytes += private_bytes
+        return space
 
-    def _map(self, like: torch.Tensor, private_bytes: int, shared: Any) -> torch.Tensor:
-        parts = [self._create(private_bytes), shared]
-        mapped = torch.from_dlpack(_with_memory(lambda: self._library.row_space_map(parts)))
-        return mapped[: prod(like.shape) * like.element_size()].view(like.dtype).view(like.shape)
+    def grow(self, num_slots: int) -> None:
+        """Give every row space `num_slots` slots, no fewer than it has: rows stay where they are, overflow rows become
+        slots, what they share is given back. What rows held is lost. Raises RowSpaceError. Not while steps run.
+        """
+        before, self._extents = self._extents, self._with_slots(num_slots)
+        for _, _, addresses in self._ranges:
+            self._library.row_space_pop(addresses)
+        self._areas = []
+        self._areas = self._create_areas()
+        for name, area, addresses in self._ranges:
+            added = self._extents[name].private - before[name].private
+            if added:
+                self._push(addresses, self._create(added))
+                self.private_bytes += added
+            if self._extents[name].shared:
+                self._push(addresses, self._areas[area][name])
+
+    def _with_slots(self, num_slots: int) -> dict[str, Extent]:
+        return {
+            name: Extent.of(tensor[0].nbytes, len(tensor), num_slots, self._page)
+            for name, tensor in self._rows_like.items()
+        }
+
+    def _create_areas(self) -> list[dict[str, Any]]:
+        shared = {name: extent.shared for name, extent in self._extents.items() if extent.shared}
+        return [{name: self._create(size) for name, size in shared.items()} for _ in range(self._num_areas)]
+
+    def _push(self, addresses: Any, memory: Any) -> None:
+        """Map `memory`, zeroed, behind what is mapped in `addresses`."""
+        _with_memory(lambda: self._library.row_space_push(addresses, memory))
 
     def _create(self, num_bytes: int) -> Any:
         """Physical memory, not mapped yet."""

@@ -8,6 +8,7 @@ from vllm_expert_prefetch.config import CONFIG_KEY, DEFAULT_CPU_FRACTION, Config
 from vllm_expert_prefetch.memory.extent import Extent
 
 GB = 10**9
+DEFAULT_SEQUENCES = 4
 
 
 @dataclass(frozen=True)
@@ -30,30 +31,46 @@ class LayerShape:
 
 
 @dataclass(frozen=True)
-class MemoryBudget:
-    """Accelerator memory of one rank, in bytes, once everything but the experts is loaded."""
+class MemoryProfile:
+    """Accelerator memory of one rank, in bytes, as vLLM has measured it beside the smallest expert cache."""
 
-    total_bytes: int
-    utilization: float
-    """vLLM's `gpu_memory_utilization`."""
-    other_bytes: int
-    """Weights that are not routed experts, and everything else already in use."""
+    requested_bytes: int
+    """What vLLM may use: `gpu_memory_utilization` of all."""
     activation_bytes: int
-    kv_reserve_bytes: int
+    """Of the widest step, and of CUDA graphs."""
+    available_bytes: int
+    """What vLLM would take for its KV cache."""
+    cache_bytes: int
+    """Slots and overflow rows at that time."""
+    sequence_bytes: int
     """KV cache of one sequence of `max_model_len` tokens."""
+    kv_bytes: int | None = None
+    """KV cache that was asked for."""
 
     @property
-    def cache_bytes(self) -> int:
-        """What is left for the expert cache."""
-        reserved = self.other_bytes + self.activation_bytes + self.kv_reserve_bytes
-        return int(self.total_bytes * self.utilization) - reserved
+    def kv_cache_bytes(self) -> int:
+        """What vLLM's KV cache gets: what was asked for; else DEFAULT_SEQUENCES sequences, or half of what there is for
+        them and for experts where they need more, but one sequence; never more than there is.
+        """
+        wanted = self.kv_bytes
+        if wanted is None:
+            half = (self.available_bytes + self.cache_bytes) // 2
+            wanted = min(DEFAULT_SEQUENCES * self.sequence_bytes, max(half, self.sequence_bytes))
+        return min(wanted, self.available_bytes)
+
+    @property
+    def most_cache_bytes(self) -> int:
+        """What the expert cache may grow to."""
+        return self.cache_bytes + max(0, self.available_bytes - self.kv_cache_bytes)
 
     def describe(self) -> str:
-        """All figures, for the start-up line and for errors."""
+        """All figures, for the start-up line."""
+        other = self.requested_bytes - self.activation_bytes - self.available_bytes - self.cache_bytes
+        sequences = self.kv_cache_bytes / self.sequence_bytes if self.sequence_bytes else 0
         return (
-            f"{self.utilization:.2f} x {self.total_bytes / GB:.2f} GB - other weights {self.other_bytes / GB:.2f} GB - "
-            f"activations {self.activation_bytes / GB:.2f} GB - KV reserve {self.kv_reserve_bytes / GB:.2f} GB = "
-            f"{self.cache_bytes / GB:.2f} GB"
+            f"{self.requested_bytes / GB:.2f} GB for vLLM - {other / GB:.2f} GB other weights - "
+            f"{self.activation_bytes / GB:.2f} GB activations and CUDA graphs - {self.kv_cache_bytes / GB:.2f} GB KV "
+            f"cache ({sequences:.3g} x max_model_len) = {self.most_cache_bytes / GB:.2f} GB for experts"
         )
 
 
@@ -65,13 +82,12 @@ def cache_bytes(layers: Sequence[LayerShape], slots: Sequence[int], page: int, a
     return private + areas * shared
 
 
-def size_cache(
-    config: ExpertPrefetchConfig, layers: Sequence[LayerShape], budget: MemoryBudget | None, page: int
-) -> list[int]:
-    """Slots of each layer. `budget` is None on the CPU platform, where half of the experts is the default.
+def size_cache(config: ExpertPrefetchConfig, layers: Sequence[LayerShape], page: int, grows: bool = False) -> list[int]:
+    """Slots of each layer when it is loaded.
 
-    A size in bytes (`cache_gb`, automatic sizing on a GPU) covers slots and overflow rows together, and gives every
-    layer the same number of slots, or one for every expert where there are fewer. `page`: as in `Extent.of`.
+    A size in bytes (`cache_gb`) covers slots and overflow rows together, and gives every layer the same number of
+    slots, or one for every expert where there are fewer. `page`: as in `Extent.of`. `grows`: where no size is given,
+    the fewest slots, which `grow_cache` makes more; else half of the experts.
     Raises ConfigError, with both numbers and the remedy, for fewer slots than a token needs or more than experts.
     """
     if config.slots_per_layer is not None:
@@ -82,18 +98,31 @@ def size_cache(
         slots = [share_of(layer.num_experts, config.cache_fraction) for layer in layers]
         return _checked(layers, slots, f"cache_fraction = {config.cache_fraction}", page)
     if config.cache_gb is not None:
-        spare = config.cache_gb * GB - sum(layer.bytes for layer in layers)
-        if spare >= sum(sum(layer.row_bytes) for layer in layers):
+        most = cache_bytes(layers, [layer.num_experts for layer in layers], page)
+        if config.cache_gb * GB - most >= max(most / 100, sum(sum(layer.row_bytes) for layer in layers)):
             raise ConfigError(
                 f"{CONFIG_KEY}: cache_gb = {config.cache_gb:g} is more than all experts take "
                 f"({sum(layer.bytes for layer in layers) / GB:.3g} GB per rank). Drop {CONFIG_KEY}: the experts fit"
             )
-        return _checked(layers, _most(layers, config.cache_gb * GB, page), f"cache_gb = {config.cache_gb:g}", page)
-    if budget is not None:
-        source = f"automatic sizing ({budget.describe()})"
-        return _checked(layers, _most(layers, budget.cache_bytes, page), source, page)
-    half = [max(layer.top_k, int(DEFAULT_CPU_FRACTION * layer.num_experts)) for layer in layers]
-    return _checked(layers, half, "automatic sizing", page)
+        none = [0] * len(layers)
+        slots = _most(layers, config.cache_gb * GB, page, none) or none
+        return _checked(layers, slots, f"cache_gb = {config.cache_gb:g}", page)
+    fraction = 0.0 if grows else DEFAULT_CPU_FRACTION
+    return [max(layer.top_k, int(fraction * layer.num_experts)) for layer in layers]
+
+
+def grow_cache(layers: Sequence[LayerShape], slots: Sequence[int], profile: MemoryProfile, page: int) -> list[int]:
+    """Slots of each layer once everything but the KV cache is there: as many as fit, and no fewer than `slots`.
+
+    Raises ConfigError where the KV cache that was asked for does not fit beside these.
+    """
+    if profile.kv_bytes is not None and profile.kv_bytes > profile.available_bytes:
+        raise ConfigError(
+            f"{CONFIG_KEY}: the KV cache that was asked for takes {profile.kv_bytes / GB:.3g} GB, and there are "
+            f"{profile.available_bytes / GB:.3g} GB beside {profile.cache_bytes / GB:.3g} GB for the experts of one "
+            "token. Lower kv_cache_tokens (--kv-cache-memory-bytes), or raise gpu_memory_utilization"
+        )
+    return _most(layers, profile.most_cache_bytes, page, slots) or list(slots)
 
 
 def share_of(num_experts: int, fraction: float) -> int:
@@ -101,13 +130,13 @@ def share_of(num_experts: int, fraction: float) -> int:
     return int(fraction * num_experts + 1e-9)
 
 
-def _most(layers: Sequence[LayerShape], num_bytes: float, page: int) -> list[int]:
-    """As many slots as fit."""
+def _most(layers: Sequence[LayerShape], num_bytes: float, page: int, fewest: Sequence[int]) -> list[int]:
+    """As many slots as fit, none where not even `fewest` do."""
     for most in range(max(layer.num_experts for layer in layers), 0, -1):
-        slots = [min(most, layer.num_experts) for layer in layers]
+        slots = [min(max(most, low), layer.num_experts) for layer, low in zip(layers, fewest, strict=True)]
         if cache_bytes(layers, slots, page) <= num_bytes:
             return slots
-    return [0] * len(layers)
+    return []
 
 
 def _checked(layers: Sequence[LayerShape], slots: list[int], source: str, page: int) -> list[int]:
@@ -117,8 +146,7 @@ def _checked(layers: Sequence[LayerShape], slots: list[int], source: str, page: 
             enough = cache_bytes(layers, [min(needed, other.num_experts) for other in layers], page)
             raise ConfigError(
                 f"{CONFIG_KEY}: {source} gives {num_slots} slots per layer, and one token needs {needed} (top-k). "
-                f"Give at least slots_per_layer = {needed}, i.e. cache_gb = {_round_up(enough / GB):.3g} per rank; on "
-                "a GPU lower max_model_len or raise gpu_memory_utilization"
+                f"Give at least slots_per_layer = {needed}, i.e. cache_gb = {_round_up(enough / GB):.3g} per rank"
             )
         if num_slots > layer.num_experts:
             raise ConfigError(

@@ -60,6 +60,11 @@ def on_cuda_platform() -> bool:
     return bool(current_platform.is_cuda())
 
 
+def measures_memory() -> bool:
+    """Whether vLLM measures what a model needs before it decides how large its KV cache is: on a GPU."""
+    return on_cuda_platform()
+
+
 def kernel_name(quant_method: Any) -> str:
     """vLLM's name of the class that computes a layer's experts: of its quantisation method where there is no kernel."""
     kernel = getattr(quant_method, "moe_kernel", None)
@@ -171,7 +176,10 @@ def moe_layers_of(model: "torch.nn.Module") -> list[Any]:
 
 
 def kv_bytes_per_sequence(vllm_config: Any) -> int:
-    """KV cache bytes of one sequence of `max_model_len` tokens on one rank, from the model's own shape."""
+    """KV cache bytes of one sequence of `max_model_len` tokens on one rank, as if every layer kept all tokens.
+
+    From the model's configuration, before it is loaded.
+    """
     model, parallel, cache = vllm_config.model_config, vllm_config.parallel_config, vllm_config.cache_config
     import torch
     from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
@@ -181,6 +189,28 @@ def kv_bytes_per_sequence(vllm_config: Any) -> int:
     heads_and_sides = 1 if model.use_mla else 2 * model.get_num_kv_heads(parallel)
     per_token = model.get_num_layers(parallel) * heads_and_sides * model.get_head_size() * item_bytes
     return int(per_token * model.max_model_len)
+
+
+def kv_bytes_of(worker: Any) -> int:
+    """KV cache bytes of one sequence of `max_model_len` tokens on this rank, and a block of each layer besides.
+
+    `worker`: vLLM's, whose model is loaded.
+    """
+    specs = worker.get_kv_cache_spec().values()
+    return int(sum(spec.max_memory_usage_bytes(worker.vllm_config) + spec.page_size_bytes for spec in specs))
+
+
+def least_of_ranks(value: int) -> int:
+    """The least `value` among the workers that compute one model together: all of them must call it."""
+    import torch
+    from vllm.distributed.parallel_state import get_world_group
+
+    group = get_world_group()
+    if group.world_size > 1:
+        least = torch.tensor(value)
+        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group=group.cpu_group)
+        return int(least)
+    return value
 
 
 def find_seams() -> dict[str, bool]:

@@ -66,7 +66,7 @@ def _check_bytes(vllm_config: Any, config: ExpertPrefetchConfig) -> None:
     num_ranks = vllm_config.parallel_config.tensor_parallel_size
     layers = read_layer_shapes(folder, num_layers, top_k, model.dtype.itemsize, num_ranks)
     if layers:
-        size_cache(config, layers, None, mmap.PAGESIZE)
+        size_cache(config, layers, mmap.PAGESIZE)
 
 
 def _folder_of(vllm_config: Any) -> Path | None:

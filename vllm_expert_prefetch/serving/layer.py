@@ -105,6 +105,13 @@ class CachedRoutedExperts(RoutedExperts):
         self.is_taken_over = True
         self.worker.layer_taken_over()
 
+    def become_resident(self) -> None:
+        """The row space has a slot for every expert: fill it, and compute as vLLM's own class from here on."""
+        assert self.cache is not None
+        for name, view in self.cache.store.views.items():
+            self.cache.tensors[name].copy_(view)
+        self.cache = None
+
     def weight_loader(
         self,
         param: torch.nn.Parameter,

@@ -114,6 +114,20 @@ REFUSALS = (
         lambda vllm_config, config: config.execution == SPECULATIVE and not compat.on_cpu_platform(),
     ),
     Refusal(
+        "a number of tokens for the KV cache on the CPU platform",
+        "kv_cache_tokens",
+        "drop the key: there vLLM's KV cache has a size of its own (VLLM_CPU_KVCACHE_SPACE)",
+        lambda vllm_config, config: config.kv_cache_tokens is not None and compat.on_cpu_platform(),
+    ),
+    Refusal(
+        "a number of tokens for a KV cache whose bytes are given",
+        "kv_cache_tokens",
+        "drop the key or --kv-cache-memory-bytes",
+        lambda vllm_config, config: bool(
+            config.kv_cache_tokens is not None and vllm_config.cache_config.kv_cache_memory_bytes
+        ),
+    ),
+    Refusal(
         "an emulated link on a GPU",
         "emulated_link_gbps",
         "drop the key: a GPU has a real link",

@@ -1,4 +1,4 @@
-"""The step clock's place in a vLLM worker: around its model runner, which every executor calls."""
+"""The plugin's places in a vLLM worker: around each step, and around the measuring of memory."""
 
 from typing import Any
 
@@ -7,11 +7,11 @@ from vllm_expert_prefetch.metrics.publish import Publisher
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.expert_tensors import TakeoverError
 from vllm_expert_prefetch.serving.takeover import CANNOT_RELOAD
-from vllm_expert_prefetch.serving.worker import find_worker
+from vllm_expert_prefetch.serving.worker import Worker, find_worker
 
 
 def extend_worker() -> None:
-    """Time the steps of every worker whose model is served by the plugin."""
+    """Time the steps of every worker whose model is served by the plugin, and size its expert cache."""
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
     init_device = WorkerWrapperBase.init_device
@@ -24,6 +24,7 @@ def extend_worker() -> None:
         runner = getattr(self.worker, "model_runner", None)
         if runner is not None and is_asked_for:
             watch_steps(runner, self.vllm_config)
+            watch_memory(self.worker, self.vllm_config)
             runner.reload_weights = refuse_reload
 
     WorkerWrapperBase.init_device = init_device_and_watch
@@ -63,6 +64,42 @@ def watch_steps(runner: Any, vllm_config: Any) -> None:
         return output
 
     runner.execute_model, runner.sample_tokens = timed_execute, timed_sample
+
+
+def watch_memory(worker: Any, vllm_config: Any) -> None:
+    """Let the expert cache grow when vLLM has measured what is left for its KV cache. `worker`: vLLM's.
+
+    vLLM measures nothing where the bytes of its KV cache are given, so that these are kept from it meanwhile.
+    """
+    measure, warm_up, cache_config = (
+        worker.determine_available_memory,
+        worker.compile_or_warm_up_model,
+        vllm_config.cache_config,
+    )
+
+    def growing() -> Worker | None:
+        found = find_worker(vllm_config)
+        return found if found is not None and found.sizes.grows else None
+
+    def measure_and_grow() -> int:
+        ours = growing()
+        if ours is None:
+            return int(measure())
+        given, cache_config.kv_cache_memory_bytes = cache_config.kv_cache_memory_bytes, None
+        try:
+            available = compat.least_of_ranks(measure())
+        finally:
+            cache_config.kv_cache_memory_bytes = given
+        activations = worker.peak_activation_memory  # since 0.30 with CUDA graphs
+        return ours.measured(worker.requested_memory, activations, available, compat.kv_bytes_of(worker))
+
+    def start_and_warm_up() -> Any:
+        ours = growing()  # a model without a KV cache: nothing was measured
+        if ours is not None:
+            ours.start_grown()
+        return warm_up()
+
+    worker.determine_available_memory, worker.compile_or_warm_up_model = measure_and_grow, start_and_warm_up
 
 
 def count_sequences(scheduler_output: Any) -> tuple[int, int, bool]:

@@ -3,27 +3,26 @@
 import re
 import time
 import weakref
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vllm_expert_prefetch import __version__
 from vllm_expert_prefetch.cache.base import Caches, LayerCache
-from vllm_expert_prefetch.cache.create import create_caches, create_shared_rows, page_bytes
+from vllm_expert_prefetch.cache.create import create_caches, create_shared_rows
 from vllm_expert_prefetch.config import AUTO, ExpertPrefetchConfig
 from vllm_expert_prefetch.lookahead.after import LookAhead
 from vllm_expert_prefetch.memory.host_memory import HostMemoryOptions, numa_node_of_gpu
 from vllm_expert_prefetch.memory.host_store import HostStore
 from vllm_expert_prefetch.memory.link import EmulatedLink
-from vllm_expert_prefetch.metrics.counters import SUFFIX, Counters
-from vllm_expert_prefetch.metrics.locks import is_locked
+from vllm_expert_prefetch.metrics.counters import Counters
 from vllm_expert_prefetch.metrics.publish import Publisher
-from vllm_expert_prefetch.metrics.runtime_dir import ensure_runtime_dir
 from vllm_expert_prefetch.metrics.scrape_port import serve_counters
-from vllm_expert_prefetch.planning.sizing import GB, LayerShape, MemoryBudget, size_cache
+from vllm_expert_prefetch.planning.sizing import GB
 from vllm_expert_prefetch.serving import compat
+from vllm_expert_prefetch.serving.places import place_of
 from vllm_expert_prefetch.serving.proof import prove_kernels
+from vllm_expert_prefetch.serving.sizes import CacheSizes
 from vllm_expert_prefetch.serving.sources import create_look_ahead_of
 from vllm_expert_prefetch.serving.speculation import describe_execution
 from vllm_expert_prefetch.serving.takeover import verify_rows
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
     from vllm_expert_prefetch.serving.layer import CachedRoutedExperts
 
 _PROGRESS_SECONDS = 10
-_ACTIVATION_COPIES = 16
-"""Activation reserve on a GPU, in copies of the widest step's hidden states (before vLLM has measured it)."""
 _workers: "weakref.WeakValueDictionary[int, Worker]" = weakref.WeakValueDictionary()
 """By the id of vLLM's configuration object, which the worker holds, as its layers hold the worker."""
 
@@ -45,12 +42,12 @@ class Worker:
         self.config = config
         self._vllm_config = vllm_config
         self._layers: list[weakref.ref[CachedRoutedExperts]] = []
-        self._slots: list[int] = []
-        self._sizing = ""
+        self.sizes = CacheSizes(vllm_config, config)
         self.caches: Caches | None = None
         """None before the first takeover, and where every expert is resident."""
-        self._shared_rows: dict[tuple[object, ...], Any] = {}
-        self._private_bytes = 0
+        self._groups: dict[tuple[object, ...], tuple[Any, list[CachedRoutedExperts]]] = {}
+        """Layers that share overflow rows, and these."""
+        self._model: weakref.ref[torch.nn.Module] | None = None
         self._num_taken_over = 0
         self._began = self._said = 0.0
         """When the first layer was complete, and when the log last said how far the load is."""
@@ -87,14 +84,10 @@ class Worker:
 
         Decided for all layers at once, when the first one is complete and every other weight is loaded.
         """
-        if not self._slots:
+        if not self.sizes.slots:
             self._began = self._said = time.monotonic()
-            budget = None
-            if compat.on_cuda_platform():
-                budget = self._budget(sum(t.nbytes for t in tensors.values() if t.device.type != "cpu"))
-                self._sizing = budget.describe()
-            self._slots = size_cache(self.config, self._shapes(layer, tensors), budget, page_bytes(layer.accelerator))
-        return self._slots[layer.number]
+            self.sizes.decide(self.layers, layer, tensors)
+        return self.sizes.slots[layer.number]
 
     def create_cache(self, layer: "CachedRoutedExperts", store: HostStore, num_slots: int) -> LayerCache:
         """The cache of `layer`; overflow rows are shared with the layers whose records have the same shape."""
@@ -103,11 +96,47 @@ class Worker:
             if self.caches.on_device:
                 compat.install_offloader(self.caches.join)
         key = (num_slots, *((name, view.shape, view.dtype) for name, view in store.views.items()))
-        if key not in self._shared_rows:
-            self._shared_rows[key] = create_shared_rows(store.views, num_slots, 1, layer.accelerator)
-        space = self._shared_rows[key].row_space(0)
-        self._private_bytes += space.private_bytes
-        return self.caches.add(layer.number, store, space, num_slots, layer.top_k, self.config.policy)
+        if key not in self._groups:
+            self._groups[key] = create_shared_rows(store.views, num_slots, 1, layer.accelerator), []
+        shared, layers = self._groups[key]
+        layers.append(layer)
+        return self.caches.add(layer.number, store, shared.row_space(0), num_slots, layer.top_k, self.config.policy)
+
+    def measured(self, requested: int, activations: int, available: int, sequence: int) -> int:
+        """vLLM has measured memory: grow the cache and start. Returns what is left for the KV cache.
+
+        All in bytes; see `CacheSizes.grow`.
+        """
+        left = self.sizes.grow(requested, activations, available, sequence)
+        self._grow()
+        self.start_grown()
+        return left
+
+    def start_grown(self) -> None:
+        """The cache is as large as it gets."""
+        model = None if self._model is None else self._model()
+        assert model is not None
+        self.sizes.grows = False
+        self.start(model)
+
+    def _grow(self) -> None:
+        assert self.caches is not None
+        for shared, layers in self._groups.values():
+            num_slots = self.sizes.slots[layers[0].number]
+            shared.grow(num_slots)
+            for layer in layers:
+                cache, layer.look_ahead = layer.cache, None
+                assert cache is not None
+                if num_slots < layer.local_num_experts:
+                    layer.cache = self.caches.add(
+                        layer.number, cache.store, cache.tensors, num_slots, layer.top_k, self.config.policy
+                    )
+                else:
+                    layer.become_resident()
+                    self.caches.layers[layer.number] = None
+        if not any(self.caches.layers):
+            self.caches.close()
+            self.caches = None
 
     def layer_taken_over(self) -> None:
         """Called by each layer. Says what of the host memory could not be as it should, and how far a long load is."""
@@ -124,7 +153,10 @@ class Worker:
             compat.logger().info("expert_prefetch: %s", line)
 
     def start(self, model: torch.nn.Module) -> None:
-        """The model is loaded and every layer taken over: look ahead where that is asked for, count, and say so."""
+        """The model is loaded and every layer taken over: prove it, look ahead where that is asked for, count, say so.
+
+        A cache that still grows is counted and spoken of later.
+        """
         layers, caches = self.layers, self.caches
         for layer in layers:
             if layer.cache is not None:
@@ -133,18 +165,21 @@ class Worker:
         link_rate = caches.measure_bandwidth() if caches else 0.0
         look_ahead, self.prefetch = create_look_ahead_of(model, layers, self.config, caches, link_rate)
         self.execution = describe_execution(self.config, look_ahead, len(layers), self.prefetch)
-        self.publisher = self._publish(look_ahead, link_rate)
         for layer in layers:
             layer.look_ahead = look_ahead
+        if self.sizes.grows:
+            self._model = weakref.ref(model)
+            return
+        self.publisher = self._publish(look_ahead, link_rate)
         for line in self.describe():
             compat.logger().info("expert_prefetch: %s", line)
 
     def describe(self) -> list[str]:
         """The lines of the start: what is offloaded, how it is served, what was proved, where to look."""
-        layers, slots = self.layers, sorted(set(self._slots))
+        layers, slots = self.layers, sorted(set(self.sizes.slots))
         experts = sorted({layer.local_num_experts for layer in layers})
-        store, private, shared = self._host_bytes(), self._private_bytes, self._overflow_bytes()
-        share = 100 * sum(self._slots) / sum(layer.local_num_experts for layer in layers)
+        store, private, shared = self._host_bytes(), self._private_bytes(), self._overflow_bytes()
+        share = 100 * sum(self.sizes.slots) / sum(layer.local_num_experts for layer in layers)
         num_served = sum(layer.cache is not None for layer in layers)
         return [
             f"{len(layers)} MoE layers x {_range(experts)} experts, {_range(slots)} slots each: {private / GB:.4g} GB "
@@ -152,7 +187,8 @@ class Worker:
             f"GB, {'page-locked' if self._is_pinned() else 'pageable'}",
             f"policy {self.config.policy}, execution {self.execution}, prefetch {self.prefetch}; kernel "
             f"{self._kernels()} of {self._quant_methods()}, engine {self._engine_name()}, link "
-            f"{self._link() or 'not emulated'}" + (f"; sizing: {self._sizing}" if self._sizing else ""),
+            f"{self._link() or 'not emulated'}"
+            + (f"; sizing: {self.sizes.description}" if self.sizes.description else ""),
             f"proved: all {len(layers)} MoE layers were taken over, {num_served} read their row spaces, no other copy "
             "of their experts can be reached"
             + (", and the kernel gives the same bits whatever rows they are in" if num_served else ""),
@@ -175,20 +211,20 @@ class Worker:
             "version": __version__,
             "vllm_version": compat.vllm_version(),
         }
-        path, labels = self._place()
+        path, labels = place_of(self._vllm_config)
         counters = Counters(path, labels, info, names if self.config.metrics_per_layer else ())
         num_experts = sum(layer.local_num_experts for layer in layers)
         planned = self.config.planned_hit_rate
         gauges = {
             "moe_layers": len(layers),
             "experts": num_experts,
-            "slots": sum(self._slots),
+            "slots": sum(self.sizes.slots),
             "host_store_bytes": self._host_bytes(),
-            "cache_bytes": self._private_bytes,
+            "cache_bytes": self._private_bytes(),
             "overflow_bytes": self._overflow_bytes(),
             "expert_record_bytes": self._host_bytes() / num_experts,
             "link_bytes_per_second": link_rate,
-            "planned_hit_ratio": sum(self._slots) / num_experts if planned is None else planned,
+            "planned_hit_ratio": sum(self.sizes.slots) / num_experts if planned is None else planned,
             "lookahead_enabled": look_ahead is not None,
         }
         for name, value in gauges.items():
@@ -196,34 +232,6 @@ class Worker:
         if self.config.metrics_port is not None:
             serve_counters(counters, self.config.metrics_port + compat.local_rank())
         return Publisher(counters, self.caches, look_ahead)
-
-    def _shapes(self, first: "CachedRoutedExperts", tensors: dict[str, torch.Tensor]) -> list[LayerShape]:
-        """Of all layers. Post-processing may change the rows: layers that were like `first` will be."""
-        before = first.unprocessed_row_bytes
-        after = tuple(tensor[0].nbytes for tensor in tensors.values())
-        return [
-            LayerShape(
-                layer.local_num_experts,
-                layer.top_k,
-                after if layer.unprocessed_row_bytes == before else layer.unprocessed_row_bytes,
-            )
-            for layer in self.layers
-        ]
-
-    def _budget(self, resident_bytes: int) -> MemoryBudget:
-        """GPU memory as the driver and torch report it now, `resident_bytes` of experts not counted."""
-        free, total = torch.cuda.mem_get_info()
-        cached_by_torch = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        scheduler, model = self._vllm_config.scheduler_config, self._vllm_config.model_config
-        widest = scheduler.max_num_batched_tokens * model.get_hidden_size() * 2 * _ACTIVATION_COPIES
-        logits = scheduler.max_num_seqs * model.get_vocab_size() * 4 * 2
-        return MemoryBudget(
-            total_bytes=total,
-            utilization=self._vllm_config.cache_config.gpu_memory_utilization,
-            other_bytes=total - free - cached_by_torch - resident_bytes,
-            activation_bytes=widest + logits,
-            kv_reserve_bytes=compat.kv_bytes_per_sequence(self._vllm_config),
-        )
 
     def _link(self) -> EmulatedLink | None:
         gbps = self.config.emulated_link_gbps
@@ -244,25 +252,11 @@ class Worker:
     def _host_bytes(self) -> int:
         return sum(layer.cache.store.num_bytes for layer in self.layers if layer.cache is not None)
 
-    def _overflow_bytes(self) -> int:
-        return sum(shared.num_bytes for shared in self._shared_rows.values())
+    def _private_bytes(self) -> int:
+        return sum(int(shared.private_bytes) for shared, _ in self._groups.values())
 
-    def _place(self) -> tuple[Path, dict[str, str]]:
-        """The file of this worker's counters, and the labels that tell it from others: a second engine of one process
-        has a number of its own.
-        """
-        model, parallel = self._vllm_config.model_config, self._vllm_config.parallel_config
-        served = model.served_model_name or model.model
-        stem = f"engine{parallel.data_parallel_rank}-rank{parallel.rank}"
-        files = {int(path.stem.rsplit("-", 1)[1]): path for path in ensure_runtime_dir().glob(f"{stem}-*{SUFFIX}")}
-        number = max(files, default=0) + 1
-        is_second = any(is_locked(path) for path in files.values())
-        labels = {
-            "model_name": served if isinstance(served, str) else served[0],
-            "engine": f"{parallel.data_parallel_rank}{f'.{number}' if is_second else ''}",
-            "rank": str(parallel.rank),
-        }
-        return ensure_runtime_dir() / f"{stem}-{number:06d}{SUFFIX}", labels
+    def _overflow_bytes(self) -> int:
+        return sum(int(shared.num_bytes) for shared, _ in self._groups.values())
 
 
 def worker_of(vllm_config: Any, config: ExpertPrefetchConfig) -> Worker:

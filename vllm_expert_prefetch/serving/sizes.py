@@ -1,0 +1,109 @@
+"""How many slots each layer of a worker gets: when it is loaded, and once vLLM has measured what else needs memory."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from vllm_expert_prefetch.cache.create import page_bytes
+from vllm_expert_prefetch.config import ExpertPrefetchConfig
+from vllm_expert_prefetch.planning.sizing import (
+    DEFAULT_SEQUENCES,
+    GB,
+    LayerShape,
+    MemoryProfile,
+    cache_bytes,
+    grow_cache,
+    size_cache,
+)
+from vllm_expert_prefetch.serving import compat
+
+if TYPE_CHECKING:
+    from vllm_expert_prefetch.serving.layer import CachedRoutedExperts
+
+_ACTIVATION_COPIES, _ROOM_BYTES = 16, 3 * GB
+"""More than a GPU needs for activations, in copies of the widest step's hidden states, and for all that is not known
+before vLLM has measured it."""
+
+
+class CacheSizes:
+    """The sizes of one worker's caches.
+
+    Where no size is given, vLLM measures memory beside the fewest slots, and the cache grows by what the KV cache need
+    not have. An expert cache in mapped memory counts in that: vLLM takes what the driver has given out since before the
+    model was loaded (0.26: what torch has not allocated of it, and the weights that torch has; since then: all of it).
+    """
+
+    def __init__(self, vllm_config: Any, config: ExpertPrefetchConfig) -> None:
+        self._vllm_config, self._config = vllm_config, config
+        self._shapes: list[LayerShape] = []
+        self._page = 0
+        self.slots: list[int] = []
+        """Of each layer, in order; there once the first one is complete."""
+        self.grows = False
+        """Whether the cache still waits for vLLM's memory profile, and has the fewest slots until then."""
+        self.description = ""
+        """Where the sizes come from, for the start-up line."""
+
+    def decide(
+        self, layers: "list[CachedRoutedExperts]", first: "CachedRoutedExperts", tensors: dict[str, torch.Tensor]
+    ) -> None:
+        """For all layers at once, when `first` is complete; `tensors`: its post-processed expert tensors."""
+        self._page, self._shapes = page_bytes(first.accelerator), _shapes_like(first, tensors, layers)
+        self.grows = compat.measures_memory() and not self._config.sizes_given
+        if self.grows and compat.on_cuda_platform() and self._all_fit(first, tensors):
+            self.grows, self.description = False, "every expert fits"
+            self.slots = [shape.num_experts for shape in self._shapes]
+        else:
+            self.slots = size_cache(self._config, self._shapes, self._page, self.grows)
+            given = [f"{name} = {getattr(self._config, name)}" for name in self._config.sizes_given]
+            self.description = given[0] if given else "default"
+
+    def grow(self, requested: int, activations: int, available: int, sequence: int) -> int:
+        """Take what vLLM's KV cache need not have, and return what is left for that. All in bytes.
+
+        vLLM has measured what it may use, what activations and CUDA graphs need, what is available to its KV cache, and
+        what a sequence of `max_model_len` takes of that. Raises ConfigError where the KV cache that was asked for does
+        not fit.
+        """
+        asked = self._vllm_config.cache_config.kv_cache_memory_bytes or None
+        if self._config.kv_cache_tokens is not None:
+            asked = -(-sequence * self._config.kv_cache_tokens // self._vllm_config.model_config.max_model_len)
+        before = cache_bytes(self._shapes, self.slots, self._page)
+        profile = MemoryProfile(requested, activations, available, before, sequence, asked)
+        self.slots = grow_cache(self._shapes, self.slots, profile, self._page)
+        self.description = profile.describe()
+        left = available + before - cache_bytes(self._shapes, self.slots, self._page)
+        return left if asked is None else min(asked, left)
+
+    def _all_fit(self, layer: "CachedRoutedExperts", tensors: dict[str, torch.Tensor]) -> bool:
+        """Whether every expert fits on this GPU for sure, before vLLM has measured what else is needed."""
+        if getattr(layer.quant_method, "uses_meta_device", False):  # other weights are still to come
+            return False
+        free, total = torch.cuda.mem_get_info()
+        free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        free += sum(tensor.nbytes for tensor in tensors.values() if tensor.device.type != "cpu")
+        cache, model = self._vllm_config.cache_config, self._vllm_config.model_config
+        scheduler = self._vllm_config.scheduler_config
+        widest = scheduler.max_num_batched_tokens * model.get_hidden_size() * 2 * _ACTIVATION_COPIES
+        logits = scheduler.max_num_seqs * model.get_vocab_size() * 4 * 2
+        sequence = compat.kv_bytes_per_sequence(self._vllm_config)
+        sequences = max(DEFAULT_SEQUENCES, (self._config.kv_cache_tokens or 0) / model.max_model_len)
+        reserved = widest + logits + _ROOM_BYTES + (cache.kv_cache_memory_bytes or sequences * sequence)
+        left = free - total * (1 - cache.gpu_memory_utilization) - reserved
+        return left > sum(shape.bytes for shape in self._shapes)
+
+
+def _shapes_like(
+    first: "CachedRoutedExperts", tensors: dict[str, torch.Tensor], layers: "list[CachedRoutedExperts]"
+) -> list[LayerShape]:
+    """Of all layers. Post-processing may change the rows: layers that were like `first` will be."""
+    before = first.unprocessed_row_bytes
+    after = tuple(tensor[0].nbytes for tensor in tensors.values())
+    return [
+        LayerShape(
+            layer.local_num_experts,
+            layer.top_k,
+            after if layer.unprocessed_row_bytes == before else layer.unprocessed_row_bytes,
+        )
+        for layer in layers
+    ]

@@ -18,6 +18,17 @@ from formats.standins import FP4_VALUES, unpack, unpack_awq
 GROUP = 64
 MARLIN = ("gptq", "awq", "w4a16", "fp8-channel", "fp8-block", "nvfp4", "mxfp4")
 TRITON = ("fp8-block", "fp8-channel", "fp8-static", "fp8-dynamic", "int8")
+ONLINE = {
+    "online-fp8": "fp8_per_tensor",
+    "online-fp8-block": "fp8_per_block",
+    "online-fp8-channel": "fp8_per_channel",
+    "online-int8": "int8_per_channel_weight_only",
+    "online-mxfp8": "mxfp8",
+    "online-mxfp4": "mxfp4",
+}
+"""Those that vLLM makes of an unquantised checkpoint while it loads it, by its own names."""
+MARLIN += ("online-fp8", "online-mxfp8", "online-mxfp4")
+TRITON += ("online-fp8", "online-fp8-block", "online-fp8-channel", "online-int8")
 CASES = [(name, "marlin") for name in MARLIN] + [(name, "triton") for name in TRITON]
 """(format, --moe-backend): what `test_engine.py` shows, and docs/compatibility.md says."""
 PUBLISHED = {
@@ -31,6 +42,12 @@ PUBLISHED = {
     "int8": "INT8 weights and inputs: compressed-tensors",
     "nvfp4": "NVFP4: ModelOpt",
     "mxfp4": "MXFP4 with biases: gpt-oss",
+    "online-fp8": "FP8 per tensor, made while loading: `--quantization fp8` or `fp8_per_tensor`",
+    "online-fp8-block": "FP8 in blocks, made while loading: `fp8_per_block`",
+    "online-fp8-channel": "FP8 per channel, made while loading: `fp8_per_channel`",
+    "online-int8": "INT8 weights, made while loading: `int8_per_channel_weight_only`",
+    "online-mxfp8": "MXFP8, made while loading: `mxfp8`",
+    "online-mxfp4": "MXFP4, made while loading: `mxfp4`",
 }
 Tensors = dict[str, torch.Tensor]
 _PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.qkv_proj")
@@ -107,6 +124,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 # vLLM takes w13's scales for those of one group where the intermediate size is no more than the group's.
 _SIZES: dict[str, dict[str, int]] = {
     **{name: {"moe_intermediate_size": 128} for name in ("fp8-block", "gptq", "awq", "w4a16")},
+    **{name: {"hidden_size": 256, "moe_intermediate_size": 128} for name in ONLINE},
     "mxfp4": {"hidden_size": 256, "intermediate_size": 128},
 }
 
@@ -117,8 +135,10 @@ def family_of(name: str) -> Family:
 
 
 def write_quantised(name: str, directory: Path) -> Path:
-    """Write the checkpoint of format `name` into `directory`, and return it."""
+    """Write the checkpoint of format `name` into `directory`, and return it. Unquantised where vLLM quantises it."""
     write_checkpoint("gpt-oss" if name == "mxfp4" else "qwen3-moe", directory, **_SIZES.get(name, {}))
+    if name in ONLINE:
+        return directory
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "quantization_config": CONFIGS[name]}))
     tensors: Tensors = {}
@@ -250,6 +270,8 @@ QUANTISE: dict[str, Callable[[torch.Tensor], Tensors]] = {
 
 def dequantise(name: str, parts: Tensors) -> torch.Tensor:
     """float32 (N, K): the weight that `QUANTISE[name]` or `to_mxfp4` gave `parts` for, by the end of their names."""
+    if name in ONLINE:
+        return parts["weight"].float()
     if name == "gptq":
         codes, scales = unpack(parts["qweight"], 4, 0).float() - 8, parts["scales"].float()
         return (codes * scales.repeat_interleave(GROUP, 0)).T

@@ -235,7 +235,8 @@ def marlin_weight(
     if kind == scalar_types.float4_e2m1f:
         weight = FP4_VALUES[codes] * (1 if alpha is None else alpha / 2.0**119)
     elif kind == scalar_types.float8_e4m3fn:
-        weight, scale = codes.to(torch.uint8).view(torch.float8_e4m3fn).float(), scale / 2.0**120
+        weight = codes.to(torch.uint8).view(torch.float8_e4m3fn).float()
+        scale = scale if scales.dtype == torch.float8_e8m0fnu else scale / 2.0**120
     elif kind == scalar_types.uint4:
         weight = codes.float() - _zero_points(zeros, size_n).repeat_interleave(group, 0)
     else:
@@ -352,7 +353,12 @@ def triton_gemm(
                 scale = scales[expert].float()[:, k // size_k].repeat_interleave(size_n)[: len(weight)]
                 result = result + part * x_scale[rows // top_k][:, k // size_k, None] * scale
         else:
-            of_rows = x_scale[rows // top_k].float().reshape(-1, 1) if per_channel else x_scale.float().reshape(1, 1)
+            if x_scale is None:  # weights alone are quantised
+                of_rows = torch.ones(1, 1)
+            elif per_channel:
+                of_rows = x_scale[rows // top_k].float().reshape(-1, 1)
+            else:
+                of_rows = x_scale.float().reshape(1, 1)
             result = torch.stack([row @ weight.T for row in inputs]) * of_rows * scales[expert].float().reshape(1, -1)
         if B_bias is not None:
             result = result + B_bias[expert].float()

@@ -10,11 +10,12 @@ import pytest
 import torch
 from engines import caches, counters, greedy, layers, open_engine
 from safetensors.torch import load_file, save_file
+from vllm.model_executor.layers.quantization.online import mxfp4 as online_mxfp4
 
 import vllm_expert_prefetch.serving.layer as layer_module
 import vllm_expert_prefetch.serving.takeover as takeover
 from formats import standins
-from formats.checkpoints import CASES, dequantise, family_of, write_quantised
+from formats.checkpoints import CASES, ONLINE, dequantise, family_of, to_mxfp4, write_quantised
 from vllm_expert_prefetch.serving.expert_tensors import TakeoverError
 
 pytestmark = pytest.mark.engine
@@ -26,10 +27,18 @@ WEIGHT_ONLY_ERROR, QUANTISED_INPUT_ERROR = 0.02, 0.08
 @pytest.fixture
 def cuda_operators(monkeypatch):
     standins.install(monkeypatch)
+    monkeypatch.setattr(online_mxfp4, "mxfp4_quantize", quantise_mxfp4)
 
 
-def options(backend):
-    return {
+def quantise_mxfp4(weight):
+    """vLLM's mxfp4_quantize, a Triton kernel: (N, K) to bytes (N, K / 2) and exponents of scales (N, K / 32)."""
+    blocks, exponents = to_mxfp4(weight)
+    return blocks.flatten(-2), exponents
+
+
+def options(backend, name=""):
+    online = {"quantization": "online", "quantization_config": {"moe": ONLINE[name]}} if name in ONLINE else {}
+    return online | {
         "skip_tokenizer_init": True,
         "moe_backend": backend,
         "dtype": "bfloat16",
@@ -45,15 +54,18 @@ def test_a_format_is_bit_equal_with_a_part_of_its_experts(name, backend, cuda_op
     def generate(llm):
         return [greedy(llm, prompts, 8), greedy(llm, prompts[:1], 8)]
 
-    with open_engine(model, None, **options(backend)) as llm:
+    with open_engine(model, None, **options(backend, name)) as llm:
         expected = generate(llm)
         layer = layers(llm)[0]
         assert type(layer.quant_method.moe_kernel.fused_experts).__name__ == f"{backend.capitalize()}Experts"
         error = error_of(layer, Checkpoint(name, load_file(model / "model.safetensors")))
-        assert error < (WEIGHT_ONLY_ERROR if backend == "marlin" else QUANTISED_INPUT_ERROR)
+        if name in ONLINE:  # against the unquantised checkpoint
+            assert 0.001 < error < (0.25 if name == "online-mxfp4" else QUANTISED_INPUT_ERROR)
+        else:
+            assert error < (WEIGHT_ONLY_ERROR if backend == "marlin" else QUANTISED_INPUT_ERROR)
     share = 0.25 if backend == "marlin" else 0.5
     config = {"cache_fraction": share, "prefetch": "on", "emulated_link_gbps": 0.05}
-    with open_engine(model, config, **options(backend)) as llm:
+    with open_engine(model, config, **options(backend, name)) as llm:
         assert generate(llm) == expected
         counted, words = counters(llm), [cache.words() for cache in caches(llm)]
     assert all(min(layer.hits, layer.misses, layer.wide_steps, layer.overflow) > 0 for layer in words)

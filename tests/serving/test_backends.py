@@ -3,7 +3,8 @@
 from types import SimpleNamespace
 
 import pytest
-from formats.checkpoints import CONFIGS
+from formats.checkpoints import CONFIGS, ONLINE
+from vllm.config.quantization import resolve_quantization_config
 
 from vllm_expert_prefetch.serving import backends, compat
 from vllm_expert_prefetch.serving.backends import backend_for, choose_backend
@@ -36,6 +37,22 @@ def test_every_format_gets_a_backend_that_reads_rows(name, capability):
 )
 def test_formats_without_a_test_checkpoint(quantization, backend):
     assert backend_for(quantization, {}, 90) == backend
+
+
+@pytest.mark.parametrize("name", ONLINE.values())
+@pytest.mark.parametrize("capability", [80, 89, 90])
+@pytest.mark.parametrize("by_name", [True, False])
+def test_what_vllm_makes_while_loading_gets_a_backend_that_reads_rows(monkeypatch, name, capability, by_name):
+    """Asked for by its own name (`--quantization`), or for experts alone (`--quantization-config`)."""
+    monkeypatch.setattr(compat, "on_cuda_platform", lambda: True)
+    monkeypatch.setattr(backends.compat, "compute_capability", lambda: capability)
+    vllm_config = config("auto", name if by_name else "online")
+    vllm_config.model_config.hf_config = SimpleNamespace()
+    vllm_config.model_config.quantization_config = resolve_quantization_config(
+        name if by_name else "online", None if by_name else {"moe": name}
+    )
+    eight_bits = name.startswith("fp8") and capability >= 89
+    assert choose_backend(vllm_config) == ("triton" if eight_bits or name.startswith("int8") else "marlin")
 
 
 def config(moe_backend, quantization="auto_gptq"):

@@ -37,6 +37,7 @@ def served(**given):
         "parallel_config": parallel(),
         "lora_config": None,
         "weight_transfer_config": None,
+        "cache_config": SimpleNamespace(kv_cache_memory_bytes=None),
         "load_config": SimpleNamespace(load_format="auto"),
         "speculative_config": None,
         "offload_config": offload,
@@ -81,9 +82,15 @@ CASES = {
         {"offload_config": offloaded(offload_backend="uva")},
     ],
     "speculative execution on a GPU": ["gpu", {"execution": "speculative", "artifact": "folder"}],
+    "a number of tokens for the KV cache on the CPU platform": ["cpu", {"kv_cache_tokens": 1000}],
+    "a number of tokens for a KV cache whose bytes are given": [
+        "gpu",
+        {"kv_cache_tokens": 1000},
+        {"cache_config": SimpleNamespace(kv_cache_memory_bytes=1)},
+    ],
     "an emulated link on a GPU": ["gpu", {"emulated_link_gbps": 5}],
 }
-"""What is refused -> what of vLLM's configuration asks for it; or the platform, and keys of the plugin."""
+"""What is refused -> what of vLLM's configuration asks for it; or the platform, keys of the plugin, and both."""
 
 
 def platform(monkeypatch, name):
@@ -99,7 +106,7 @@ def test_every_refusal_has_a_case_and_every_case_a_refusal():
 def test_it_is_refused_with_its_flag_and_remedy_and_nothing_else_is(monkeypatch, what):
     first, *keys = CASES[what]
     on = first if isinstance(first, str) else "cpu"
-    cases = [{}] if isinstance(first, str) else CASES[what]
+    cases = keys[1:] or [{}] if isinstance(first, str) else CASES[what]
     config = ExpertPrefetchConfig(**(keys[0] if isinstance(first, str) and keys else {}))
     refusal = next(refusal for refusal in REFUSALS if refusal.what == what)
     for given in cases:
@@ -139,9 +146,8 @@ def quantised(kernel):
     [
         (Method(monolithic=True), 0),
         (SimpleNamespace(is_monolithic=True), 0),
-        (SimpleNamespace(is_monolithic=False, uses_meta_device=True), 1),
-        (Method("FLASHINFER_CUTLASS"), 2),
-        (Method("BATCHED_TRITON"), 2),
+        (Method("FLASHINFER_CUTLASS"), 1),
+        (Method("BATCHED_TRITON"), 1),
     ],
 )
 def test_a_layer_is_refused_by_its_kernel(method, number):
@@ -157,7 +163,7 @@ def test_a_layer_with_rows_of_its_own_is_served(backend):
 
 
 def test_every_layer_refusal_has_a_case():
-    assert len(LAYER_REFUSALS) == 3
+    assert len(LAYER_REFUSALS) == 2
 
 
 @pytest.mark.parametrize("kernel", [HummingIndexedExperts(), None])

@@ -14,6 +14,10 @@ _FP8_CAPABILITY = 89
 """The first one whose tensor cores multiply FP8, which Triton's kernel needs."""
 _FP8 = ("fp8", "fbgemm_fp8", "modelopt")
 """Not deepseek_v4_fp8: its experts are MXFP4."""
+_ONLINE = {"fp8_per_tensor": "float", "fp8_per_block": "float", "fp8_per_channel": "float"} | {
+    "int8_per_channel_weight_only": "int"
+}
+"""What vLLM makes of unquantised experts while it loads them, where Triton multiplies 8 bits."""
 
 
 def choose_backend(vllm_config: Any) -> str | None:
@@ -25,15 +29,16 @@ def choose_backend(vllm_config: Any) -> str | None:
     given = getattr(model.hf_text_config, "quantization_config", None) or getattr(
         model.hf_config, "quantization_config", None
     )
-    kernel_config.moe_backend = backend_for(model.quantization, given or {}, compat.compute_capability())
+    name = compat.online_quantization(model) or model.quantization
+    kernel_config.moe_backend = backend_for(name, given or {}, compat.compute_capability())
     return str(kernel_config.moe_backend)
 
 
 def backend_for(quantization: str | None, given: Mapping[str, Any], capability: int) -> str:
     """A value of `--moe-backend`.
 
-    `quantization`: vLLM's name of the method, None for unquantised experts; `given`: the checkpoint's
-    `quantization_config`; `capability`: 89 for 8.9.
+    `quantization`: vLLM's name of the method, or of what it makes while loading; None for unquantised experts; `given`:
+    the checkpoint's `quantization_config`; `capability`: 89 for 8.9.
     """
     if quantization is None:
         return "triton"
@@ -49,6 +54,8 @@ def _activations(quantization: str, given: Mapping[str, Any]) -> str | None:
     That is: only weights are quantised, or in 4 bits, or in groups (MXFP8), for which vLLM has no Triton kernel or an
     emulation.
     """
+    if quantization in _ONLINE:
+        return _ONLINE[quantization]
     if quantization in _FP8:
         return None if given.get("store_dtype") == "mxfp4" else "float"
     if quantization != "compressed-tensors":

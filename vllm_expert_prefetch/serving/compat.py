@@ -71,6 +71,28 @@ def kernel_name(quant_method: Any) -> str:
     return type(quant_method if kernel is None else kernel.fused_experts).__name__
 
 
+def quantises_while_loading(quant_method: Any) -> bool:
+    """Whether a layer is complete, and post-processed, before the model's other weights are loaded."""
+    return bool(getattr(quant_method, "uses_meta_device", False))
+
+
+def online_quantization(model_config: Any) -> str | None:
+    """vLLM's name of what it makes of unquantised experts while it loads them; None where it does not, or has none."""
+    from vllm.config import quantization
+
+    asked = getattr(getattr(model_config, "quantization_config", None), "moe", None)
+    for name, made in quantization._ONLINE_SHORTHANDS.items():
+        if asked is not None and made.moe is not None and made.moe.weight == asked.weight:
+            return str(name)
+    return None
+
+
+def is_post_processed(layer: Any) -> bool:
+    """Whether vLLM has noted that a layer which it quantises while it loads is done; it forgets that on a reload."""
+    done = getattr(layer, "_already_called_process_weights_after_loading", False)
+    return bool(done) and quantises_while_loading(layer.quant_method)
+
+
 def ignores_correction_bias(router: Any) -> bool:
     """Whether vLLM's router has a correction bias that it does not read: without groups, that of the CPU platform."""
     reads_it = getattr(router, "use_grouped_topk", False) or getattr(router, "scoring_func", "") == "sqrtsoftplus"

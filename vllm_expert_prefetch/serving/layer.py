@@ -71,15 +71,19 @@ class CachedRoutedExperts(RoutedExperts):
         object.__setattr__(self, "expert_tensors", {})
         self.worker = worker_of(vllm_config, config)
         self.number = self.worker.register(self)
-        self.register_buffer("_handle", _register(self), persistent=False)
         self._take_over_after_post_processing()
 
     def _take_over_after_post_processing(self) -> None:
-        """vLLM calls the quant method once per layer when its weights are complete: the last moment that is ours."""
+        """vLLM calls the quant method once per layer when its weights are complete: the last moment that is ours.
+
+        A layer that it quantises while it loads is complete amid loading; it asks again when all are, for nothing.
+        """
         post_process = self.quant_method.process_weights_after_loading
 
         def post_process_and_take_over(layer: torch.nn.Module) -> None:
             if self.is_taken_over:
+                if compat.is_post_processed(layer):
+                    return
                 raise TakeoverError(CANNOT_RELOAD)
             self._check_loaded()
             post_process(layer)
@@ -103,6 +107,7 @@ class CachedRoutedExperts(RoutedExperts):
             self.expert_tensors.update(found)
             self._depends_on_order = depends_on_order(self.quant_method)
         self.is_taken_over = True
+        self.register_buffer("_handle", _register(self), persistent=False)  # not before: vLLM counts what it loads
         self.worker.layer_taken_over()
 
     def become_resident(self) -> None:

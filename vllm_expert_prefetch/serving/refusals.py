@@ -166,12 +166,6 @@ LAYER_REFUSALS = (
         lambda quant_method: bool(getattr(quant_method, "is_monolithic", False)),
     ),
     LayerRefusal(
-        "experts that vLLM quantises while it loads them",
-        "--quantization",
-        "use a checkpoint whose experts are quantised",
-        lambda quant_method: bool(getattr(quant_method, "uses_meta_device", False)),
-    ),
-    LayerRefusal(
         "MoE kernels whose rows may depend on each other: all but Triton's and the CPU platform's",
         "--moe-backend",
         "choose --moe-backend triton",

@@ -77,7 +77,7 @@ class CacheSizes:
 
     def _all_fit(self, layer: "CachedRoutedExperts", tensors: dict[str, torch.Tensor]) -> bool:
         """Whether every expert fits on this GPU for sure, before vLLM has measured what else is needed."""
-        if getattr(layer.quant_method, "uses_meta_device", False):  # other weights are still to come
+        if compat.quantises_while_loading(layer.quant_method):  # other weights are still to come
             return False
         free, total = torch.cuda.mem_get_info()
         free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()

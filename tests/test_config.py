@@ -24,6 +24,7 @@ GOOD = {
     "cache_gb": [0.001, 12, 12.5],
     "cache_fraction": [0.01, 0.5, 1, 1.0],
     "slots_per_layer": [1, 64],
+    "kv_cache_tokens": [None, 1, 40960],
     "policy": list(POLICIES),
     "execution": ["exact"],
     "prefetch": ["auto", "on", "off"],
@@ -33,7 +34,7 @@ GOOD = {
     "artifact": [None, "folder"],
     "pin_memory": ["auto", "on", "off"],
     "numa_node": [None, 0, 3],
-    "huge_pages": [True, False],
+    "huge_pages": ["auto", "on", "off"],
     "emulated_link_gbps": [None, 1, 0.5],
     "emulated_link_latency_us": [0, 0.0],
     "planned_hit_rate": [None, 0.9, 1],
@@ -44,6 +45,7 @@ BAD = {
     "cache_gb": [0, -1, math.nan, math.inf, "12 GB", True],
     "cache_fraction": [0, -0.5, 1.01, math.nan, "half", True],
     "slots_per_layer": [0, -3, 2.5, "8.5", True],
+    "kv_cache_tokens": [0, -1, 1.5, "many", True],
     "policy": ["LRU", "fifo", "", None, 1],
     "execution": ["Speculative", None, 1],
     "prefetch": ["yes", None, 1],
@@ -103,8 +105,11 @@ def test_true_is_not_a_number_and_not_a_name(key):
         ("prefetch", False, "off"),
         ("pin_memory", True, "on"),
         ("pin_memory", False, "off"),
-        ("huge_pages", "on", True),
-        ("huge_pages", "false", False),
+        ("huge_pages", True, "on"),
+        ("huge_pages", "True", "on"),
+        ("huge_pages", "false", "off"),
+        ("metrics_per_layer", "on", True),
+        ("metrics_per_layer", "false", False),
         ("cache_fraction", ".5", 0.5),
         ("cache_fraction", "50%", 0.5),
         ("cache_fraction", "12.5 %", 0.125),
@@ -164,6 +169,11 @@ def test_cache_sizes_exclude_each_other(left_out):
     given.pop(left_out, None)
     with pytest.raises(ConfigError, match=f"{' and '.join(given)} exclude each other"):
         ExpertPrefetchConfig.from_mapping(given)
+
+
+def test_tokens_of_the_kv_cache_are_for_a_cache_that_is_sized_by_them():
+    with pytest.raises(ConfigError, match="cache_gb and kv_cache_tokens exclude each other; keep one"):
+        ExpertPrefetchConfig(cache_gb=4, kv_cache_tokens=1000)
 
 
 def test_an_emulated_latency_needs_an_emulated_link():

@@ -118,7 +118,7 @@ def pinned(monkeypatch, tmp_path, config):
 
 def numa_node(monkeypatch, tmp_path, config):
     bound = []
-    monkeypatch.setattr(host_memory, "_bind_to_node", lambda address, size, node: bound.append(node))
+    monkeypatch.setattr(host_memory, "_place_on_node", lambda address, size, node, mode: bound.append(node))
     made_worker(monkeypatch, config)
     return bound
 
@@ -162,7 +162,7 @@ TABLE = {
     "artifact": (artifact, {}, {"artifact": "/nowhere"}),
     "pin_memory": (pinned, {"pin_memory": "off"}, {"pin_memory": "on"}),
     "numa_node": (numa_node, {}, {"numa_node": 0}),
-    "huge_pages": (huge_pages, {}, {"huge_pages": True}),
+    "huge_pages": (huge_pages, {}, {"huge_pages": "on"}),
     "emulated_link_gbps": (link, {"emulated_link_gbps": 5}, {"emulated_link_gbps": 7}),
     "emulated_link_latency_us": (link, LINKED, LINKED | {"emulated_link_latency_us": 9}),
     "planned_hit_rate": (planned, {}, {"planned_hit_rate": 0.9}),

@@ -66,7 +66,8 @@ def _per_cent(value: Any) -> Any:
 
 def _switch(value: Any) -> Any:
     """YAML reads `on` as true."""
-    return {True: "on", False: OFF}[value] if isinstance(value, bool) else value
+    meant = {"true": "on", "false": OFF}.get(str(value).lower())
+    return meant if meant and isinstance(value, (bool, str)) else value
 
 
 def _flag(value: Any) -> Any:
@@ -142,7 +143,11 @@ class ExpertPrefetchConfig:
         None,
         "NUMA node that holds the host store. Unset: on a GPU the node that it hangs on, on CPU where the worker runs.",
     )
-    huge_pages: _Flag = _key(False, "Ask for transparent huge pages (2 MB) for the host store.")
+    huge_pages: _Switch = _key(
+        AUTO,
+        "Ask for transparent huge pages (2 MB) for the host store: `auto` (on a GPU yes, and without them where the "
+        "kernel refuses; on CPU no), `on` (fail at start-up where it refuses), `off`.",
+    )
     emulated_link_gbps: _Positive | None = _key(
         None, "CPU only, for studies: bandwidth of an emulated host-to-accelerator link, in GB/s (10^9 bytes/s)."
     )

@@ -13,11 +13,13 @@ import torch
 from process_memory import PAGE, has_numa_calls, mapping_at, numa_policy_at, status_bytes
 from processes import run_python
 
+import vllm_expert_prefetch.memory.host_memory as module
 from vllm_expert_prefetch.config import ConfigError
 from vllm_expert_prefetch.memory.host_memory import (
     HostMemory,
     HostMemoryOptions,
     _advise_huge_pages,
+    check_can_lock,
     memlock_limit_bytes,
     numa_node_of_gpu,
 )
@@ -191,16 +193,19 @@ def test_numa_node_binds_the_mapping_to_that_node():
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "aarch64"), reason="numa_node is refused here")
 @pytest.mark.parametrize("node", [0, 1, 63, 64, 130])
-def test_the_kernel_is_asked_for_exactly_that_node(monkeypatch, node):
+@pytest.mark.parametrize("must", [True, False])
+def test_the_kernel_is_asked_for_exactly_that_node_or_for_it_first(monkeypatch, node, must):
+    """A store larger than a node's memory must not end in the kernel's out-of-memory killer while others have room."""
     asked = []
 
     def syscall(number, address, num_bytes, mode, mask, num_bits, flags):
-        asked.append([bit for bit in range(num_bits.value) if mask[bit // 64] >> bit % 64 & 1])
+        asked.append((mode, [bit for bit in range(num_bits.value) if mask[bit // 64] >> bit % 64 & 1]))
         return 0
 
     monkeypatch.setattr(ctypes, "CDLL", lambda *_, **__: SimpleNamespace(syscall=syscall))
-    HostMemory(PAGE, HostMemoryOptions(numa_node=node))
-    assert asked == [[node]]
+    HostMemory(PAGE, HostMemoryOptions(numa_node=node, must_bind=must))
+    preferred, bind = 1, 2
+    assert asked == [(bind if must else preferred, [node])]
 
 
 @needs_numa
@@ -226,5 +231,30 @@ def test_refused_huge_pages_are_an_error_that_names_the_key_and_the_remedy():
             assert advice == mmap.MADV_HUGEPAGE
             raise OSError(22, "Invalid argument")
 
-    with pytest.raises(ConfigError, match=r"huge_pages is on .* set huge_pages to false"):
+    with pytest.raises(ConfigError, match=r"refuses transparent huge pages .*; set huge_pages to off"):
         _advise_huge_pages(Refusing())
+
+
+def test_huge_pages_that_need_not_be_are_done_without_and_it_says_why(monkeypatch):
+    def refuse(mapping):
+        raise ConfigError("the kernel refuses transparent huge pages")
+
+    monkeypatch.setattr(module, "_advise_huge_pages", refuse)
+    memory = HostMemory(PAGE, HostMemoryOptions(huge_pages=True, must_have_huge_pages=False))
+    assert memory.notes == ["the kernel refuses transparent huge pages"]
+    with pytest.raises(ConfigError):
+        HostMemory(PAGE, HostMemoryOptions(huge_pages=True))
+
+
+@pytest.mark.parametrize(
+    ("limit", "capabilities", "fits"),
+    [(None, 0, True), (10_000, 0, True), (9_999, 0, False), (9_999, 1 << 14, True), (9_999, 1 << 13, False)],
+)
+def test_what_cannot_be_locked_is_known_before_it_is_there(monkeypatch, limit, capabilities, fits):
+    monkeypatch.setattr(module, "memlock_limit_bytes", lambda: limit)
+    monkeypatch.setattr(Path, "read_text", lambda path: f"Name:\tx\nCapEff:\t{capabilities:016x}\nSeccomp:\t0\n")
+    if fits:
+        check_can_lock(10_000)
+    else:
+        with pytest.raises(ConfigError, match=r"cannot page-lock 0.0 MB .* pin_memory"):
+            check_can_lock(10_000)

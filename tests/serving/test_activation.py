@@ -98,6 +98,7 @@ WRITTEN = {
     "cache_gb": ("2.5", 2.5),
     "cache_fraction": ("50%", 0.5),
     "slots_per_layer": ("4", 4),
+    "kv_cache_tokens": ("8192", 8192),
     "policy": ("lfru", "lfru"),
     "execution": ("exact", "exact"),
     "prefetch": ("on", "on"),
@@ -107,7 +108,7 @@ WRITTEN = {
     "artifact": ("a/folder", "a/folder"),
     "pin_memory": ("off", "off"),
     "numa_node": ("1", 1),
-    "huge_pages": ("true", True),
+    "huge_pages": ("true", "on"),
     "emulated_link_gbps": (".5", 0.5),
     "emulated_link_latency_us": ("20", 20.0),
     "planned_hit_rate": ("90 %", 0.9),
@@ -115,7 +116,7 @@ WRITTEN = {
     "metrics_port": ("9400", 9400),
 }
 """Every key: as people write it, and what it means."""
-SIZES = ("cache_gb", "cache_fraction", "slots_per_layer")
+SIZES = ("cache_gb", "cache_fraction", "slots_per_layer", "kv_cache_tokens")
 
 
 def given_as(way, texts, folder):

@@ -8,6 +8,7 @@ from engines import TINY_MODEL
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig
+from vllm_expert_prefetch.memory import host_limit, host_memory
 from vllm_expert_prefetch.prediction import ArtifactError
 from vllm_expert_prefetch.serving import early, sources
 from vllm_expert_prefetch.serving.early import check_settings
@@ -21,7 +22,9 @@ def check(executor="mp", top_k=2, num_layers=8, model="an/absent-one", **setting
         model_config=SimpleNamespace(
             model=model, revision=None, quantization=None, get_num_experts=lambda: 16, hf_text_config=text
         ),
-        parallel_config=SimpleNamespace(distributed_executor_backend=executor, tensor_parallel_size=1),
+        parallel_config=SimpleNamespace(
+            distributed_executor_backend=executor, tensor_parallel_size=1, local_world_size=1
+        ),
         load_config=SimpleNamespace(download_dir=None),
     )
     check_settings(config, ExpertPrefetchConfig(**settings))
@@ -85,6 +88,35 @@ def test_a_size_in_bytes_is_held_against_the_checkpoint_before_it_is_loaded(give
     with pytest.raises(ConfigError, match=message) as error:
         start(given)
     start(float(re.search(message, str(error.value))[1]))
+
+
+def create_tiny(**settings):
+    additional = {"expert_prefetch": settings}
+    return EngineArgs(str(TINY_MODEL), additional_config=additional, max_model_len=512).create_engine_config()
+
+
+EXPERT_BYTES = 8 * 16 * 3 * 128 * 64 * 2
+
+
+@pytest.mark.parametrize("limit", [EXPERT_BYTES - 1, EXPERT_BYTES])
+def test_experts_that_this_host_cannot_hold_are_refused_before_they_are_loaded(monkeypatch, limit):
+    monkeypatch.setattr(host_limit, "host_limit", lambda: host_limit.HostLimit(limit, "the memory of this host"))
+    if limit < EXPERT_BYTES:
+        with pytest.raises(
+            ConfigError, match=r"all experts take 0.00629 GB of host memory, and the memory of"
+        ):
+            create_tiny()
+    else:
+        create_tiny()
+
+
+def test_experts_that_may_not_be_locked_are_refused_before_they_are_loaded(monkeypatch):
+    monkeypatch.setattr(host_memory, "memlock_limit_bytes", lambda: EXPERT_BYTES - 1)
+    monkeypatch.setattr(host_memory, "_may_exceed_memlock_limit", lambda: False)
+    create_tiny()
+    create_tiny(pin_memory="auto")
+    with pytest.raises(ConfigError, match=r"cannot page-lock 6.3 MB .*ulimit -l unlimited"):
+        create_tiny(pin_memory="on")
 
 
 @pytest.mark.parametrize("error", [NotFound("no gate"), ArtifactError("another model")], ids=["model", "artifact"])

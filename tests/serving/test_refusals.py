@@ -74,7 +74,9 @@ CASES = {
     "LoRA": [{"lora_config": object()}],
     "sleep mode": [{"model_config": model(enable_sleep_mode=True)}],
     "weight transfer into a running engine": [{"weight_transfer_config": object()}],
-    "weights that another process has post-processed": [{"load_config": SimpleNamespace(load_format="ipc_cache")}],
+    "weights that are not loaded and post-processed by vLLM's usual loader": [
+        {"load_config": SimpleNamespace(load_format=name)} for name in ("ipc_cache", "tensorizer", "modelexpress")
+    ],
     "speculative decoding with a Mixture-of-Experts draft": [{"speculative_config": DRAFT}],
     "vLLM's own weight offloading": [
         {"offload_config": offloaded(cpu_offload_gb=1)},
@@ -96,6 +98,12 @@ CASES = {
 def platform(monkeypatch, name):
     monkeypatch.setattr(compat, "on_cpu_platform", lambda: name == "cpu")
     monkeypatch.setattr(compat, "on_cuda_platform", lambda: name == "gpu")
+
+
+@pytest.mark.parametrize("name", ["auto", "safetensors", "dummy", "runai_streamer", "sharded_state", "unheard-of"])
+def test_loaders_that_go_vllms_usual_way_are_served(monkeypatch, name):
+    platform(monkeypatch, "cpu")
+    check_refusals(served(load_config=SimpleNamespace(load_format=name)), ExpertPrefetchConfig())
 
 
 def test_every_refusal_has_a_case_and_every_case_a_refusal():

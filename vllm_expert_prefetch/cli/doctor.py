@@ -55,6 +55,7 @@ def examine() -> dict[str, Any]:
 
 def _examine_vllm(report: dict[str, Any], problems: list[str]) -> None:
     from vllm_expert_prefetch.serving import compat
+    from vllm_expert_prefetch.serving.seams import find_seams
 
     on_cpu = compat.on_cpu_platform()
     report["platform"] = "cpu" if on_cpu else "cuda" if compat.on_cuda_platform() else "other"
@@ -65,7 +66,7 @@ def _examine_vllm(report: dict[str, Any], problems: list[str]) -> None:
         problems.append(str(error))
     if report["platform"] == "other":
         problems.append("vLLM's platform is neither an NVIDIA GPU nor the CPU: the plugin refuses to serve")
-    report["seams"] = compat.find_seams()
+    report["seams"] = find_seams()
     problems += [f"seam of vLLM not found: {name}" for name, found in report["seams"].items() if not found]
 
 
@@ -98,12 +99,14 @@ def _native() -> dict[str, Any]:
 
 
 def _host_memory() -> dict[str, Any]:
+    from vllm_expert_prefetch.memory.host_limit import host_limit
     from vllm_expert_prefetch.memory.host_memory import memlock_limit_bytes
 
     nodes = Path("/sys/devices/system/node/online")
     huge_pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     return {
-        "total_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "limit_bytes": host_limit().num_bytes,
+        "limited_by": host_limit().source,
         "memlock_limit_bytes": memlock_limit_bytes(),
         "numa_nodes": nodes.read_text().strip() if nodes.exists() else None,
         "transparent_huge_pages": huge_pages.read_text().strip() if huge_pages.exists() else None,
@@ -126,7 +129,8 @@ def _as_text(report: dict[str, Any]) -> str:
         f"{'plugin':22} {'loaded by vLLM' if report['plugin']['loaded_by_vllm'] else 'NOT loaded by vLLM'}",
         *(f"{'seam':22} {'found  ' if found else 'MISSING'} {name}" for name, found in report["seams"].items()),
         *(f"{f'native {name} library':22} {_as_words(found)}" for name, found in report["native"].items()),
-        f"{'host memory':22} {memory['total_bytes'] / 1e9:.1f} GB, NUMA nodes {memory['numa_nodes'] or 'unknown'}",
+        f"{'host memory':22} {memory['limit_bytes'] / 1e9:.1f} GB ({memory['limited_by']})",
+        f"{'NUMA nodes':22} {memory['numa_nodes'] or 'unknown'}",
         f"{'memlock limit':22} {'unlimited' if limit is None else f'{limit / 1e6:.1f} MB'}",
         "",
     ]

@@ -8,6 +8,7 @@ import errno
 import mmap
 import os
 import platform
+import re
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,20 +21,22 @@ import torch
 
 from vllm_expert_prefetch.config import CONFIG_KEY, ConfigError
 
-_MPOL_BIND = 2
+_MPOL_PREFERRED, _MPOL_BIND = 1, 2
 _SYS_MBIND = {"x86_64": 237, "aarch64": 235}
 _MAX_NODES = 1024
 _MADV_POPULATE_WRITE = 23
 _TOUCH_BYTES = 64 * 2**20
 _MAX_TOUCH_THREADS = 8
 _CUDA_PORTABLE_AND_MAPPED = 1 | 2
+_CAP_IPC_LOCK = 14
 
 
 @dataclass(frozen=True)
 class HostMemoryOptions:
     """How host memory is placed. `cuda` registers it with the GPU driver; without it, `pin` means mlock.
 
-    Where `must_pin` or `must_bind` is False, memory that cannot be page-locked or placed is used as it is, with a note.
+    Where `must_pin`, `must_bind` or `must_have_huge_pages` is False, memory that cannot be had so is used as it is,
+    with a note; and a NUMA node that is full is helped out by others.
     """
 
     pin: bool = False
@@ -42,6 +45,7 @@ class HostMemoryOptions:
     huge_pages: bool = False
     must_pin: bool = True
     must_bind: bool = True
+    must_have_huge_pages: bool = True
 
 
 class HostMemory:
@@ -60,10 +64,10 @@ class HostMemory:
         view = memoryview(mapping)
         self.bytes = torch.frombuffer(view, dtype=torch.uint8)
         if options.huge_pages:
-            _advise_huge_pages(mapping)
+            self._try(lambda: _advise_huge_pages(mapping), options.must_have_huge_pages)
         if options.numa_node is not None:
-            node = options.numa_node
-            self._try(lambda: _bind_to_node(self.bytes.data_ptr(), num_bytes, node), options.must_bind)
+            node, mode = options.numa_node, _MPOL_BIND if options.must_bind else _MPOL_PREFERRED
+            self._try(lambda: _place_on_node(self.bytes.data_ptr(), num_bytes, node, mode), options.must_bind)
         _touch_pages(self.bytes.data_ptr(), num_bytes)
         self.is_pinned = options.pin and self._try(lambda: self._pin(view, mapping, options.cuda), options.must_pin)
 
@@ -118,19 +122,19 @@ def _advise_huge_pages(mapping: mmap.mmap) -> None:
         mapping.madvise(mmap.MADV_HUGEPAGE)
     except OSError as error:
         raise ConfigError(
-            f"{CONFIG_KEY}: huge_pages is on and the kernel refuses transparent huge pages ({error}); set huge_pages "
-            "to false, or enable /sys/kernel/mm/transparent_hugepage/enabled"
+            f"{CONFIG_KEY}: the kernel refuses transparent huge pages ({error}); set huge_pages "
+            "to off, or enable /sys/kernel/mm/transparent_hugepage/enabled"
         ) from error
 
 
-def _bind_to_node(address: int, num_bytes: int, node: int) -> None:
+def _place_on_node(address: int, num_bytes: int, node: int, mode: int) -> None:
     if platform.machine() not in _SYS_MBIND:
         raise ConfigError(f"{CONFIG_KEY}: numa_node is not supported on {platform.machine()}; drop it")
     mask = (ctypes.c_ulong * (_MAX_NODES // 64))()
     if node < _MAX_NODES:
         mask[node // 64] = 1 << (node % 64)
     libc = ctypes.CDLL(None, use_errno=True)
-    arguments = (ctypes.c_void_p(address), ctypes.c_ulong(num_bytes), _MPOL_BIND, mask, ctypes.c_ulong(_MAX_NODES), 0)
+    arguments = (ctypes.c_void_p(address), ctypes.c_ulong(num_bytes), mode, mask, ctypes.c_ulong(_MAX_NODES), 0)
     if libc.syscall(_SYS_MBIND[platform.machine()], *arguments) != 0:
         reason = os.strerror(ctypes.get_errno())
         raise ConfigError(f"{CONFIG_KEY}: cannot place the host store on numa_node {node}: {reason}. {_known_nodes()}")
@@ -172,6 +176,18 @@ def _pin_failure(num_bytes: int, reason: str) -> str:
         f"{describe_memlock_limit()}). Raise the limit (`ulimit -l unlimited`, in a container `--ulimit memlock=-1`) "
         'or set pin_memory to "off", which makes copies slower'
     )
+
+
+def check_can_lock(num_bytes: int) -> None:
+    """Raise ConfigError where mlock will not take so much: beyond the limit, without the right to exceed it."""
+    limit = memlock_limit_bytes()
+    if limit is not None and num_bytes > limit and not _may_exceed_memlock_limit():
+        raise ConfigError(_pin_failure(num_bytes, "more than the limit"))
+
+
+def _may_exceed_memlock_limit() -> bool:
+    found = re.search(r"^CapEff:\s*([0-9a-f]+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return bool(found and int(found[1], 16) >> _CAP_IPC_LOCK & 1)
 
 
 def memlock_limit_bytes() -> int | None:

@@ -1,6 +1,5 @@
 """Every name of vLLM that may move between releases, in one place, and the range of releases that was read."""
 
-import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -183,6 +182,22 @@ def breaks_graphs() -> bool:
     return bool(getattr(envs, "VLLM_USE_BREAKABLE_CUDAGRAPH", False))
 
 
+def ranks_on_this_host(parallel_config: Any) -> int:
+    """How many workers of a model share a host's memory, as far as it is known: Ray may place them anywhere."""
+    if parallel_config.distributed_executor_backend == "ray":
+        return 1
+    return int(parallel_config.local_world_size)
+
+
+def bypasses_loading(load_format: Any) -> bool:
+    """Whether vLLM's loader of this format does not use `BaseModelLoader.load_model`, or does not post-process."""
+    from vllm.model_executor import model_loader
+    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+
+    loader: Any = model_loader._LOAD_FORMAT_TO_MODEL_LOADER.get(str(load_format))
+    return load_format == "ipc_cache" or (loader is not None and loader.load_model is not BaseModelLoader.load_model)
+
+
 def local_rank() -> int:
     """This worker's number among the workers of its host."""
     from vllm.distributed.parallel_state import get_world_group
@@ -233,56 +248,3 @@ def least_of_ranks(value: int) -> int:
         torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group=group.cpu_group)
         return int(least)
     return value
-
-
-def find_seams() -> dict[str, bool]:
-    """Every place where the plugin joins vLLM, and whether this vLLM has it."""
-    return {name: _found(probe) for name, probe in _SEAMS.items()}
-
-
-def _found(probe: Callable[[], bool]) -> bool:
-    try:
-        return probe()
-    except (ImportError, AttributeError):
-        return False
-
-
-def _layer_seam() -> bool:
-    from vllm.model_executor.custom_op import op_registry_oot
-    from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
-
-    parameters = list(inspect.signature(RoutedExperts.forward_modular).parameters)
-    return isinstance(op_registry_oot, dict) and parameters[1:4] == ["x", "topk_weights", "topk_ids"]
-
-
-def _platform_seam() -> bool:
-    platform = platform_class()
-    return hasattr(platform, "pre_register_and_update") and hasattr(platform, "check_and_update_config")
-
-
-def _loader_seam() -> bool:
-    from vllm.model_executor.model_loader.base_loader import BaseModelLoader
-
-    return hasattr(BaseModelLoader, "load_model")
-
-
-def _context_seam() -> bool:
-    from vllm.forward_context import ForwardContext
-
-    return "attn_metadata" in ForwardContext.__dataclass_fields__
-
-
-def _step_seam() -> bool:
-    from vllm.v1.core.sched.output import CachedRequestData
-    from vllm.v1.worker.worker_base import WorkerWrapperBase
-
-    return "num_output_tokens" in CachedRequestData.__dataclass_fields__ and hasattr(WorkerWrapperBase, "init_device")
-
-
-_SEAMS: dict[str, Callable[[], bool]] = {
-    "RoutedExperts (layer replacement)": _layer_seam,
-    "platform hooks (flag and configuration check)": _platform_seam,
-    "BaseModelLoader.load_model (proof of takeover)": _loader_seam,
-    "ForwardContext.attn_metadata (padding and dummy runs)": _context_seam,
-    "WorkerWrapperBase.init_device (times of steps)": _step_seam,
-}

@@ -10,10 +10,13 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
 from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, OFF, ConfigError, ExpertPrefetchConfig
 from vllm_expert_prefetch.lookahead.create import check_distance
+from vllm_expert_prefetch.memory.host_limit import check_experts_fit
+from vllm_expert_prefetch.memory.host_memory import check_can_lock
 from vllm_expert_prefetch.planning.checkpoint import read_layer_shapes
 from vllm_expert_prefetch.planning.sizing import share_of, size_cache
 from vllm_expert_prefetch.prediction import ArtifactError
 from vllm_expert_prefetch.prediction.artifact import load_card
+from vllm_expert_prefetch.serving import compat
 
 _WITHOUT_ARTIFACT = (AUTO, "router", "previous")
 _NODES = Path("/sys/devices/system/node")
@@ -26,8 +29,7 @@ def check_settings(vllm_config: Any, config: ExpertPrefetchConfig) -> None:
     num_layers = getattr(model.hf_text_config, "num_hidden_layers", None)
     if isinstance(num_layers, int) and config.prefetch != OFF:
         check_distance(config, num_layers, "layers")
-    if config.cache_gb is not None:
-        _check_bytes(vllm_config, config)
+    _check_bytes(vllm_config, config)
     if config.artifact is None and config.predictor not in _WITHOUT_ARTIFACT:
         raise ConfigError(
             f"{CONFIG_KEY}: predictor {config.predictor} needs an artifact: vllm-expert-prefetch calibrate makes one"
@@ -57,16 +59,24 @@ def _check_slots(config: ExpertPrefetchConfig, num_experts: int, top_k: Any) -> 
 
 
 def _check_bytes(vllm_config: Any, config: ExpertPrefetchConfig) -> None:
-    """Where the checkpoint is on this host and its experts are not quantised; else when its first layer is loaded."""
+    """Whether the experts fit the cache and this host: where the checkpoint is here and not quantised; else when the
+    model is loaded.
+    """
     model, text = vllm_config.model_config, vllm_config.model_config.hf_text_config
     folder = _folder_of(vllm_config)
     top_k, num_layers = getattr(text, "num_experts_per_tok", None), getattr(text, "num_hidden_layers", None)
     if folder is None or model.quantization or not isinstance(top_k, int) or not isinstance(num_layers, int):
         return
-    num_ranks = vllm_config.parallel_config.tensor_parallel_size
+    parallel = vllm_config.parallel_config
+    num_ranks = parallel.tensor_parallel_size
     layers = read_layer_shapes(folder, num_layers, top_k, model.dtype.itemsize, num_ranks)
-    if layers:
+    if layers and config.cache_gb is not None:
         size_cache(config, layers, mmap.PAGESIZE)
+    if layers:
+        num_bytes = sum(layer.bytes for layer in layers)
+        check_experts_fit(num_bytes * compat.ranks_on_this_host(parallel))
+        if config.pin_memory == "on" and compat.on_cpu_platform():
+            check_can_lock(num_bytes)
 
 
 def _folder_of(vllm_config: Any) -> Path | None:

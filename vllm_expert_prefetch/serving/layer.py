@@ -127,6 +127,7 @@ class CachedRoutedExperts(RoutedExperts):
         return_success: bool = False,
     ) -> Any:
         """vLLM's own, noting what has come from the checkpoint where it comes one expert at a time."""
+        self.worker.loading_begins()
         if expert_id is not None and loaded_weight.dim() < 3:
             self._loaded.setdefault((_name_of(self, param), shard_id), {})[expert_id] = loaded_weight.shape
         load: Any = super().weight_loader

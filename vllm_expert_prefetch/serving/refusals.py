@@ -90,10 +90,10 @@ REFUSALS = (
         lambda vllm_config, config: vllm_config.weight_transfer_config is not None,
     ),
     Refusal(
-        "weights that another process has post-processed",
-        "--load-format ipc_cache",
+        "weights that are not loaded and post-processed by vLLM's usual loader",
+        "--load-format tensorizer, modelexpress, ipc_cache",
         "use --load-format auto",
-        lambda vllm_config, config: vllm_config.load_config.load_format == "ipc_cache",
+        lambda vllm_config, config: compat.bypasses_loading(vllm_config.load_config.load_format),
     ),
     Refusal(
         "speculative decoding with a Mixture-of-Experts draft",

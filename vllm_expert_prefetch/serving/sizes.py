@@ -6,6 +6,7 @@ import torch
 
 from vllm_expert_prefetch.cache.create import page_bytes
 from vllm_expert_prefetch.config import ExpertPrefetchConfig
+from vllm_expert_prefetch.memory.host_limit import check_experts_fit
 from vllm_expert_prefetch.planning.sizing import (
     DEFAULT_SEQUENCES,
     GB,
@@ -41,8 +42,20 @@ class CacheSizes:
         """Of each layer, in order; there once the first one is complete."""
         self.grows = False
         """Whether the cache still waits for vLLM's memory profile, and has the fewest slots until then."""
+        self.is_host_checked = False
         self.description = ""
         """Where the sizes come from, for the start-up line."""
+
+    def check_host(self, layers: "list[CachedRoutedExperts]", pin: bool) -> None:
+        """Raise ConfigError where this host cannot hold the experts of all `layers`, as they are in the checkpoint.
+
+        Says where page-locking them would leave little to everything else.
+        """
+        self.is_host_checked = True
+        num_bytes = sum(sum(layer.unprocessed_row_bytes) * layer.local_num_experts for layer in layers)
+        note = check_experts_fit(num_bytes * compat.ranks_on_this_host(self._vllm_config.parallel_config))
+        if note and pin:
+            compat.logger().warning("expert_prefetch: %s", note)
 
     def decide(
         self, layers: "list[CachedRoutedExperts]", first: "CachedRoutedExperts", tensors: dict[str, torch.Tensor]

@@ -64,7 +64,8 @@ class Worker:
             pin=config.pin_memory == "on" or (config.pin_memory == AUTO and on_cuda),
             cuda=on_cuda,
             numa_node=node,
-            huge_pages=config.huge_pages,
+            huge_pages=config.huge_pages == "on" or (config.huge_pages == AUTO and on_cuda),
+            must_have_huge_pages=config.huge_pages == "on",
             must_pin=config.pin_memory == "on",
             must_bind=config.numa_node is not None,
         )
@@ -78,6 +79,11 @@ class Worker:
         """Called by each layer when it is made. Returns its number."""
         self._layers.append(weakref.ref(layer))
         return len(self._layers) - 1
+
+    def loading_begins(self) -> None:
+        """Called by each layer before its first weight is read: all layers are made."""
+        if not self.sizes.is_host_checked:
+            self.sizes.check_host(self.layers, self.host_memory.pin)
 
     def num_slots_of(self, layer: "CachedRoutedExperts", tensors: dict[str, torch.Tensor]) -> int:
         """Slots of `layer`, whose post-processed expert `tensors` are given.

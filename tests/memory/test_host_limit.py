@@ -85,5 +85,5 @@ def test_little_room_for_everything_else_is_said(groups, num_bytes, says):
 
 def test_more_than_there_may_be_is_refused_with_both_numbers_and_the_remedy(groups):
     groups("0::/\n", {"sys": "cgroup2 x rw"}, {f"sys/{V2}": "3200000000\n"})
-    with pytest.raises(ConfigError, match=r"take 58 GB of host memory, and .*memory.max is 3.2 GB: raise the container"):
+    with pytest.raises(ConfigError, match=r"take 58 GB of host memory, and .*memory.max is 3.2 GB: raise the"):
         check_experts_fit(58 * 10**9)

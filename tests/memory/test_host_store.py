@@ -67,6 +67,22 @@ def test_the_store_is_a_copy(tensors, store):
     assert torch.equal(store.views["w2"], before)
 
 
+def test_tensors_may_be_kept_where_any_memory_will_do(tensors):
+    store = HostStore(tensors, HostMemoryOptions(), may_keep=True)
+    assert store.views == tensors
+    assert all(store.views[name] is tensor for name, tensor in tensors.items())
+    assert store.record_bytes == sum(tensor[0].nbytes for tensor in tensors.values())
+    assert (store.num_bytes, store.is_pinned) == (NUM_EXPERTS * store.record_bytes, False)
+
+
+@pytest.mark.parametrize("options", [{"huge_pages": True}, {"numa_node": 0, "must_bind": False}, {"pin": True}])
+def test_tensors_are_copied_where_something_is_asked_of_their_memory(tensors, options):
+    options = HostMemoryOptions(**options, must_pin=False, must_have_huge_pages=False)
+    store = HostStore(tensors, options, may_keep=True)
+    assert store.views["w2"].data_ptr() != tensors["w2"].data_ptr()
+    assert torch.equal(store.views["w2"], tensors["w2"])
+
+
 def test_tensors_that_are_not_contiguous_are_stored_by_value():
     transposed = torch.arange(24.0).view(2, 3, 4).transpose(1, 2)
     store = HostStore({"w": transposed}, HostMemoryOptions())

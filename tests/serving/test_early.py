@@ -102,9 +102,7 @@ EXPERT_BYTES = 8 * 16 * 3 * 128 * 64 * 2
 def test_experts_that_this_host_cannot_hold_are_refused_before_they_are_loaded(monkeypatch, limit):
     monkeypatch.setattr(host_limit, "host_limit", lambda: host_limit.HostLimit(limit, "the memory of this host"))
     if limit < EXPERT_BYTES:
-        with pytest.raises(
-            ConfigError, match=r"all experts take 0.00629 GB of host memory, and the memory of"
-        ):
+        with pytest.raises(ConfigError, match=r"all experts take 0.00629 GB of host memory, and the memory of"):
             create_tiny()
     else:
         create_tiny()

@@ -39,7 +39,7 @@ class Measured:
             worker.requested_memory, worker.peak_activation_memory = 10 * available, available
             moe_layers = compat.moe_layers_of(worker.model_runner.model)
             self.slots = [layer.cache.num_slots for layer in moe_layers]
-            self.stores = [weakref.ref(layer.cache.store.memory.bytes) for layer in moe_layers]
+            self.stores = [weakref.ref(layer.cache.store.views["w13_weight"]) for layer in moe_layers]
             self.addresses = addresses_of(moe_layers)
             self.kv_bytes_seen.append(worker.cache_config.kv_cache_memory_bytes)
             return available

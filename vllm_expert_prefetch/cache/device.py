@@ -238,6 +238,7 @@ def _initial_state(num_experts: int, num_slots: int, top_k: int, policy: str) ->
 def _segment_table(library: Any, store: HostStore, space: RowSpace, device: torch.device) -> torch.Tensor:
     """One row per expert tensor, int64 on the CPU: address in the host store as the GPU sees it, stride there, address
     of the rows, row bytes."""
+    assert store.memory is not None, "a GPU reads what is page-locked for it"
     base = store.memory.bytes.data_ptr()
     moved = library.device_pointer(base, device.index) - base  # asked for where the mapping begins: there it is defined
     return torch.tensor(

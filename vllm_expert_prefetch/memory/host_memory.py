@@ -47,6 +47,11 @@ class HostMemoryOptions:
     must_bind: bool = True
     must_have_huge_pages: bool = True
 
+    @property
+    def ask_nothing(self) -> bool:
+        """Whether any memory will do."""
+        return not (self.pin or self.cuda or self.huge_pages) and self.numa_node is None
+
 
 class HostMemory:
     """One anonymous private mapping of `num_bytes`, seen as a uint8 tensor of that length.

@@ -100,10 +100,15 @@ class CachedRoutedExperts(RoutedExperts):
         if num_slots == self.local_num_experts:
             leave_where_it_is(self)
         else:
-            store = HostStore(tensors, self.worker.host_memory)
+            store = HostStore(tensors, self.worker.host_memory, may_keep=True)
             tensors.clear()
             self.cache = self.worker.create_cache(self, store, num_slots)
-            replace_rows(self, found, self.cache.tensors)
+            # The worker leads to the whole model: looked through once for layers of a kind, not once for each layer.
+            kind = type(self.quant_method)
+            is_first = not any(
+                layer.is_taken_over and isinstance(layer.quant_method, kind) for layer in self.worker.layers
+            )
+            replace_rows(self, found, self.cache.tensors, (store,) if is_first else (store, self.worker))
             self.expert_tensors.update(found)
             self._depends_on_order = depends_on_order(self.quant_method)
         self.is_taken_over = True

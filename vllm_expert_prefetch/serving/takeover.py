@@ -19,10 +19,13 @@ CANNOT_RELOAD = f"{CONFIG_KEY}: weights cannot be reloaded; restart the server i
 _OBJECTS = ("vllm", "vllm_expert_prefetch", "torch")
 
 
-def replace_rows(layer: Any, tensors: Mapping[str, ExpertTensor], rows: Mapping[str, torch.Tensor]) -> None:
+def replace_rows(
+    layer: Any, tensors: Mapping[str, ExpertTensor], rows: Mapping[str, torch.Tensor], apart_from: Sequence[Any] = ()
+) -> None:
     """Put the row space's `rows` behind the layer's expert `tensors`, by name, once and for all.
 
-    Raises TakeoverError when an old tensor can still be reached from the layer.
+    Raises TakeoverError when an old tensor can still be reached from the layer, other than through `apart_from`: who
+    may hold them, and what was looked through.
     """
     old = [tensors[name].rows for name in rows]  # kept until the check is done: their addresses are not used anew
     old_storages = {tensor.untyped_storage().data_ptr() for tensor in old}
@@ -30,7 +33,9 @@ def replace_rows(layer: Any, tensors: Mapping[str, ExpertTensor], rows: Mapping[
         tensors[name].replace(tensor)
     leave_where_it_is(layer)
     name = type(layer).__name__
-    for path, tensor in reachable_tensors(layer, name, lambda module: module.split(".")[0] in _OBJECTS):
+    for path, tensor in reachable_tensors(
+        layer, name, lambda module: module.split(".")[0] in _OBJECTS, {id(value) for value in apart_from}
+    ):
         if tensor.untyped_storage().data_ptr() in old_storages:
             raise TakeoverError(
                 f"{CONFIG_KEY}: {path} {tuple(tensor.shape)} still holds the full expert tensor after the swap; its "

@@ -149,7 +149,7 @@ class Worker:
         self._num_taken_over += 1
         stores = [layer.cache.store for layer in self.layers if layer.cache is not None]
         if len(stores) == self._num_taken_over == 1:
-            for note in stores[0].memory.notes:
+            for note in stores[0].memory.notes if stores[0].memory else ():
                 compat.logger().warning("%s. Going on without", note)
         now = time.monotonic()
         if stores and now > self._said + _PROGRESS_SECONDS:
@@ -253,7 +253,7 @@ class Worker:
         return ", ".join(sorted({type(layer.quant_method).__name__ for layer in self.layers}))
 
     def _is_pinned(self) -> bool:
-        return all(layer.cache.store.memory.is_pinned for layer in self.layers if layer.cache is not None)
+        return all(layer.cache.store.is_pinned for layer in self.layers if layer.cache is not None)
 
     def _host_bytes(self) -> int:
         return sum(layer.cache.store.num_bytes for layer in self.layers if layer.cache is not None)

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import platform
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,43 @@ def add_parser(subparsers: Any) -> None:
     """Declare the subcommand."""
     parser = subparsers.add_parser("doctor", help="check this installation", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--seams",
+        metavar="PATH",
+        help="only: is every name of vLLM there that the plugin touches? In the vLLM that is `installed`, or in the "
+        "folder `vllm` of another one, such as an unpacked wheel",
+    )
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report; 0 when a server can be started, 1 otherwise."""
     logging.disable(logging.WARNING)
+    if arguments.seams:
+        return _show_seams(arguments.seams, arguments.json)
     report = examine()
     print(json.dumps(report, indent=2) if arguments.json else _as_text(report))
     return 1 if report["problems"] else 0
+
+
+def _show_seams(where: str, as_json: bool) -> int:
+    """Print each name, and whether it is there; 0 when all are, 1 otherwise, 2 when there is no vLLM."""
+    from vllm_expert_prefetch.serving import seams
+
+    vllm = seams.installed_vllm() if where == "installed" else Path(where)
+    if vllm is None or not (vllm / "version.py").exists():
+        print(f"no vLLM in {where}: give the folder that holds its version.py, or `installed`", file=sys.stderr)
+        return 2
+    found = seams.find_seams(vllm)
+    lost = sum(state != seams.FOUND for state in found.values())
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        words = {seams.FOUND: "found", seams.MISSING: "MISSING"}
+        for seam, state in found.items():
+            print(f"{words.get(state, f'CHANGED, now {state}:'):8} vllm.{seam}")
+        print(f"{len(found) - lost} of {len(found)} names are as the plugin expects them in {vllm}")
+    return 1 if lost else 0
 
 
 def examine() -> dict[str, Any]:
@@ -54,8 +83,7 @@ def examine() -> dict[str, Any]:
 
 
 def _examine_vllm(report: dict[str, Any], problems: list[str]) -> None:
-    from vllm_expert_prefetch.serving import compat
-    from vllm_expert_prefetch.serving.seams import find_seams
+    from vllm_expert_prefetch.serving import compat, seams
 
     on_cpu = compat.on_cpu_platform()
     report["platform"] = "cpu" if on_cpu else "cuda" if compat.on_cuda_platform() else "other"
@@ -66,8 +94,11 @@ def _examine_vllm(report: dict[str, Any], problems: list[str]) -> None:
         problems.append(str(error))
     if report["platform"] == "other":
         problems.append("vLLM's platform is neither an NVIDIA GPU nor the CPU: the plugin refuses to serve")
-    report["seams"] = find_seams()
-    problems += [f"seam of vLLM not found: {name}" for name, found in report["seams"].items() if not found]
+    vllm = seams.installed_vllm()
+    found = seams.find_seams(vllm) if vllm else {}
+    lost = {name: state for name, state in found.items() if state != seams.FOUND}
+    report["seams"] = {"found": len(found) - len(lost), "lost": lost}
+    problems += [f"vllm.{name} is {state}, and the plugin needs it as it was" for name, state in lost.items()]
 
 
 def _plugin(problems: list[str]) -> dict[str, Any]:
@@ -127,7 +158,7 @@ def _as_text(report: dict[str, Any]) -> str:
         *(f"{name:22} {version or 'not installed'}" for name, version in report["versions"].items()),
         f"{'vLLM platform':22} {report['platform'] or 'unknown'}",
         f"{'plugin':22} {'loaded by vLLM' if report['plugin']['loaded_by_vllm'] else 'NOT loaded by vLLM'}",
-        *(f"{'seam':22} {'found  ' if found else 'MISSING'} {name}" for name, found in report["seams"].items()),
+        f"{'names of vLLM':22} {_seams_in_words(report['seams'])}",
         *(f"{f'native {name} library':22} {_as_words(found)}" for name, found in report["native"].items()),
         f"{'host memory':22} {memory['limit_bytes'] / 1e9:.1f} GB ({memory['limited_by']})",
         f"{'NUMA nodes':22} {memory['numa_nodes'] or 'unknown'}",
@@ -136,6 +167,10 @@ def _as_text(report: dict[str, Any]) -> str:
     ]
     problems = [f"PROBLEM: {problem}" for problem in report["problems"]]
     return "\n".join(lines + (problems or ["No problem found."]))
+
+
+def _seams_in_words(found: dict[str, Any]) -> str:
+    return f"{found['found']} found, {len(found['lost'])} not" if found else "not looked for"
 
 
 def _as_words(found: dict[str, Any]) -> str:

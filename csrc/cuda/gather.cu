@@ -86,10 +86,6 @@ DeviceList<int32_t> late_of(const TensorView& late, const TensorView& count) {
           static_cast<int32_t>(late.numel())};
 }
 
-cudaStream_t stream_of(int64_t handle) {
-  return reinterpret_cast<cudaStream_t>(handle);
-}
-
 // Bytes of a record, in whole vectors; ValueError, with the number, for a layout that the kernels do not take.
 int64_t CheckLayout(TensorView table, int64_t num_experts) {
   return layout_of(table, num_experts).record_vectors * kVectorBytes;
@@ -124,7 +120,7 @@ void GatherRecords(TensorView table, int64_t num_experts, TensorView loads, Tens
   const DemandLists lists{loads_of(loads, count, num_experts), late_of(late, late_count)};
   const Board states = board_of(board, num_experts);
   tvm::ffi::CUDADeviceGuard guard(board.device().device_id);
-  gather_kernel<<<static_cast<int>(num_blocks), kThreads, 0, stream_of(stream)>>>(layout, lists, states, lane_of(lane));
+  launch(gather_kernel, static_cast<int>(num_blocks), kThreads, 0, stream, layout, lists, states, lane_of(lane));
   check_launch("gather_records");
 }
 
@@ -139,8 +135,8 @@ void PrefetchRecords(TensorView table, int64_t num_experts, TensorView loads, Te
   const PrefetchLists lists{loads_of(loads, count, num_experts), cuda_data<int32_t>(tickets, loads.size(0), "tickets")};
   const Board states = board_of(board, num_experts);
   tvm::ffi::CUDADeviceGuard guard(board.device().device_id);
-  prefetch_kernel<<<static_cast<int>(num_blocks), kThreads, 0, stream_of(stream)>>>(
-      layout, lists, states, lane_of(lane), static_cast<int32_t>(chunk_vectors));
+  launch(prefetch_kernel, static_cast<int>(num_blocks), kThreads, 0, stream, layout, lists, states, lane_of(lane),
+         static_cast<int32_t>(chunk_vectors));
   check_launch("prefetch_records");
 }
 

@@ -15,7 +15,11 @@ namespace {
 using tvm::ffi::String;
 using tvm::ffi::TensorView;
 
+#ifdef __CUDACC__
 constexpr int kFewThreads = 256, kManyThreads = 1024;
+#else  // tests/device/shim: a block is one thread
+constexpr int kFewThreads = 1, kManyThreads = 1;
+#endif
 constexpr int64_t kFewIds = 1024;
 
 String WordNames() {
@@ -50,10 +54,10 @@ int64_t check_tokens(const TensorView& ids, const TensorView& real) {
   return ids.size(0);
 }
 
-// Calls `launch` with the kernel for so many ids, and its threads.
-template <class Launch, class Kernel>
-void launch_for(int64_t num_ids, Kernel few, Kernel many, Launch launch) {
-  num_ids > kFewIds ? launch(many, kManyThreads) : launch(few, kFewThreads);
+// Calls `start` with the kernel for so many ids, and its threads.
+template <class Start, class Kernel>
+void start_for(int64_t num_ids, Kernel few, Kernel many, Start start) {
+  num_ids > kFewIds ? start(many, kManyThreads) : start(few, kFewThreads);
 }
 
 // `ids` (T, K) int32 or int64, `real` (>= T) int64, negative for padding. `row_ids`: like `ids`, written. `loads`:
@@ -74,10 +78,10 @@ void PlanStep(TensorView state, TensorView rows, TensorView ids, TensorView real
                               static_cast<int>(ids.size(1))};
     Id* out = cuda_data<Id>(row_ids, num_ids, "row_ids");
     tvm::ffi::CUDADeviceGuard guard(state.device().device_id);
-    launch_for(num_ids, plan_step_kernel<kFewThreads, Id>, plan_step_kernel<kManyThreads, Id>,
+    start_for(num_ids, plan_step_kernel<kFewThreads, Id>, plan_step_kernel<kManyThreads, Id>,
                [&](auto kernel, int threads) {
-                 kernel<<<1, threads, layer.shared, reinterpret_cast<cudaStream_t>(stream)>>>(
-                     layer.memory, tokens, static_cast<int>(num_ids), out, orders, is_speculated);
+                 launch(kernel, 1, threads, layer.shared, stream, layer.memory, tokens, static_cast<int>(num_ids), out,
+                        orders, is_speculated);
                });
     check_launch("plan_step");
   };
@@ -100,11 +104,10 @@ void PlanPrefetch(TensorView state, TensorView rows, TensorView predicted, Tenso
     const PredictedIds<Id> ids{cuda_data<Id>(predicted, 0, "predicted"), cuda_data<int64_t>(real, 0, "real"),
                                static_cast<int>(predicted.size(1)), static_cast<int>(num_tokens)};
     tvm::ffi::CUDADeviceGuard guard(state.device().device_id);
-    launch_for(num_ids, plan_prefetch_kernel<kFewThreads, Id>, plan_prefetch_kernel<kManyThreads, Id>,
+    start_for(num_ids, plan_prefetch_kernel<kFewThreads, Id>, plan_prefetch_kernel<kManyThreads, Id>,
                [&](auto kernel, int threads) {
-                 kernel<<<1, threads, layer.shared, reinterpret_cast<cudaStream_t>(stream)>>>(
-                     layer.memory, ids, static_cast<int>(num_ids), reinterpret_cast<const volatile int32_t*>(budget),
-                     static_cast<int>(most), orders);
+                 launch(kernel, 1, threads, layer.shared, stream, layer.memory, ids, static_cast<int>(num_ids),
+                        reinterpret_cast<const volatile int32_t*>(budget), static_cast<int>(most), orders);
                });
     check_launch("plan_prefetch");
   };

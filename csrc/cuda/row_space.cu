@@ -229,7 +229,7 @@ void Pop(Range range) {
 // uint8 over the whole range, where memory is mapped everywhere.
 Tensor TensorOver(Range range) {
   TVM_FFI_CHECK(range->mapped() == range->size, ValueError) << "a range needs memory";
-  const DLDevice device{kDLCUDA, range->device};
+  const DLDevice device{VEP_DEVICE_TYPE, range->device};
   const int64_t size = static_cast<int64_t>(range->size);
   return Tensor::FromNDAlloc(Keeper{std::move(range)}, {size}, DLDataType{kDLUInt, 8, 1}, device);
 }

@@ -1,4 +1,4 @@
-// Tensors that come in through DLPack, and what CUDA answers, checked.
+// Tensors that come in through DLPack, and what CUDA answers, checked; kernels launched.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,13 +7,17 @@
 
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define VEP_DEVICE_TYPE kDLCUDA
+#endif  // else tests/device/shim: the GPU's tensors are the host's
+
 namespace vep {
 
 // The data of a contiguous CUDA tensor of at least `room` `Item`s; an error names `what`.
 template <class Item>
 Item* cuda_data(const tvm::ffi::TensorView& tensor, int64_t room, const char* what) {
   const DLDataType type = tensor.dtype();
-  TVM_FFI_CHECK(tensor.device().device_type == kDLCUDA, ValueError) << what << " must lie on a GPU";
+  TVM_FFI_CHECK(tensor.device().device_type == VEP_DEVICE_TYPE, ValueError) << what << " must lie on a GPU";
   TVM_FFI_CHECK(type.code == kDLInt && type.bits == 8 * sizeof(Item) && type.lanes == 1, TypeError)
       << what << " must be int" << 8 * sizeof(Item) << ", its type is " << static_cast<int>(type.code) << "/"
       << static_cast<int>(type.bits);
@@ -29,5 +33,14 @@ inline void check_cuda(cudaError_t status, const char* what) {
 inline void check_launch(const char* kernel) {
   check_cuda(cudaGetLastError(), kernel);
 }
+
+#ifdef __CUDACC__
+// `stream`: a cudaStream_t as an integer.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), int blocks, int threads, int64_t shared_bytes, int64_t stream,
+            Arguments... arguments) {
+  kernel<<<blocks, threads, static_cast<size_t>(shared_bytes), reinterpret_cast<cudaStream_t>(stream)>>>(arguments...);
+}
+#endif
 
 }  // namespace vep

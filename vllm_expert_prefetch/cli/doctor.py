@@ -30,9 +30,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report; 0 when a server can be started, 1 otherwise."""
-    logging.disable(logging.WARNING)
     if arguments.seams:
         return _show_seams(arguments.seams, arguments.json)
+    logging.disable(logging.WARNING)
     report = examine()
     print(json.dumps(report, indent=2) if arguments.json else _as_text(report))
     return 1 if report["problems"] else 0

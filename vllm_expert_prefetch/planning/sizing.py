@@ -105,7 +105,7 @@ def size_cache(config: ExpertPrefetchConfig, layers: Sequence[LayerShape], page:
                 f"({sum(layer.bytes for layer in layers) / GB:.3g} GB per rank). Drop {CONFIG_KEY}: the experts fit"
             )
         none = [0] * len(layers)
-        slots = _most(layers, config.cache_gb * GB, page, none) or none
+        slots = _most(layers, config.cache_gb * GB * (1 + 1e-9), page, none) or none
         return _checked(layers, slots, f"cache_gb = {config.cache_gb:g}", page)
     fraction = 0.0 if grows else DEFAULT_CPU_FRACTION
     return [max(layer.top_k, int(fraction * layer.num_experts)) for layer in layers]

@@ -1,5 +1,5 @@
-// Enough of CUDA to run kernels on host threads: index arithmetic and protocols, not performance. A block is one thread
-// (gather_kernels.cuh), or several that share a barrier (plan_kernels.cuh).
+// Enough of CUDA to run kernels on host threads: index arithmetic and protocols, not performance. A block is one thread,
+// or several that share a barrier (plan_on_host.cc).
 #pragma once
 
 #include <algorithm>
@@ -17,15 +17,17 @@
 #define VEP_DYNAMIC_SHARED(name) int64_t* name = dynamic_shared
 #define VEP_WARP_THREADS 1
 
-// Copying one takes time now and then, so that a record's copy can be seen half done.
+// With VEP_SLOW_COPIES, copying one takes time now and then, so that a record's copy can be seen half done.
 struct uint4 {
   uint32_t x = 0, y = 0, z = 0, w = 0;
 
   uint4() = default;
   explicit uint4(uint32_t value) : x(value), y(~value), z(value * 3), w(value * 5) {}
   uint4(const uint4& other) : x(other.x), y(other.y), z(other.z), w(other.w) {
+#ifdef VEP_SLOW_COPIES
     static thread_local int copies = 0;
     if (++copies % 40 == 0) std::this_thread::sleep_for(std::chrono::microseconds(30));
+#endif
   }
   uint4& operator=(const uint4&) = default;
 };

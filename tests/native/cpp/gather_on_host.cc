@@ -3,6 +3,7 @@
 // cancelled is untouched, bad loads are counted, and all ends.
 
 // Before the rest: what the kernels are written in.
+#define VEP_SLOW_COPIES
 #include "cuda_on_host.h"
 
 #include <cstdio>

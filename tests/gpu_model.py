@@ -4,7 +4,7 @@ Routing, guesses, padding and the width of steps change from replay to replay, a
 """
 
 import torch
-from gpu_layer import GpuLayer, make_caches
+from gpu_layer import GpuLayer, device, make_caches
 
 from vllm_expert_prefetch.cache.words import Words
 
@@ -23,29 +23,29 @@ class Model:
             shared = self.layers[0].shared if self.layers else None
             layer = GpuLayer(ROW_BYTES, NUM_EXPERTS, NUM_SLOTS, self.caches, shared, TOP_K, policy)
             self.layers.append(layer)
-        self.generator = torch.Generator("cuda").manual_seed(11)
+        self.generator = torch.Generator(device()).manual_seed(11)
         shape = (NUM_LAYERS, NUM_TOKENS)
-        self.ids = torch.zeros(*shape, TOP_K, dtype=torch.int32, device="cuda")
-        self.guesses = torch.zeros(*shape, NUM_GUESSES, dtype=torch.int64, device="cuda")
-        self.rows = torch.zeros(NUM_TOKENS, dtype=torch.int64, device="cuda")
+        self.ids = torch.zeros(*shape, TOP_K, dtype=torch.int32, device=device())
+        self.guesses = torch.zeros(*shape, NUM_GUESSES, dtype=torch.int64, device=device())
+        self.rows = torch.zeros(NUM_TOKENS, dtype=torch.int64, device=device())
         self.row_ids = torch.zeros_like(self.ids)
         self.seen = [
-            {name: torch.zeros(NUM_TOKENS * TOP_K, *t.shape[1:], dtype=t.dtype, device="cuda") for name, t in tensors}
+            {name: torch.zeros(NUM_TOKENS * TOP_K, *t.shape[1:], dtype=t.dtype, device=device()) for name, t in tensors}
             for tensors in [list(layer.tensors.items()) for layer in self.layers]
         ]
-        self.num_differing = torch.zeros((), dtype=torch.int64, device="cuda")
+        self.num_differing = torch.zeros((), dtype=torch.int64, device=device())
 
     def route(self, num_experts=NUM_EXPERTS, share_real=0.7):
         """Each layer asks for any of `num_experts` experts; some ids are -1, some rows padding, at times all."""
-        scores = torch.rand(NUM_LAYERS, NUM_TOKENS, NUM_EXPERTS, device="cuda", generator=self.generator)
+        scores = torch.rand(NUM_LAYERS, NUM_TOKENS, NUM_EXPERTS, device=device(), generator=self.generator)
         scores[..., num_experts:] = 0
         ids = scores.topk(TOP_K)[1]
-        others = torch.rand(scores.shape, device="cuda", generator=self.generator).topk(NUM_GUESSES)[1]
+        others = torch.rand(scores.shape, device=device(), generator=self.generator).topk(NUM_GUESSES)[1]
         self.guesses.copy_(others)
         self.guesses[:, :, :TOP_K] = torch.where(ids % 2 == 0, ids, others[:, :, :TOP_K])
-        drawn = torch.rand(ids.shape, device="cuda", generator=self.generator)
+        drawn = torch.rand(ids.shape, device=device(), generator=self.generator)
         self.ids.copy_(torch.where(drawn < 0.05, -1, ids))
-        drawn = torch.rand(NUM_TOKENS, device="cuda", generator=self.generator)
+        drawn = torch.rand(NUM_TOKENS, device=device(), generator=self.generator)
         self.rows.copy_(torch.where(drawn < share_real, 7, -1))
 
     def run(self, ahead=True):

@@ -5,15 +5,18 @@ run, and what that cannot show): `DeviceCaches` and `DeviceSharedRows` as on a G
 knows of streams, events and page-locked memory. vLLM's own kernels stay those of the CPU platform.
 """
 
+import contextlib
 import functools
 import hashlib
 import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from native_tools import CSRC, ROOT, load_setup
+from torch.utils._python_dispatch import TorchDispatchMode
 
 SHIM = Path(__file__).parent / "shim"
 ON_HOST = ROOT / "tests" / "native" / "cpp" / "cuda_on_host.h"
@@ -48,6 +51,83 @@ def compile_library(output: Path) -> None:
     temporary.replace(output)
 
 
+class Graph:
+    """A captured step: what the plugin and torch launched, with the very arguments that it was given then."""
+
+    current: "Graph | None" = None
+    """The one that is being captured."""
+
+    def __init__(self) -> None:
+        self.calls: list[Callable[[], object]] = []
+
+    def replay(self) -> None:
+        for call in self.calls:
+            call()
+
+
+@contextlib.contextmanager
+def capture(graph: Graph) -> Iterator[None]:
+    """torch.cuda.graph: what is launched is kept for replays. The plugin's kernels do not run meanwhile."""
+    Graph.current = graph
+    try:
+        with _Recorder(graph):
+            yield
+    finally:
+        Graph.current = None
+
+
+class _Recorder(TorchDispatchMode):
+    """Keeps torch's operators, which run all the same: what they give is only used where it lies."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__()
+        self._graph = graph
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = operator(*args, **(kwargs or {}))
+        if "empty" in operator._schema.name:  # nothing runs, and what the plugin's kernels would write is not there yet
+            return given.zero_()
+        aliases = [value.alias_info for value in operator._schema.returns]
+        if not any(alias is not None and not alias.is_write for alias in aliases):  # no view
+
+            def run() -> None:
+                again = operator(*args, **(kwargs or {}))
+                for tensor, now in zip(_listed(given), _listed(again), strict=True):
+                    if tensor is not now and isinstance(tensor, torch.Tensor):
+                        tensor.copy_(now)
+
+            self._graph.calls.append(run)
+        return given
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (tuple, list)) else [value]
+
+
+class Launches:
+    """The library as the caches see it: while a graph is captured, kernels are kept and do not run."""
+
+    _kernels = ("plan_step", "plan_prefetch", "gather_records", "prefetch_records")
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(library(), name)
+        if name not in self._kernels:
+            return function
+
+        def launch(*arguments: Any) -> None:
+            when_it_runs(lambda: function(*arguments))
+
+        return launch
+
+
+def when_it_runs(call: Callable[[], object]) -> None:
+    """Now, or in every replay of the graph that is being captured."""
+    if Graph.current is None:
+        call()
+    else:
+        Graph.current.calls.append(call)
+
+
 class Stream:
     """Stream 0 runs what it is given at once, so that nobody waits for it; all others are one queue."""
 
@@ -56,7 +136,7 @@ class Stream:
 
     def wait_event(self, event: "Event") -> None:
         if self.cuda_stream == 0:
-            library().shim_wait(event.number)
+            when_it_runs(lambda: library().shim_wait(event.number))
 
     def synchronize(self) -> None:
         library().shim_wait(library().shim_submitted())
@@ -74,7 +154,10 @@ class Event:
         pass
 
     def record(self, stream: Stream = MAIN) -> None:
-        self.number = library().shim_submitted() if stream.cuda_stream else 0
+        def note() -> None:
+            self.number = library().shim_submitted() if stream.cuda_stream else 0
+
+        when_it_runs(note)
 
     def synchronize(self) -> None:
         library().shim_wait(self.number)
@@ -83,41 +166,57 @@ class Event:
         return 0.4  # ms, for eight copies: a link of 1 GB/s where a record has 50 KB
 
 
-def install(patch: Any) -> None:
-    """`patch`: a pytest.MonkeyPatch."""
-    from vllm_expert_prefetch.cache import device
-    from vllm_expert_prefetch.memory import device_rows, host_memory
-    from vllm_expert_prefetch.serving import compat, sizes, worker
+class Torch:
+    """torch, whose GPU is the CPU."""
 
-    def on_cpu(*_: Any) -> torch.device:
+    cuda = SimpleNamespace(
+        current_device=lambda: 0,
+        current_stream=lambda _=None: MAIN,
+        empty_cache=lambda: None,
+        synchronize=lambda: Stream(1).synchronize(),
+        Stream=lambda *_, **__: Stream(1),
+        Event=Event,
+        CUDAGraph=Graph,
+        graph=capture,
+    )
+
+    @staticmethod
+    def device(*_: Any) -> torch.device:
         return CPU
 
-    class Torch:
-        """torch, whose GPU is the CPU."""
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
 
-        device = staticmethod(on_cpu)
-        cuda = SimpleNamespace(
-            current_device=lambda: 0,
-            current_stream=lambda _=None: MAIN,
-            empty_cache=lambda: None,
-            synchronize=lambda: None,
-            Stream=lambda *_, **__: Stream(1),
-            Event=Event,
-        )
 
-        def __getattr__(self, name: str) -> Any:
-            return getattr(torch, name)
+def install_caches(patch: Any) -> None:
+    """Device caches and their row spaces, for tests that make them. `patch`: a pytest.MonkeyPatch."""
+    import gpu_layer
+    import gpu_model
 
-    fake: Any = Torch()
-    for module in (device, device_rows):
-        patch.setattr(module, "torch", fake)
-        patch.setattr(module, "cuda_library", library)
+    from vllm_expert_prefetch.cache import device
+    from vllm_expert_prefetch.memory import device_rows, host_memory
+
+    for module in (device, device_rows, gpu_layer, gpu_model):
+        patch.setattr(module, "torch", Torch())
+    patch.setattr(device, "cuda_library", Launches)
+    patch.setattr(device_rows, "cuda_library", library)
     patch.setattr(host_memory, "_register_with_cuda", lambda memory, num_bytes: lambda: None)
+
+
+def install(patch: Any) -> None:
+    """The same for the workers of vLLM's CPU engine in this process."""
+    from vllm_expert_prefetch.cache import device
+    from vllm_expert_prefetch.memory import device_rows
+    from vllm_expert_prefetch.serving import compat, sizes, worker
+
+    install_caches(patch)
     options = worker.HostMemoryOptions
     patch.setattr(worker, "HostMemoryOptions", lambda **_: options(pin=True, cuda=True))
     patch.setattr(worker, "create_caches", lambda num_layers, link, where: device.DeviceCaches(num_layers, CPU))
     patch.setattr(
-        worker, "create_shared_rows", lambda *given: device_rows.DeviceSharedRows(*given[:3], device=CPU)
+        worker,
+        "create_shared_rows",
+        lambda rows, slots, areas, where: device_rows.DeviceSharedRows(rows, slots, areas, CPU),
     )
     patch.setattr(sizes, "page_bytes", device_rows.granularity)
     patch.setattr(compat, "install_offloader", lambda join: None)

@@ -3,10 +3,14 @@
 import pytest
 import torch
 from engines import TINY_MODEL, caches, counters, greedy, layers, open_engine, prompts
-from families import FAMILIES, write_checkpoint
+from families import FAMILIES, OTHER_FAMILIES, write_checkpoint
+from test_families import MORE_OPTIONS, PROMPTS, torchvision  # noqa: F401 - a fixture
+from test_growth import KV_BYTES, Measured
 
 from device import shim
 from vllm_expert_prefetch.cache.device import DeviceCache
+from vllm_expert_prefetch.lookahead import create
+from vllm_expert_prefetch.prediction import Prediction, Predictor
 
 pytestmark = [
     pytest.mark.engine,
@@ -14,11 +18,6 @@ pytestmark = [
 ]
 OPTIONS = {"skip_tokenizer_init": True, "max_model_len": 256}
 MOE_FAMILIES = [name for name in FAMILIES if FAMILIES[name].num_experts]
-
-
-@pytest.fixture(autouse=True)
-def _on_the_shim(request):
-    request.getfixturevalue("monkeypatch")
 
 
 def served(monkeypatch, model, config, generate, **options):
@@ -36,9 +35,8 @@ def served(monkeypatch, model, config, generate, **options):
         return outputs, counters(llm), [cache.words() for cache in found]
 
 
-@pytest.mark.parametrize("prefetch", ["off", "on"])
 @pytest.mark.parametrize("name", MOE_FAMILIES)
-def test_a_family_is_bit_equal_on_the_device_path(monkeypatch, tmp_path, name, prefetch):
+def test_a_family_is_bit_equal_on_the_device_path(monkeypatch, tmp_path, name):
     model, family = write_checkpoint(name, tmp_path / name), FAMILIES[name]
 
     def generate(llm):
@@ -46,8 +44,75 @@ def test_a_family_is_bit_equal_on_the_device_path(monkeypatch, tmp_path, name, p
 
     with open_engine(model, None, **OPTIONS) as llm:
         expected = generate(llm)
-    config = {"cache_fraction": 0.5, "prefetch": prefetch}
-    outputs, found, words = served(monkeypatch, model, config, generate, **OPTIONS)
+    outputs, found, words = served(monkeypatch, model, {"cache_fraction": 0.5, "prefetch": "on"}, generate, **OPTIONS)
     assert outputs == expected
     assert all(min(layer.hits, layer.misses, layer.wide_steps, layer.overflow) > 0 for layer in words)
-    assert (found["transfer_bytes_total/prefetch"] > 0) == (prefetch == "on")
+    assert found["transfer_bytes_total/prefetch"] > 0
+
+
+@pytest.mark.parametrize("name", [name for name in OTHER_FAMILIES if name != "longcat"])
+def test_another_family_is_bit_equal_on_the_device_path(monkeypatch, tmp_path, name, torchvision):  # noqa: F811
+    model, options = write_checkpoint(name, tmp_path / name), OPTIONS | MORE_OPTIONS.get(name, {})
+    with open_engine(model, None, **options) as llm:
+        expected = greedy(llm, PROMPTS, 6)
+    config = {"cache_fraction": 0.5, "prefetch": "on"}
+    outputs, found, words = served(monkeypatch, model, config, lambda llm: greedy(llm, PROMPTS, 6), **options)
+    assert outputs == expected
+    assert min(sum(layer.hits for layer in words), sum(layer.misses for layer in words)) > 0
+    assert found["transfer_bytes_total/prefetch"] > 0
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Of the trained model: a batch, and a sequence alone."""
+    with open_engine(TINY_MODEL, None) as llm:
+        return generate(llm)
+
+
+def generate(llm):
+    return [greedy(llm, prompts(6), 24), greedy(llm, prompts(1), 48)]
+
+
+@pytest.mark.parametrize(
+    "config", [{"prefetch": "off"}, {"prefetch": "auto", "policy": "lfru"}, {"slots_per_layer": 2}]
+)
+def test_the_trained_model_is_bit_equal_and_look_ahead_does_what_it_is_told(monkeypatch, expected, config):
+    outputs, found, words = served(monkeypatch, TINY_MODEL, {"slots_per_layer": 8} | config, generate)
+    assert outputs == expected
+    assert min(sum(layer.hits for layer in words), sum(layer.misses for layer in words)) > 0
+    looks_ahead = found["transfer_bytes_total/prefetch"] > 0
+    assert looks_ahead == (config.get("prefetch") != "off")
+    assert not looks_ahead or recall(found) > 0.6
+
+
+def recall(found):
+    return found["recall_found_total/top_k"] / found["recall_routed_total"]
+
+
+class Garbage(Predictor):
+    """Other experts in every step, some of them none at all."""
+
+    name = "garbage"
+
+    def predict(self, source, signals, count):
+        ids = torch.randint(-1, 16, (len(signals.topk_ids), count))
+        return Prediction(ids, torch.ones(ids.shape))
+
+
+def test_guesses_that_are_garbage_change_no_token(monkeypatch, expected):
+    monkeypatch.setattr(create, "choose_predictor", lambda config, gates: (Garbage(len(gates)), None))
+    outputs, found, words = served(monkeypatch, TINY_MODEL, {"slots_per_layer": 4, "prefetch": "on"}, generate)
+    assert outputs == expected
+    assert found["transfer_bytes_total/prefetch"] > 0
+    assert min(sum(layer.unused for layer in words), sum(layer.used for layer in words)) > 0
+    assert recall(found) < 0.3
+
+
+def test_a_cache_that_grows_does_so_under_its_layers(monkeypatch, expected):
+    """In pages, as on a GPU: vLLM's profile leaves room for six more slots of each layer."""
+    measured = Measured(monkeypatch, records=7 * 6.5)
+    config = {"prefetch": "on"}
+    outputs, _, words = served(monkeypatch, TINY_MODEL, config, generate, kv_cache_memory_bytes=KV_BYTES)
+    assert outputs == expected
+    assert measured.slots == [2] * 8
+    assert [layer.num_slots for layer in words] == [8] * 8

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from formats.standins import FP4_VALUES, unpack, unpack_awq
 
 GROUP = 64
-MARLIN = ("gptq", "awq", "w4a16", "fp8-channel", "fp8-block", "nvfp4", "mxfp4")
-TRITON = ("fp8-block", "fp8-channel", "fp8-static", "fp8-dynamic", "int8")
+MARLIN: tuple[str, ...] = ("gptq", "awq", "w4a16", "fp8-channel", "fp8-block", "nvfp4", "mxfp4")
+TRITON: tuple[str, ...] = ("fp8-block", "fp8-channel", "fp8-static", "fp8-dynamic", "int8")
 ONLINE = {
     "online-fp8": "fp8_per_tensor",
     "online-fp8-block": "fp8_per_block",

@@ -25,7 +25,7 @@ class Told(Predictor):
 
     def predict(self, source, signals, count):
         guessed = self._guesses[source + 1, :NUM_GUESSING, :count]
-        return Prediction(guessed, torch.ones(guessed.shape, device="cuda"))
+        return Prediction(guessed, torch.ones(guessed.shape, device=device()))
 
 
 class LookingModel(Model):
@@ -35,7 +35,7 @@ class LookingModel(Model):
         super().__init__(policy)
         self.caches.layers = self.caches.layers[:NUM_LAYERS]
         self.look_ahead = LookAhead(Told(self), self.caches, over_fetch, forced, 50e9, device())
-        self.weights = torch.rand(NUM_LAYERS, NUM_GUESSING, TOP_K, device="cuda")
+        self.weights = torch.rand(NUM_LAYERS, NUM_GUESSING, TOP_K, device=device())
 
     def run(self, ahead=True):
         for number, layer in enumerate(self.layers):

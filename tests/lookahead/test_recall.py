@@ -28,7 +28,7 @@ def run_step(recall, guesses, weights=WEIGHTS):
 
 
 def test_each_layer_is_held_against_its_own_guesses(counters):
-    recall = Recall(NUM_LAYERS, NUM_LAYERS - 1, torch.device("cpu"))
+    recall = Recall(NUM_LAYERS, NUM_LAYERS - 1, torch.device("cpu"), on_device=False)
     # Token by token: one of two among the first two and both among all three; both of two.
     run_step(recall, {1: [[0, 7, 1], [3, 2, 9]]})
     recall.publish(counters)
@@ -46,7 +46,7 @@ def test_each_layer_is_held_against_its_own_guesses(counters):
 
 
 def test_one_step_in_so_many_of_those_with_guesses_is_compared(counters):
-    recall = Recall(NUM_LAYERS, NUM_LAYERS - 1, torch.device("cpu"))
+    recall = Recall(NUM_LAYERS, NUM_LAYERS - 1, torch.device("cpu"), on_device=False)
     for _ in range(2 * Recall.scored_every):
         run_step(recall, {})
         run_step(recall, {2: [[0, 1]]})
@@ -56,7 +56,7 @@ def test_one_step_in_so_many_of_those_with_guesses_is_compared(counters):
 
 def test_a_missing_mass_of_nothing_never_falls(counters):
     """Differences of a growing sum are rounded: a sum of whole shares may seem to have grown by more than one each."""
-    recall = Recall(NUM_LAYERS, NUM_LAYERS - 1, torch.device("cpu"))
+    recall = Recall(NUM_LAYERS, NUM_LAYERS - 1, torch.device("cpu"), on_device=False)
     recall.scored_every = 1
     torch.manual_seed(0)
     written = []

@@ -47,7 +47,7 @@ class LookAhead:
             for cache in caches.layers
         ]
         last = max(number for number, cache in enumerate(caches.layers) if cache is not None)
-        self.recall = Recall(len(caches.layers), last, device)
+        self.recall = Recall(len(caches.layers), last, device, caches.on_device)
         self._guesses: list[Prediction | None] = [None] * len(caches.layers)
         self._spent = [0.0] * len(caches.layers)
         self._num_one_token_each = 0

@@ -38,9 +38,10 @@ class Recall:
     scored_every = 16
     """On the host one step in so many of those with guesses is compared: recall at negligible cost."""
 
-    def __init__(self, num_layers: int, last_layer: int, device: torch.device) -> None:
+    def __init__(self, num_layers: int, last_layer: int, device: torch.device, on_device: bool) -> None:
+        """`on_device`: as `Caches` has it."""
         self._last_layer = last_layer
-        self._on_device = device.type == "cuda"
+        self._on_device = on_device
         self._guesses: dict[int, torch.Tensor] = {}
         self._compared: list[_Pair] = []
         self._at = -1

@@ -1,0 +1,57 @@
+"""The steps of tests/gpu/test_steps.py on the shim (`shim.py`): captured, and replayed with other routing."""
+
+import runpy
+
+import gpu_model
+import pytest
+from native_tools import ROOT
+
+from device import shim
+
+pytestmark = pytest.mark.skipif(not shim.load_setup().find_compiler(), reason="no C++20 compiler (g++) is installed")
+ROW_BYTES = (4096, 48)
+"""32 rows of the first tensor take 32 of the shim's pages."""
+NEEDS_A_GPU = ("test_nothing_waits_for_the_gpu",)
+STEPS = runpy.run_path(str(ROOT / "tests" / "gpu" / "test_steps.py"))
+
+globals().update({name: test for name, test in STEPS.items() if name.startswith("test_") and name not in NEEDS_A_GPU})
+
+
+@pytest.fixture(autouse=True)
+def _on_the_shim(monkeypatch):
+    shim.install_caches(monkeypatch)
+    monkeypatch.setattr(gpu_model, "ROW_BYTES", ROW_BYTES)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_layer_and_step_takes_two_launches_and_one_or_two_more_to_look_ahead(ahead):
+    model = gpu_model.Model()
+    model.route()
+    shim.library().shim_launches()
+    model.run(ahead=False)
+    assert list(shim.library().shim_launches()) == [2 * gpu_model.NUM_LAYERS, 0]
+    model.run(ahead)
+    looking = (gpu_model.NUM_LAYERS - 1) * ahead
+    assert list(shim.library().shim_launches()) == [2 * gpu_model.NUM_LAYERS + looking, looking]
+
+
+@pytest.mark.parametrize("kernel", ["plan_step", "gather_records"])
+def test_a_graph_that_freezes_a_kernel_is_found_out(monkeypatch, kernel):
+    """Its results would be those of the captured step, in every replay."""
+    model = gpu_model.Model()
+    model.route()
+    when_it_runs = shim.when_it_runs
+
+    def freeze(call):
+        is_frozen = shim.Graph.current is not None and call.__closure__ is not None
+        name = next((cell.cell_contents for cell in call.__closure__ or () if callable(cell.cell_contents)), None)
+        if is_frozen and name is getattr(shim.library(), kernel, None):
+            return
+        when_it_runs(call)
+
+    monkeypatch.setattr(shim, "when_it_runs", freeze)
+    graph = model.capture()
+    for _ in range(3):
+        model.step(graph, share_real=1)
+    with pytest.raises(AssertionError):
+        model.finish()

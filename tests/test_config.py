@@ -37,6 +37,7 @@ GOOD = {
     "huge_pages": ["auto", "on", "off"],
     "emulated_link_gbps": [None, 1, 0.5],
     "emulated_link_latency_us": [0, 0.0],
+    "self_check": ["on", "off"],
     "planned_hit_rate": [None, 0.9, 1],
     "metrics_per_layer": [True, False],
     "metrics_port": [None, 9400, 65535],
@@ -58,6 +59,7 @@ BAD = {
     "huge_pages": [1, 0, "maybe", None],
     "emulated_link_gbps": [0, -1, math.inf, "ten", True],
     "emulated_link_latency_us": [-1, math.nan, math.inf, "5 us", None, True],
+    "self_check": ["auto", "yes", None, 1],
     "planned_hit_rate": [0, 1.5, math.nan, "90", "101%", True],
     "metrics_per_layer": [1, "maybe", None],
     "metrics_port": [0, 65536, 9400.5, "http", True],
@@ -89,7 +91,7 @@ def test_bad_values_are_refused_with_the_name_of_their_key(key, value):
         ExpertPrefetchConfig.from_mapping({key: value})
 
 
-SWITCHES = ("prefetch", "pin_memory", "huge_pages", "metrics_per_layer")
+SWITCHES = ("prefetch", "pin_memory", "huge_pages", "self_check", "metrics_per_layer")
 
 
 @pytest.mark.parametrize("key", [key for key in KEYS if key not in SWITCHES])
@@ -106,6 +108,7 @@ def test_true_is_not_a_number_and_not_a_name(key):
         ("pin_memory", True, "on"),
         ("pin_memory", False, "off"),
         ("huge_pages", True, "on"),
+        ("self_check", False, "off"),
         ("huge_pages", "True", "on"),
         ("huge_pages", "false", "off"),
         ("metrics_per_layer", "on", True),

@@ -135,6 +135,18 @@ def link(monkeypatch, tmp_path, config):
     return made.caches.link, str(made._link())
 
 
+def self_check(monkeypatch, tmp_path, config):
+    """What is proved when the worker starts, and what is said of it."""
+    made, proved = made_worker(monkeypatch, config), []
+    monkeypatch.setattr(worker, "verify_rows", lambda *_: None)
+    monkeypatch.setattr(worker, "prove", lambda layers, renew: proved.extend(layers))
+    monkeypatch.setattr(worker, "create_look_ahead_of", lambda *_: (None, "off"))
+    monkeypatch.setattr(made, "_publish", lambda *_: None)
+    monkeypatch.setattr(made.layers[0], "expert_tensors", {}, raising=False)
+    made.start(torch.nn.Module())
+    return len(proved), made.describe()[2]
+
+
 def planned(monkeypatch, tmp_path, config):
     return published(monkeypatch, tmp_path, config)[0].get("planned_hit_ratio")
 
@@ -165,6 +177,7 @@ TABLE = {
     "huge_pages": (huge_pages, {}, {"huge_pages": "on"}),
     "emulated_link_gbps": (link, {"emulated_link_gbps": 5}, {"emulated_link_gbps": 7}),
     "emulated_link_latency_us": (link, LINKED, LINKED | {"emulated_link_latency_us": 9}),
+    "self_check": (self_check, {}, {"self_check": "off"}),
     "planned_hit_rate": (planned, {}, {"planned_hit_rate": 0.9}),
     "metrics_per_layer": (per_layer, {}, {"metrics_per_layer": True}),
     "metrics_port": (port, {}, {"metrics_port": 9400}),

@@ -155,6 +155,12 @@ class ExpertPrefetchConfig:
         0.0, "CPU only: latency of each copy batch over the emulated link, in microseconds."
     )
 
+    self_check: Annotated[StrictStr, BeforeValidator(_switch), _one_of("on", OFF)] = _key(
+        "on",
+        "Prove at start that copies are whole, and that the kernel gives the same bits whatever rows experts are in: "
+        "seconds. `off` serves what nothing has proved on this machine.",
+    )
+
     planned_hit_rate: _Share | None = _key(
         None,
         "Hit rate that the cache was sized for, 0 to 1: shown as a metric, and an alert fires below it. Unset: the "

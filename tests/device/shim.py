@@ -207,9 +207,10 @@ def install(patch: Any) -> None:
     """The same for the workers of vLLM's CPU engine in this process."""
     from vllm_expert_prefetch.cache import device
     from vllm_expert_prefetch.memory import device_rows
-    from vllm_expert_prefetch.serving import compat, sizes, worker
+    from vllm_expert_prefetch.serving import compat, proof, sizes, worker
 
     install_caches(patch)
+    patch.setattr(proof, "torch", Torch())
     options = worker.HostMemoryOptions
     patch.setattr(worker, "HostMemoryOptions", lambda **_: options(pin=True, cuda=True))
     patch.setattr(worker, "create_caches", lambda num_layers, link, where: device.DeviceCaches(num_layers, CPU))

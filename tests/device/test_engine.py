@@ -9,8 +9,11 @@ from test_growth import KV_BYTES, Measured
 
 from device import shim
 from vllm_expert_prefetch.cache.device import DeviceCache
+from vllm_expert_prefetch.config import ConfigError
 from vllm_expert_prefetch.lookahead import create
 from vllm_expert_prefetch.prediction import Prediction, Predictor
+from vllm_expert_prefetch.serving import compat
+from vllm_expert_prefetch.serving.expert_tensors import TakeoverError
 
 pytestmark = [
     pytest.mark.engine,
@@ -106,6 +109,32 @@ def test_guesses_that_are_garbage_change_no_token(monkeypatch, expected):
     assert found["transfer_bytes_total/prefetch"] > 0
     assert min(sum(layer.unused for layer in words), sum(layer.used for layer in words)) > 0
     assert recall(found) < 0.3
+
+
+@pytest.mark.parametrize("kernel", ["gather_records", "plan_step"])
+def test_a_kernel_that_a_graph_freezes_is_found_by_the_proof_at_start(monkeypatch, kernel):
+    """Every replay would then have the rows, or the records, of the captured step."""
+    shim.install(monkeypatch)
+    launches = shim.Launches.__getattr__
+
+    def freeze(self, name):
+        launch = launches(self, name)
+        is_frozen = name == kernel
+        return lambda *given: None if is_frozen and shim.Graph.current is not None else launch(*given)
+
+    monkeypatch.setattr(shim.Launches, "__getattr__", freeze)
+    with (
+        pytest.raises(TakeoverError, match=r"layers\.0.*in a replayed CUDA graph of 1 tokens, row \d+ of w13_weight"),
+        open_engine(TINY_MODEL, {"slots_per_layer": 4}),
+    ):
+        pass
+
+
+def test_a_model_without_attention_is_refused_where_padding_is_told_by_it(monkeypatch):
+    shim.install(monkeypatch)
+    monkeypatch.setattr(compat, "tells_padding", lambda vllm_config: False)
+    with pytest.raises(ConfigError, match="no attention layer with a KV cache"), open_engine(TINY_MODEL, {}):
+        pass
 
 
 def test_a_cache_that_grows_does_so_under_its_layers(monkeypatch, expected):

@@ -111,6 +111,7 @@ WRITTEN = {
     "huge_pages": ("true", "on"),
     "emulated_link_gbps": (".5", 0.5),
     "emulated_link_latency_us": ("20", 20.0),
+    "self_check": ("off", "off"),
     "planned_hit_rate": ("90 %", 0.9),
     "metrics_per_layer": ("on", True),
     "metrics_port": ("9400", 9400),

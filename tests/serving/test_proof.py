@@ -1,14 +1,23 @@
-"""The proof at start passes kernels that read an expert's rows and nothing else, and names the others."""
+"""The proof at start passes kernels that read an expert's rows and nothing else, and copies that are whole; it names
+the others. Each fault is planted alone."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from vllm_expert_prefetch.cache.create import create_caches, create_shared_rows
+from vllm_expert_prefetch.memory.host_memory import HostMemoryOptions
+from vllm_expert_prefetch.memory.host_store import HostStore
+from vllm_expert_prefetch.memory.link import EmulatedLink
+from vllm_expert_prefetch.native.library import host_library, why_not_host
 from vllm_expert_prefetch.serving.expert_tensors import TakeoverError
-from vllm_expert_prefetch.serving.proof import NUM_TOKENS, prove_kernels
+from vllm_expert_prefetch.serving.proof import NUM_TOKENS, prove
 
-E, H, TOP_K = 8, 16, 2
+pytestmark = pytest.mark.skipif(host_library() is None, reason=str(why_not_host()))
+
+E, H, TOP_K, SLOTS = 8, 32, 2, 3
+CPU = torch.device("cpu")
 
 
 class TidyExperts:
@@ -19,45 +28,106 @@ class Layer:
     """Computes with rows as a kernel does; `fault` says what its kernel reads beside them."""
 
     layer_name, local_num_experts, hidden_size, top_k, activation = "model.layers.3.mlp.experts", E, H, TOP_K, "silu"
-    accelerator = torch.device("cpu")
+    accelerator = CPU
     moe_config = SimpleNamespace(in_dtype=torch.float32)
 
-    def __init__(self, fault=None, kernel=TidyExperts):
+    def __init__(self, fault=None, kernel=TidyExperts, link=None):
         generator = torch.Generator().manual_seed(1)
-        views = {"w": torch.randn((E, H, H), generator=generator), "scale": torch.rand(E, generator=generator)}
-        tensors = {name: torch.full_like(view, torch.nan) for name, view in views.items()}
-        self.cache = SimpleNamespace(store=SimpleNamespace(views=views), tensors=tensors)
+        tensors = {"w": torch.randn((E, H, H), generator=generator), "scale": torch.rand(E, generator=generator)}
+        self.store = HostStore(tensors, HostMemoryOptions())
+        self.caches = create_caches(1, link, CPU)
+        self.space = create_shared_rows(self.store.views, SLOTS, 1, CPU).row_space(0)
         self.quant_method = SimpleNamespace(
             moe_kernel=SimpleNamespace(fused_experts=kernel()), topk_indices_dtype=torch.int64
         )
-        self.fault, self.num_calls = fault, 0
+        self.fault, self.num_calls, self.num_caches = fault, 0, 0
+        self.renew()
+
+    def renew(self):
+        self.cache = self.caches.add(0, self.store, self.space, SLOTS, TOP_K, "lru")
+        self.num_caches += 1
 
     def compute(self, x, topk_weights, topk_ids, row_ids):
         self.num_calls += 1
         rows = self.cache.tensors
         scales = self.cache.store.views["scale"] if self.fault == "a scale left behind" else rows["scale"]
+        weights = rows["w"]
         out = torch.zeros_like(x)
         for place in range(TOP_K):
             row = row_ids[:, place]
-            product = torch.einsum("tij,tj->ti", rows["w"][row], x) * scales[row, None]
+            read = topk_ids[:, place] if self.fault == "by the experts' numbers" else row
+            product = torch.einsum("tij,tj->ti", weights[read], x) * scales[row, None]
             out += topk_weights[:, place, None] * product
         if self.fault == "wide steps by the order of rows" and len(x) > 1:
             out += 1e-3 * row_ids.argmin()
         return out
 
 
-def test_a_kernel_that_reads_rows_passes_and_the_experts_end_in_another_order():
-    layer = Layer()
-    prove_kernels([layer])
-    views, rows = layer.cache.store.views["w"], layer.cache.tensors["w"]
-    assert not torch.equal(rows, views)
+def prove_all(layers):
+    prove(layers, lambda layer: layer.renew())
+
+
+def test_a_kernel_that_reads_rows_passes_and_leaves_nothing_resident_or_counted():
+    layer = Layer(link=EmulatedLink(0.01, 0.0))
+    prove_all([layer])
+    words = layer.cache.words()
+    assert (words.num_free, words.steps, words.demanded, words.issued) == (SLOTS, 0, 0, 0)
+    assert layer.num_caches == 2
+    views, rows = layer.store.views["w"], layer.cache.tensors["w"]
+    assert not torch.equal(rows, views), "the experts end in another order"
     assert torch.equal(rows.flatten(1).sort(0).values, views.flatten(1).sort(0).values)
 
 
-@pytest.mark.parametrize("fault", ["a scale left behind", "wide steps by the order of rows"])
+def test_what_is_compared_went_through_demands_and_prefetches_of_all_kinds(monkeypatch):
+    layer = Layer(link=EmulatedLink(0.002, 0.0))
+    seen = []
+    monkeypatch.setattr(Layer, "renew", lambda layer: seen.append(layer.cache.words()))
+    prove_all([layer])
+    words = seen[0]
+    assert min(words.hits, words.misses, words.used, words.wide_steps, words.overflow) > 0
+    assert words.late + words.claimed + words.cancelled > 0
+
+
+@pytest.mark.parametrize("fault", ["a scale left behind", "wide steps by the order of rows", "by the experts' numbers"])
 def test_a_kernel_that_reads_anything_else_is_named(fault):
     with pytest.raises(TakeoverError, match=r"layers\.3\.mlp\.experts with TidyExperts .* not give the same bits"):
-        prove_kernels([Layer(fault), Layer()])
+        prove_all([Layer(fault), Layer()])
+
+
+def stale(cache, ids, row_ids):
+    """A record that was never copied."""
+    cache.tensors["w"][row_ids[0, 0]] = 0
+
+
+def shifted(cache, ids, row_ids):
+    """A copy of the neighbour's record."""
+    cache.tensors["scale"][row_ids[0, 0]] = cache.store.views["scale"][(ids[0, 0] + 1) % E]
+
+
+def elsewhere(cache, ids, row_ids):
+    """A plan that names another row."""
+    row_ids[0, 0] = (row_ids[0, 0] + 1) % E
+
+
+def late(cache, ids, row_ids):
+    """A record whose last byte is still on its way."""
+    cache.tensors["w"][row_ids[0, 0]].view(torch.uint8).view(-1)[-1] ^= 1
+
+
+@pytest.mark.parametrize("fault", [stale, shifted, elsewhere, late])
+def test_copies_that_are_not_whole_are_named(monkeypatch, fault):
+    layer = Layer()
+    serve = type(layer.cache).serve
+
+    def serve_with_a_fault(self, topk_ids, rows, speculated=False):
+        row_ids = serve(self, topk_ids, rows, speculated)
+        fault(self, topk_ids, row_ids)
+        return row_ids
+
+    monkeypatch.setattr(type(layer.cache), "serve", serve_with_a_fault)
+    name = "scale" if fault is shifted else "w"
+    with pytest.raises(TakeoverError, match=rf"layers\.3.*a step of 1 tokens, row \d of {name} does not hold expert"):
+        prove_all([layer])
 
 
 def test_one_layer_of_each_kind_computes():
@@ -65,11 +135,11 @@ def test_one_layer_of_each_kind_computes():
         """Another kernel: another kind."""
 
     layers = [Layer(), Layer(), Layer(kernel=OtherExperts)]
-    prove_kernels(layers)
+    prove_all(layers)
     assert [layer.num_calls for layer in layers] == [2 * len(NUM_TOKENS), 0, 2 * len(NUM_TOKENS)]
 
 
 def test_bits_are_compared_so_that_what_is_not_a_number_may_come_out():
     layer = Layer()
-    layer.cache.store.views["scale"][:] = torch.nan
-    prove_kernels([layer])
+    layer.store.views["scale"][:] = torch.nan
+    prove_all([layer])

@@ -28,6 +28,9 @@ padding: a tensor that vLLM fills before each replay of a captured step."""
 class LayerCache(ABC):
     """C slots and E - C overflow rows for the experts of one MoE layer."""
 
+    on_device: ClassVar[bool]
+    """As `Caches` has it."""
+
     def __init__(self, store: HostStore, space: RowSpace, num_slots: int, top_k: int) -> None:
         self.store = store
         self.tensors = space
@@ -64,6 +67,9 @@ class LayerCache(ABC):
     @abstractmethod
     def words(self) -> Words:
         """The words in front of the planner's state, as last written. Changes nothing, waits for nothing."""
+
+    def join(self) -> None:  # noqa: B027 - nothing to do on the host
+        """Order what is launched next after every prefetch so far, as `Caches.join` does."""
 
     @abstractmethod
     def measure_copy(self) -> float:

@@ -48,6 +48,8 @@ class DeviceCache(LayerCache):
     the side stream where that is needed.
     """
 
+    on_device = True
+
     def __init__(
         self,
         caches: "DeviceCaches",
@@ -126,6 +128,9 @@ class DeviceCache(LayerCache):
 
     def words(self) -> Words:
         return Words._make(self._mirror.tolist())
+
+    def join(self) -> None:
+        self._caches.join()
 
     def measure_copy(self) -> float:
         row = self.num_experts - 1

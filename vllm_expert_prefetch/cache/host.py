@@ -21,6 +21,8 @@ _CHUNK_SECONDS, _LEAST_CHUNK_BYTES = 200e-6, 1024
 class HostCache(LayerCache):
     """One layer, behind one native call per step; see csrc/host/cache_bindings.cc."""
 
+    on_device = False
+
     def __init__(
         self,
         caches: "HostCaches",

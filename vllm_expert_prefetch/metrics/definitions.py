@@ -268,6 +268,7 @@ INFO_LABELS = (
     "pinned",
     "kernel",
     "quant_method",
+    "self_check",
     "platform",
     "version",
     "vllm_version",

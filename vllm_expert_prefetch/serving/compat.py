@@ -149,6 +149,16 @@ def _has_kv_slots(layer: Any) -> bool:
     return not isinstance(layer, MambaBase)
 
 
+def tells_padding(vllm_config: Any) -> bool:
+    """Whether a GPU can tell a step's tokens from padding: by the slot mapping of an attention layer, of which the
+    model, once it is built, must have one.
+    """
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    layers = vllm_config.compilation_config.static_forward_context.values()
+    return any(isinstance(layer, AttentionLayerBase) and _has_kv_slots(layer) for layer in layers)
+
+
 def allow_amx() -> None:
     """Ask Linux for AMX, where the processor has it.
 

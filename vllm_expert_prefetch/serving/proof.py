@@ -1,15 +1,23 @@
-"""The proof at start: a layer's kernel gives the same bits whichever rows its experts are in, on this very machine.
+"""The proof at start, on this very machine: what a layer's kernel is given is what the host store holds, and the kernel
+gives the same bits whichever rows the experts are in.
 
-All experts are laid into the row space of a layer in their own order, as plain vLLM has them, and then in another one;
-for both the kernel computes the same tokens. An expert tensor that was not found, a kernel whose rows depend on each
-other, or blocks in another order show as other bits. Nothing has been served yet, so whatever a row holds is replaced.
+* Copies: steps of random routing go through the layer's own planner and copies, with guesses that are right and wrong
+  in between; every row that a step names must hold every byte of its expert. On a GPU the same in a CUDA graph,
+  replayed with other routing than it was captured with.
+* Kernel: all experts are laid into the row space in their own order, as plain vLLM has them, and then in another one;
+  for both the kernel computes the same tokens. A tensor that was not found, a kernel whose rows depend on each other,
+  or blocks in another order show as other bits.
+
+One layer of each kind is tried. Nothing has been served yet: its cache is made anew afterwards, so that nothing of this
+is resident or counted.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from vllm_expert_prefetch.cache.base import LayerCache, Rows
 from vllm_expert_prefetch.config import CONFIG_KEY
 from vllm_expert_prefetch.serving.compat import kernel_name
 from vllm_expert_prefetch.serving.expert_tensors import TakeoverError
@@ -17,19 +25,23 @@ from vllm_expert_prefetch.serving.expert_tensors import TakeoverError
 if TYPE_CHECKING:
     from vllm_expert_prefetch.serving.layer import CachedRoutedExperts
 
-NUM_TOKENS = (1, 32)
-NUM_TOKENS_ON_GPU = (1, 32, 512)
+NUM_TOKENS = (1, 2, 3, 8, 33)
+NUM_TOKENS_ON_GPU = (*NUM_TOKENS, 512)
 """Of the steps that are compared: kernels take other tiles, and divide their work in other ways, for other sizes."""
+NUM_ROUNDS = 2
+"""Of steps of all widths whose copies are compared."""
 
 
-def prove_kernels(layers: "Sequence[CachedRoutedExperts]") -> None:
-    """Prove one layer of each kind: same kernel, same shapes. `layers`: those with a cache.
+def prove(layers: "Sequence[CachedRoutedExperts]", renew: "Callable[[CachedRoutedExperts], None]") -> None:
+    """Prove one layer of each kind: same kernel, same shapes. `layers`: those with a cache; `renew` gives one another.
 
-    Raises TakeoverError, naming the layer and its kernel.
+    Raises TakeoverError, naming the layer, its kernel, and what helps.
     """
     kinds = {_kind(layer): layer for layer in reversed(layers)}
     for layer in kinds.values():
-        _prove(layer)
+        _prove_copies(layer)
+        renew(layer)
+        _prove_kernel(layer)
 
 
 def _kind(layer: "CachedRoutedExperts") -> tuple[object, ...]:
@@ -38,8 +50,88 @@ def _kind(layer: "CachedRoutedExperts") -> tuple[object, ...]:
     return kernel_name(layer.quant_method), type(layer.quant_method), layer.top_k, layer.activation, *shapes
 
 
+def _prove_copies(layer: "CachedRoutedExperts") -> None:
+    cache, generator = layer.cache, torch.Generator().manual_seed(0)
+    assert cache is not None
+    for width in NUM_TOKENS * NUM_ROUNDS:
+        step = _Step(cache, layer.accelerator, width)
+        step.route(generator)
+        step.run()
+        _compare(layer, step, "a step")
+        if not cache.on_device:
+            continue
+        graph = step.capture()
+        for _ in range(2):
+            step.route(generator)
+            graph.replay()
+            _compare(layer, step, "a replayed CUDA graph")
+    cache.join()
+
+
+class _Step:
+    """One step of a layer alone: a guess, then the routing. Its tensors stay where they are, for replays."""
+
+    def __init__(self, cache: LayerCache, device: torch.device, width: int) -> None:
+        self._cache = cache
+        self.ids = torch.zeros(width, cache.top_k, dtype=torch.int32, device=device)
+        self._guess = torch.zeros(cache.top_k, dtype=torch.int64, device=device)
+        self.num_real = width if width == 1 else width - 1
+        self._rows: Rows = self.num_real
+        if cache.on_device:
+            self._rows = torch.arange(width, device=device).masked_fill_(
+                torch.arange(width, device=device) >= self.num_real, -1
+            )
+        self.row_ids = torch.zeros_like(self.ids)
+
+    def route(self, generator: torch.Generator) -> None:
+        """Other experts; half of the guess is right."""
+        scores = torch.rand((len(self.ids) + 1, self._cache.num_experts), generator=generator)
+        ids = scores.topk(self._cache.top_k).indices
+        ids[-1, ::2] = ids[0, ::2]
+        self.ids.copy_(ids[:-1])
+        self._guess.copy_(ids[-1])
+
+    def run(self) -> None:
+        """A row for each id, into `row_ids`."""
+        self._cache.prefetch(self._guess, self._rows)
+        self.row_ids.copy_(self._cache.serve(self.ids, self._rows))
+
+    def capture(self) -> torch.cuda.CUDAGraph:
+        """The same in a CUDA graph. Joins what was begun outside, and what is begun inside."""
+        self._cache.join()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.run()
+            self._cache.join()
+        return graph
+
+
+def _compare(layer: "CachedRoutedExperts", step: _Step, what: str) -> None:
+    """Every byte of the experts of a step's tokens, in the rows that it names, against the host store."""
+    cache = layer.cache
+    assert cache is not None
+    placed = dict(zip(step.ids[: step.num_real].flatten().tolist(), step.row_ids.flatten().tolist(), strict=False))
+    for name, view in cache.store.views.items():
+        rows = cache.tensors[name]
+        differing = [
+            _differs(rows[row], view[expert].to(rows.device, non_blocking=True)) for expert, row in placed.items()
+        ]
+        if torch.stack(differing).any():
+            expert, row = next(pair for pair, differs in zip(placed.items(), differing, strict=True) if differs)
+            raise TakeoverError(
+                f"{CONFIG_KEY}: {layer.layer_name}: in {what} of {len(step.ids)} tokens, row {row} of {name} does not "
+                f"hold expert {expert}, which was copied there. Set prefetch to off, or serve without the plugin; "
+                "please report it"
+            )
+
+
+def _differs(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Bits: not a number is as good as any."""
+    return (one.reshape(-1).view(torch.uint8) != other.reshape(-1).view(torch.uint8)).any()
+
+
 @torch.no_grad()
-def _prove(layer: "CachedRoutedExperts") -> None:
+def _prove_kernel(layer: "CachedRoutedExperts") -> None:
     generator = torch.Generator().manual_seed(0)
     num_experts, device = layer.local_num_experts, layer.accelerator
     dtype = layer.quant_method.topk_indices_dtype or torch.int32
@@ -58,13 +150,14 @@ def _prove(layer: "CachedRoutedExperts") -> None:
             # Kernels may write over their input, and give memory that the next call takes again.
             outputs.append(layer.compute(x.clone(), weights, ids.to(device, dtype), rows).clone())
     for expected, found in zip(outputs[: len(steps)], outputs[len(steps) :], strict=True):
-        differ = expected.view(torch.uint8) != found.view(torch.uint8)  # bits: not a number is as good as any
+        differ = expected.view(torch.uint8) != found.view(torch.uint8)
         if differ.any():
+            token = int(differ.any(-1).nonzero()[0])
             raise TakeoverError(
                 f"{CONFIG_KEY}: {layer.layer_name} with {kernel_name(layer.quant_method)} "
                 f"({type(layer.quant_method).__name__}) does not give the same bits when its experts are in other "
-                f"rows: {100 * differ.float().mean().item():.2g} % of the bytes of {len(found)} tokens differ. Choose "
-                "another --moe-backend, or serve without the plugin; please report it"
+                f"rows: {100 * differ.float().mean().item():.2g} % of the bytes of {len(found)} tokens differ, token "
+                f"{token} first. Choose another --moe-backend, or serve without the plugin; please report it"
             )
 
 

@@ -91,6 +91,8 @@ model_executor.offloader.base:BaseOffloader.join_after_forward()
 {_LOADER}base_loader:BaseModelLoader.load_model(vllm_config, model_config)
 {_LOADER.rstrip(".")}:_LOAD_FORMAT_TO_MODEL_LOADER
 {_LAYERS}mamba.abstract:MambaBase
+{_LAYERS}attention_layer_base:AttentionLayerBase
+config.compilation:CompilationConfig.static_forward_context
 {_MOE}routed_experts:RoutedExperts.forward_modular(x, topk_weights, topk_ids, shared_experts, shared_experts_input)
 {_MOE}routed_experts:RoutedExperts.weight_loader(param, loaded_weight, weight_name, shard_id, expert_id, return_success)
 {_MOE}routed_experts:RoutedExperts.load_weights

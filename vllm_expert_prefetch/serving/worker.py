@@ -1,6 +1,5 @@
 """One worker's MoE layers together: how many slots each gets, what they share, and what the start-up line says."""
 
-import re
 import time
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ import torch
 from vllm_expert_prefetch import __version__
 from vllm_expert_prefetch.cache.base import Caches, LayerCache
 from vllm_expert_prefetch.cache.create import create_caches, create_shared_rows
-from vllm_expert_prefetch.config import AUTO, ExpertPrefetchConfig
+from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, ConfigError, ExpertPrefetchConfig
 from vllm_expert_prefetch.lookahead.after import LookAhead
 from vllm_expert_prefetch.memory.host_memory import HostMemoryOptions, numa_node_of_gpu
 from vllm_expert_prefetch.memory.host_store import HostStore
@@ -21,11 +20,12 @@ from vllm_expert_prefetch.metrics.scrape_port import serve_counters
 from vllm_expert_prefetch.planning.sizing import GB
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.places import place_of
-from vllm_expert_prefetch.serving.proof import prove_kernels
+from vllm_expert_prefetch.serving.proof import prove
 from vllm_expert_prefetch.serving.sizes import CacheSizes
 from vllm_expert_prefetch.serving.sources import create_look_ahead_of
 from vllm_expert_prefetch.serving.speculation import describe_execution
 from vllm_expert_prefetch.serving.takeover import verify_rows
+from vllm_expert_prefetch.serving.wording import describe_progress, short_name, span
 
 if TYPE_CHECKING:
     from vllm_expert_prefetch.serving.layer import CachedRoutedExperts
@@ -131,18 +131,24 @@ class Worker:
             num_slots = self.sizes.slots[layers[0].number]
             shared.grow(num_slots)
             for layer in layers:
-                cache, layer.look_ahead = layer.cache, None
-                assert cache is not None
+                layer.look_ahead = None
                 if num_slots < layer.local_num_experts:
-                    layer.cache = self.caches.add(
-                        layer.number, cache.store, cache.tensors, num_slots, layer.top_k, self.config.policy
-                    )
+                    self._renew(layer)
                 else:
                     layer.become_resident()
                     self.caches.layers[layer.number] = None
         if not any(self.caches.layers):
             self.caches.close()
             self.caches = None
+
+    def _renew(self, layer: "CachedRoutedExperts") -> None:
+        """Another cache over the same memory, with the slots that the layer has now, all of them free."""
+        cache, num_slots = layer.cache, self.sizes.slots[layer.number]
+        assert self.caches is not None
+        assert cache is not None
+        layer.cache = self.caches.add(
+            layer.number, cache.store, cache.tensors, num_slots, layer.top_k, self.config.policy
+        )
 
     def layer_taken_over(self) -> None:
         """Called by each layer. Says what of the host memory could not be as it should, and how far a long load is."""
@@ -164,10 +170,18 @@ class Worker:
         A cache that still grows is counted and spoken of later.
         """
         layers, caches = self.layers, self.caches
+        if caches and caches.on_device and not compat.tells_padding(self._vllm_config):
+            raise ConfigError(
+                f"{CONFIG_KEY}: this model has no attention layer with a KV cache, by which a GPU tells tokens from "
+                "padding: give every expert a slot (cache_fraction 1), or serve without the plugin"
+            )
         for layer in layers:
             if layer.cache is not None:
                 verify_rows(layer, layer.expert_tensors, layer.local_num_experts)
-        prove_kernels([layer for layer in layers if layer.cache is not None])
+        if self.config.self_check == "on":
+            prove([layer for layer in layers if layer.cache is not None], self._renew)
+        else:
+            compat.logger().warning("expert_prefetch: self_check is off: NOTHING is proved of copies and kernels here")
         link_rate = caches.measure_bandwidth() if caches else 0.0
         look_ahead, self.prefetch = create_look_ahead_of(model, layers, self.config, caches, link_rate)
         self.execution = describe_execution(self.config, look_ahead, len(layers), self.prefetch)
@@ -188,22 +202,20 @@ class Worker:
         share = 100 * sum(self.sizes.slots) / sum(layer.local_num_experts for layer in layers)
         num_served = sum(layer.cache is not None for layer in layers)
         return [
-            f"{len(layers)} MoE layers x {_range(experts)} experts, {_range(slots)} slots each: {private / GB:.4g} GB "
+            f"{len(layers)} MoE layers x {span(experts)} experts, {span(slots)} slots each: {private / GB:.4g} GB "
             f"cache ({share:.0f} % of the experts), {shared / GB:.4g} GB overflow rows; on the host {store / GB:.4g} "
             f"GB, {'page-locked' if self._is_pinned() else 'pageable'}",
             f"policy {self.config.policy}, execution {self.execution}, prefetch {self.prefetch}; kernel "
             f"{self._kernels()} of {self._quant_methods()}, engine {self._engine_name()}, link "
-            f"{self._link() or 'not emulated'}"
-            + (f"; sizing: {self.sizes.description}" if self.sizes.description else ""),
+            f"{self._link() or 'not emulated'}; sized by {self.sizes.description}",
             f"proved: all {len(layers)} MoE layers were taken over, {num_served} read their row spaces, no other copy "
-            "of their experts can be reached"
-            + (", and the kernel gives the same bits whatever rows they are in" if num_served else ""),
+            "of their experts can be reached" + (f", {self._proved()}" if num_served else ""),
             "look: vllm_expert_prefetch_* on the server's /metrics, or vllm-expert-prefetch top URL",
         ]
 
     def _publish(self, look_ahead: LookAhead | None, link_rate: float) -> Publisher:
         layers = self.layers
-        names = [_short_name(layer.layer_name, layer.number) for layer in layers]
+        names = [short_name(layer.layer_name, layer.number) for layer in layers]
         info = {
             "execution": self.execution,
             "policy": self.config.policy,
@@ -213,6 +225,7 @@ class Worker:
             "pinned": str(self._is_pinned()).lower(),
             "kernel": self._kernels(),
             "quant_method": self._quant_methods(),
+            "self_check": "passed" if self.config.self_check == "on" else "off",
             "platform": "cuda" if self.host_memory.cuda else "cpu",
             "version": __version__,
             "vllm_version": compat.vllm_version(),
@@ -238,6 +251,11 @@ class Worker:
         if self.config.metrics_port is not None:
             serve_counters(counters, self.config.metrics_port + compat.local_rank())
         return Publisher(counters, self.caches, look_ahead)
+
+    def _proved(self) -> str:
+        if self.config.self_check == "on":
+            return "copies are whole, and the kernel gives the same bits whatever rows they are in"
+        return "NOT copies and kernels: self_check is off"
 
     def _link(self) -> EmulatedLink | None:
         gbps = self.config.emulated_link_gbps
@@ -276,22 +294,3 @@ def worker_of(vllm_config: Any, config: ExpertPrefetchConfig) -> Worker:
 def find_worker(vllm_config: Any) -> Worker | None:
     """The worker that `worker_of` has made for this configuration object, if it has."""
     return _workers.get(id(vllm_config))
-
-
-def describe_progress(num_done: int, num_layers: int, num_bytes: int, seconds: float) -> str:
-    """How far a load is after `seconds`, how fast, and how long it will take still."""
-    left = seconds / num_done * (num_layers - num_done)
-    return (
-        f"{num_done} of {num_layers} MoE layers are in host memory, {num_bytes / GB:.4g} GB at "
-        f"{num_bytes / GB / seconds:.2g} GB/s, about {left:.0f} s to go"
-    )
-
-
-def _range(values: list[int]) -> str:
-    return str(values[0]) if len(values) == 1 else f"{values[0]} to {values[-1]}"
-
-
-def _short_name(layer_name: str, index: int) -> str:
-    """The number in a layer's name: model.layers.7.mlp.experts is 7."""
-    found = re.search(r"\.(\d+)\.", layer_name)
-    return found[1] if found else str(index)

@@ -6,6 +6,7 @@ import pytest
 from formats.checkpoints import CONFIGS, ONLINE
 from vllm.config.quantization import resolve_quantization_config
 
+from vllm_expert_prefetch.cli import doctor
 from vllm_expert_prefetch.serving import backends, compat
 from vllm_expert_prefetch.serving.backends import backend_for, choose_backend
 
@@ -70,3 +71,20 @@ def test_only_what_nobody_asked_for_is_chosen(monkeypatch, on_gpu, asked, chosen
     vllm_config = config(asked)
     assert choose_backend(vllm_config) == chosen
     assert vllm_config.kernel_config.moe_backend == (chosen or asked)
+
+
+@pytest.mark.parametrize(("capability", "fp8"), [(80, "marlin"), (89, "triton"), (100, "triton")])
+def test_doctor_shows_what_is_chosen_for_the_formats(monkeypatch, capability, fp8):
+    assert backends.served_formats(capability) == {
+        "unquantised": "triton",
+        "FP8": fp8,
+        "INT8 weights and inputs": "triton",
+        "INT4": "marlin",
+        "MXFP4": "marlin",
+        "NVFP4": "marlin",
+    }
+    monkeypatch.setattr(compat, "on_cpu_platform", lambda: False)
+    monkeypatch.setattr(compat, "compute_capability", lambda: capability)
+    report = doctor.examine()
+    assert report["formats"] == backends.served_formats(capability)
+    assert f"experts served         unquantised (triton), FP8 ({fp8}), " in doctor._as_text(report)

@@ -67,6 +67,7 @@ def examine() -> dict[str, Any]:
         "platform": None,
         "plugin": _plugin(problems),
         "seams": {},
+        "formats": {},
         "native": _native(),
         "host_memory": _host_memory(),
         "problems": problems,
@@ -84,6 +85,7 @@ def examine() -> dict[str, Any]:
 
 def _examine_vllm(report: dict[str, Any], problems: list[str]) -> None:
     from vllm_expert_prefetch.serving import compat, seams
+    from vllm_expert_prefetch.serving.backends import served_formats
 
     on_cpu = compat.on_cpu_platform()
     report["platform"] = "cpu" if on_cpu else "cuda" if compat.on_cuda_platform() else "other"
@@ -94,6 +96,7 @@ def _examine_vllm(report: dict[str, Any], problems: list[str]) -> None:
         problems.append(str(error))
     if report["platform"] == "other":
         problems.append("vLLM's platform is neither an NVIDIA GPU nor the CPU: the plugin refuses to serve")
+    report["formats"] = {"unquantised": "vLLM's own"} if on_cpu else served_formats(compat.compute_capability())
     vllm = seams.installed_vllm()
     found = seams.find_seams(vllm) if vllm else {}
     lost = {name: state for name, state in found.items() if state != seams.FOUND}
@@ -158,6 +161,7 @@ def _as_text(report: dict[str, Any]) -> str:
         *(f"{name:22} {version or 'not installed'}" for name, version in report["versions"].items()),
         f"{'vLLM platform':22} {report['platform'] or 'unknown'}",
         f"{'plugin':22} {'loaded by vLLM' if report['plugin']['loaded_by_vllm'] else 'NOT loaded by vLLM'}",
+        f"{'experts served':22} {', '.join(f'{what} ({by})' for what, by in report['formats'].items()) or 'unknown'}",
         f"{'names of vLLM':22} {_seams_in_words(report['seams'])}",
         *(f"{f'native {name} library':22} {_as_words(found)}" for name, found in report["native"].items()),
         f"{'host memory':22} {memory['limit_bytes'] / 1e9:.1f} GB ({memory['limited_by']})",

@@ -34,6 +34,13 @@ def choose_backend(vllm_config: Any) -> str | None:
     return str(kernel_config.moe_backend)
 
 
+def served_formats(capability: int) -> dict[str, str]:
+    """Formats of experts -> the backend that is chosen for them on a GPU. `capability`: 89 for 8.9."""
+    names = {"unquantised": None, "FP8": "fp8", "INT8 weights and inputs": "int8_per_channel_weight_only"}
+    names |= {"INT4": "auto_gptq", "MXFP4": "mxfp4", "NVFP4": "modelopt_fp4"}
+    return {what: backend_for(name, {}, capability) for what, name in names.items()}
+
+
 def backend_for(quantization: str | None, given: Mapping[str, Any], capability: int) -> str:
     """A value of `--moe-backend`.
 

@@ -174,8 +174,14 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
         _quark("fp4", {"qscheme": "per_group", "group_size": 32, "scale_format": "e8m0", "is_dynamic": False}),
     ),
     "INT8, quantised while loading": ("experts_int8", {"quant_method": "experts_int8"}),
+    "FP8 per tensor, made while loading": ("fp8_per_tensor", {}),
+    "FP8 in blocks of 128, made while loading": ("fp8_per_block", {}),
+    "FP8 per channel, made while loading": ("fp8_per_channel", {}),
+    "INT8 weights, made while loading": ("int8_per_channel_weight_only", {}),
+    "MXFP8, made while loading": ("mxfp8", {}),
+    "MXFP4, made while loading": ("mxfp4", {}),
 }
-"""name -> (vLLM's name of the method, the checkpoint's quantization_config)."""
+"""name -> (vLLM's name of the method, the checkpoint's quantization_config: none where vLLM quantises)."""
 
 
 def ask(capability: int, names: list[str]) -> dict[str, dict[str, str]]:
@@ -235,9 +241,18 @@ def make_layer(name: str, backend: str) -> Any:
         expert_mask=None,
         routing_tables=None,
     )
-    quant_config = get_quantization_config(quantization).from_config(given)
+    quant_config = get_quantization_config(quantization).from_config(given) if given else _online(quantization)
     config = moe_config(**differs, moe_backend=backend)
     return RoutedExperts(_LAYER, torch.bfloat16, config, quant_config, expert_map_manager=experts)
+
+
+def _online(name: str) -> Any:
+    from vllm.config.quantization import _ONLINE_SHORTHANDS
+    from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
+
+    if name not in _ONLINE_SHORTHANDS:
+        raise NotImplementedError(name)
+    return OnlineQuantizationConfig(_ONLINE_SHORTHANDS[name])
 
 
 def outcome_of(layer: Any) -> str:
@@ -264,7 +279,10 @@ def _fill(layer: torch.nn.Module) -> None:
 
     So no two rows are equal, whatever vLLM makes of them.
     """
-    for name, parameter in layer.named_parameters():
+    for name, parameter in list(layer.named_parameters()):
+        if parameter.is_meta:  # vLLM has them made when all of a layer's weights are read
+            parameter = torch.nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False)
+            layer.register_parameter(name, parameter)
         if name.endswith("weight_shape"):
             parameter.data.fill_(512)
         elif parameter.is_floating_point() and parameter.element_size() > 1:

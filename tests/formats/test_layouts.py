@@ -18,13 +18,14 @@ from vllm_expert_prefetch.serving.backends import backend_for
 LAYOUTS = json.loads(RESULT.read_text())["layouts"]
 NUM_PROVED = 210
 """Combinations: fewer would be a loss of something that was served."""
-NEVER = {"INT4 weights, FP8 inputs (compressed-tensors)", "INT8, quantised while loading"}
-"""Formats for which vLLM has neither Marlin nor Triton, and experts that are refused whatever computes them."""
+NEVER = {"INT4 weights, FP8 inputs (compressed-tensors)", "MXFP8, made while loading", "MXFP4, made while loading"}
+"""Formats for which vLLM has neither Marlin nor Triton, and what only a GPU's kernels make (see `test_engine.py`)."""
 NOT_THERE = {
     "INT4 (GPTQ), moe_wna16": [("0.26.0", capability) for capability in CAPABILITIES],
     "INT4 (AWQ), moe_wna16": [("0.26.0", capability) for capability in CAPABILITIES],
     "MXFP4, inputs too (Quark)": [("0.26.0", capability) for capability in CAPABILITIES],
     "MXFP4 (compressed-tensors)": [(version, 100) for version in VERSIONS],
+    "FP8 per channel, made while loading": [(version, 80) for version in VERSIONS],
 }
 
 

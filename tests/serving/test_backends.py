@@ -34,7 +34,13 @@ def test_every_format_gets_a_backend_that_reads_rows(name, capability):
 
 @pytest.mark.parametrize(
     ("quantization", "backend"),
-    [(None, "triton"), ("moe_wna16", "triton"), ("modelopt", "triton"), ("quark", "marlin")],
+    [
+        (None, "triton"),
+        ("moe_wna16", "triton"),
+        ("experts_int8", "triton"),
+        ("modelopt", "triton"),
+        ("quark", "marlin"),
+    ],
 )
 def test_formats_without_a_test_checkpoint(quantization, backend):
     assert backend_for(quantization, {}, 90) == backend

@@ -1,4 +1,4 @@
-"""What a worker says of a long load."""
+"""What a worker says of a long load, and what it asks of the host before."""
 
 import logging
 from types import SimpleNamespace
@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_expert_prefetch.config import ExpertPrefetchConfig
+from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig
+from vllm_expert_prefetch.memory import host_limit
 from vllm_expert_prefetch.serving import compat, worker
 
 
@@ -52,3 +53,37 @@ def test_a_long_load_says_every_ten_seconds_how_far_it_is_and_how_long_it_will_t
             layer.cache.store.num_bytes = 10**9
             loading.layer_taken_over()
     assert [message.removeprefix("expert_prefetch: ") for message in caplog.messages] == said
+
+
+@pytest.mark.parametrize(("made_while_loading", "num_ranks", "fits"), [(0, 1, True), (0, 2, False), (1, 2, True)])
+def test_more_experts_than_the_host_holds_are_refused_before_the_first_weight(
+    monkeypatch, made_while_loading, num_ranks, fits
+):
+    """Three layers of 16 bytes on each rank of a host of 48. What vLLM makes smaller while it loads is not known."""
+    monkeypatch.setattr(compat, "on_cuda_platform", lambda: False)
+    monkeypatch.setattr(host_limit, "host_limit", lambda: host_limit.HostLimit(48, "the memory of this host"))
+    parallel = SimpleNamespace(distributed_executor_backend="mp", local_world_size=num_ranks)
+    loading = worker.Worker(SimpleNamespace(parallel_config=parallel), ExpertPrefetchConfig())
+    layers = [Layer(loading) for _ in range(3)]
+    for layer in layers:
+        layer.quant_method = SimpleNamespace(uses_meta_device=bool(made_while_loading))
+    if fits:
+        loading.loading_begins()
+    else:
+        with pytest.raises(ConfigError, match=r"all experts take 9\.6e-08 GB of host memory"):
+            loading.loading_begins()
+    loading.loading_begins()  # asked once
+
+
+@pytest.mark.parametrize(("pin", "says"), [("on", True), ("off", False)])
+def test_little_room_beside_page_locked_experts_is_said(monkeypatch, caplog, pin, says):
+    monkeypatch.setattr(compat, "on_cuda_platform", lambda: False)
+    monkeypatch.setattr(host_limit, "host_limit", lambda: host_limit.HostLimit(50, "the memory of this host"))
+    parallel = SimpleNamespace(distributed_executor_backend="ray", local_world_size=8)
+    loading = worker.Worker(SimpleNamespace(parallel_config=parallel), ExpertPrefetchConfig(pin_memory=pin))
+    layers = [Layer(loading) for _ in range(3)]
+    for layer in layers:
+        layer.quant_method = SimpleNamespace()
+    with caplog.at_level(logging.WARNING, "vllm.expert_prefetch"):
+        loading.loading_begins()
+    assert any("less than a tenth is left" in message for message in caplog.messages) == says

@@ -15,7 +15,8 @@ _FP8_CAPABILITY = 89
 _FP8 = ("fp8", "fbgemm_fp8", "modelopt")
 """Not deepseek_v4_fp8: its experts are MXFP4."""
 _ONLINE = {"fp8_per_tensor": "float", "fp8_per_block": "float", "fp8_per_channel": "float"} | {
-    "int8_per_channel_weight_only": "int"
+    "int8_per_channel_weight_only": "int",
+    "experts_int8": "int",
 }
 """What vLLM makes of unquantised experts while it loads them, where Triton multiplies 8 bits."""
 

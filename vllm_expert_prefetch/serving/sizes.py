@@ -49,10 +49,12 @@ class CacheSizes:
     def check_host(self, layers: "list[CachedRoutedExperts]", pin: bool) -> None:
         """Raise ConfigError where this host cannot hold the experts of all `layers`, as they are in the checkpoint.
 
-        Says where page-locking them would leave little to everything else.
+        Says where page-locking them would leave little to everything else. What vLLM makes of them while it loads them
+        is not known yet.
         """
         self.is_host_checked = True
-        num_bytes = sum(sum(layer.unprocessed_row_bytes) * layer.local_num_experts for layer in layers)
+        known = [layer for layer in layers if not compat.quantises_while_loading(layer.quant_method)]
+        num_bytes = sum(sum(layer.unprocessed_row_bytes) * layer.local_num_experts for layer in known)
         note = check_experts_fit(num_bytes * compat.ranks_on_this_host(self._vllm_config.parallel_config))
         if note and pin:
             compat.logger().warning("expert_prefetch: %s", note)

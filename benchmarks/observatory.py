@@ -174,9 +174,11 @@ class Load:
 def load(url: str, prompts: list[str], clients: int, tokens: int = 32) -> Iterator[Load]:
     """Completions from `clients` threads, without a pause, until the block is left and every request has ended."""
     result, lock, stop = Load(), threading.Lock(), threading.Event()
+    # A connection for each request: the server closes those that wait for 5 s, on a busy machine just as they are used.
+    limits = httpx.Limits(max_keepalive_connections=0)
 
     def ask(number: int) -> None:
-        with httpx.Client(timeout=120) as client:
+        with httpx.Client(timeout=120, limits=limits) as client:
             while not stop.is_set():
                 number += clients
                 body = {"model": "demo", "prompt": prompts[number % len(prompts)], "max_tokens": tokens}

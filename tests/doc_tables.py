@@ -51,18 +51,6 @@ def layer_refusals_table() -> str:
     return _refusal_rows(LAYER_REFUSALS)
 
 
-def formats_table() -> str:
-    """One row per quantised format with a test, and the kernels that it is shown with."""
-    from formats.checkpoints import CASES, PUBLISHED
-
-    kernels = ("marlin", "triton")
-    rows = [
-        (what, *("bit-equal" if (name, kernel) in CASES else "" for kernel in kernels))
-        for name, what in PUBLISHED.items()
-    ]
-    return _table(("format", *(f"`--moe-backend {kernel}`" for kernel in kernels)), rows)
-
-
 def backends_table() -> str:
     """One row per format: vLLM's default kernel and what the plugin chooses, as `make formats` found them."""
     from formats.offered import CAPABILITIES, RESULT, VERSIONS
@@ -79,9 +67,10 @@ def backends_table() -> str:
     return _table(("format", *(f"SM {capability}" for capability in CAPABILITIES)), rows)
 
 
-def layouts_table() -> str:
-    """One row per format: with which backends its rows were found again, and which are refused, in each version."""
-    from formats.layouts import FORMATS, FOUND, REFUSED
+def formats_table() -> str:
+    """One row per format: how far it was shown with each backend, and which are refused."""
+    from formats.checkpoints import CASES
+    from formats.layouts import FORMATS, FOUND, REFUSED, TRIED
     from formats.offered import RESULT
 
     found = json.loads(RESULT.read_text())["layouts"]
@@ -96,15 +85,20 @@ def layouts_table() -> str:
                 versions.setdefault(on, []).append(version.removesuffix(".0"))
         return "; ".join(", ".join(short) + on for on, short in versions.items())
 
-    rows = []
+    def shown(name: str, backend: str) -> str:
+        checkpoint, kernel = TRIED.get(name, ("", ""))
+        rows = where(name, backend, FOUND) or where(name, "any", FOUND)
+        levels = [rows and f"bytes {rows}", kernel and backend == "triton" and "kernel"]
+        return "; ".join(filter(None, [*levels, (checkpoint, backend) in CASES and "engine"]))
+
+    rows = [("unquantised", "", "kernel; engine; one H100", "all others")]
     for name in FORMATS:
         asked = {backend for gpus in found.values() for formats in gpus.values() for backend in formats[name]}
         refused = [backend for backend in sorted(asked - {"any"}) if where(name, backend, REFUSED)]
         if "any" in asked:
             refused.insert(0, f"any of {where(name, 'any', REFUSED)}")
-        proved = (where(name, backend, FOUND) or where(name, "any", FOUND) for backend in ("marlin", "triton"))
-        rows.append((name, *proved, ", ".join(refused)))
-    return _table(("format", "rows found with `marlin`", "rows found with `triton`", "refused"), rows)
+        rows.append((name, *(shown(name, backend) for backend in ("marlin", "triton")), ", ".join(refused)))
+    return _table(("format", "`marlin`", "`triton`", "refused by name"), rows)
 
 
 def families_table() -> str:
@@ -133,7 +127,6 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "refusals": (DOCS / "compatibility.md", refusals_table),
     "formats": (DOCS / "compatibility.md", formats_table),
     "backends": (DOCS / "compatibility.md", backends_table),
-    "layouts": (DOCS / "compatibility.md", layouts_table),
     "layer_refusals": (DOCS / "compatibility.md", layer_refusals_table),
 }
 

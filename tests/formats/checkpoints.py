@@ -31,24 +31,6 @@ MARLIN += ("online-fp8", "online-mxfp8", "online-mxfp4")
 TRITON += ("online-fp8", "online-fp8-block", "online-fp8-channel", "online-int8")
 CASES = [(name, "marlin") for name in MARLIN] + [(name, "triton") for name in TRITON]
 """(format, --moe-backend): what `test_engine.py` shows, and docs/compatibility.md says."""
-PUBLISHED = {
-    "gptq": "INT4 weights: GPTQ",
-    "awq": "INT4 weights with zero points: AWQ",
-    "w4a16": "INT4 weights: compressed-tensors (`pack-quantized`)",
-    "fp8-channel": "FP8 per channel, inputs per token: compressed-tensors",
-    "fp8-block": "FP8 in blocks of 128 x 128: `fp8` (DeepSeek, Qwen3)",
-    "fp8-static": "FP8 per tensor, static inputs: `fp8`",
-    "fp8-dynamic": "FP8 per tensor, dynamic inputs: `fp8`",
-    "int8": "INT8 weights and inputs: compressed-tensors",
-    "nvfp4": "NVFP4: ModelOpt",
-    "mxfp4": "MXFP4 with biases: gpt-oss",
-    "online-fp8": "FP8 per tensor, made while loading: `--quantization fp8` or `fp8_per_tensor`",
-    "online-fp8-block": "FP8 in blocks, made while loading: `fp8_per_block`",
-    "online-fp8-channel": "FP8 per channel, made while loading: `fp8_per_channel`",
-    "online-int8": "INT8 weights, made while loading: `int8_per_channel_weight_only`",
-    "online-mxfp8": "MXFP8, made while loading: `mxfp8`",
-    "online-mxfp4": "MXFP4, made while loading: `mxfp4`",
-}
 Tensors = dict[str, torch.Tensor]
 _PARTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "self_attn.qkv_proj")
 _UNQUANTISED = [f"model.layers.{i}.{part}" for i in range(4) for part in (*_PARTS, "mlp.gate")] + ["lm_head"]

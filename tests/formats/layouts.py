@@ -183,6 +183,28 @@ FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """name -> (vLLM's name of the method, the checkpoint's quantization_config: none where vLLM quantises)."""
 
+TRIED = {
+    "FP8 in blocks of 128": ("fp8-block", "fp8-block"),
+    "FP8 per channel (compressed-tensors)": ("fp8-channel", "fp8-channel"),
+    "FP8 per tensor, static inputs": ("fp8-static", "fp8-static"),
+    "FP8 per tensor, dynamic inputs": ("fp8-dynamic", "fp8-dynamic"),
+    "INT8 weights and inputs": ("int8", "int8"),
+    "INT8 weights (compressed-tensors)": ("", "int8-weights"),
+    "INT4 (compressed-tensors)": ("w4a16", "int4-weights"),
+    "INT4 with zero points (compressed-tensors)": ("", "int4-weights-zeros"),
+    "INT4 (GPTQ)": ("gptq", ""),
+    "INT4 (AWQ)": ("awq", ""),
+    "MXFP4 (gpt-oss)": ("mxfp4", ""),
+    "NVFP4, inputs too": ("nvfp4", ""),
+    "FP8 per tensor, made while loading": ("online-fp8", ""),
+    "FP8 in blocks of 128, made while loading": ("online-fp8-block", ""),
+    "FP8 per channel, made while loading": ("online-fp8-channel", ""),
+    "INT8 weights, made while loading": ("online-int8", ""),
+    "MXFP8, made while loading": ("online-mxfp8", ""),
+    "MXFP4, made while loading": ("online-mxfp4", ""),
+}
+"""name -> its checkpoint (`checkpoints.py`), which the engine serves; and its kernel in Triton (`triton_rows.py`)."""
+
 
 def ask(capability: int, names: list[str]) -> dict[str, dict[str, str]]:
     """Of the vLLM in PYTHONPATH: format -> backend -> outcome, of the backends that vLLM offers for the format."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from doc_tables import documented, layouts_table
+from doc_tables import documented, formats_table
 from torch import nn
 
 from formats.layouts import CAPABILITIES, FORMATS, FOUND, NOT_BUILT, NUM_EXPERTS, REFUSED, counts, find_rows
@@ -37,7 +37,7 @@ def test_make_formats_saw_no_fault():
     for gpus in LAYOUTS.values():
         assert list(gpus) == [str(capability) for capability in CAPABILITIES], "run make formats"
         assert all(list(formats) == list(FORMATS) for formats in gpus.values()), "run make formats"
-    assert documented("layouts") == layouts_table(), "python tests/doc_tables.py brings it up to date"
+    assert documented("formats") == formats_table(), "python tests/doc_tables.py brings it up to date"
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

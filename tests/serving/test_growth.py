@@ -44,6 +44,7 @@ class Measured:
             self.kv_bytes_seen.append(worker.cache_config.kv_cache_memory_bytes)
             return available
 
+        monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)  # a size of the KV cache before all others
         monkeypatch.setattr(compat, "measures_memory", lambda: True)
         monkeypatch.setattr(CPUWorker, "determine_available_memory", measure)
 

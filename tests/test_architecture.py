@@ -35,7 +35,7 @@ RULES = {
     "ray_serve": Rule(),
     "cli": Rule(
         ["native", "residency", "config", "metrics", "planning"],
-        late_parts=["memory", "prediction", "lookahead", "calibration", "demo", "serving", "studies"],
+        late_parts=["memory", "cache", "prediction", "lookahead", "calibration", "demo", "serving", "studies"],
         torch="late",
         vllm="late",
     ),

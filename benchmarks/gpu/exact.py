@@ -49,8 +49,9 @@ def measure(plan: ServingPlan, scratch: Path, on_gpu: bool, quick: bool) -> dict
     subjects = {"trained, tiny": Subject(str(TINY_MODEL), 0.5)}
     if on_gpu:
         subjects["random, shares rows"] = Subject(_sharing_model(scratch), 0.25, SHARING.vocab)
-    # The one in the middle is no captured size: its steps have rows of padding.
-    batches = sorted({1, min(5, plan.exact_prompts), plan.exact_prompts})
+    # All but the first and the last are no captured sizes: their steps have rows of padding.
+    batches = sorted({1, min(5, plan.exact_prompts), plan.exact_prompts, *(() if quick else (3, 9, 17))})
+    batches = [batch for batch in batches if batch <= plan.exact_prompts]
     wanted = {
         (name, mode, who): _job(subject, mode, who == PLUGIN, batches, plan.exact_prompts, on_gpu)
         for name, subject in subjects.items()

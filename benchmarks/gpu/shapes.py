@@ -100,7 +100,7 @@ class ServingPlan:
         """On a GPU a quarter of the layers of Qwen3-30B-A3B: six engines then fit side by side into 128 GiB of host
         memory, and start within the time of a lease. Without one a tiny model of the same architecture."""
         if on_gpu:
-            plan = ServingPlan(MoeShape(num_layers=12), (1, 4, 8, 16, 32), rounds=2, num_tokens=40, exact_prompts=32)
+            plan = ServingPlan(MoeShape(num_layers=12), (1, 4, 8, 16, 32), rounds=2, num_tokens=40, exact_prompts=33)
             few = replace(plan.shape, num_layers=4)
             return replace(plan, shape=few, batches=(1, 8), exact_prompts=8) if quick else plan
         shape = MoeShape(4, 32, 4, hidden=256, intermediate=64, num_heads=4, num_kv_heads=1, head_size=64, vocab=2048)

@@ -171,6 +171,7 @@ class Torch:
 
     cuda = SimpleNamespace(
         current_device=lambda: 0,
+        get_device_name=lambda: "a shim",
         current_stream=lambda _=None: MAIN,
         empty_cache=lambda: None,
         synchronize=lambda: Stream(1).synchronize(),

@@ -16,7 +16,7 @@ from formats.offered import RESULT, ROOT, VERSIONS
 from vllm_expert_prefetch.serving.backends import backend_for
 
 LAYOUTS = json.loads(RESULT.read_text())["layouts"]
-NUM_PROVED = 210
+NUM_PROVED = 246
 """Combinations: fewer would be a loss of something that was served."""
 NEVER = {"INT4 weights, FP8 inputs (compressed-tensors)", "MXFP8, made while loading", "MXFP4, made while loading"}
 """Formats for which vLLM has neither Marlin nor Triton, and what only a GPU's kernels make (see `test_engine.py`)."""

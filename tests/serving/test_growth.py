@@ -11,6 +11,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 
 from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig
 from vllm_expert_prefetch.serving import compat, steps
+from vllm_expert_prefetch.serving.layer import CachedRoutedExperts
 from vllm_expert_prefetch.serving.sizes import CacheSizes
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K = 8, 16, 2
@@ -94,6 +95,14 @@ def test_a_kv_cache_that_does_not_fit_is_an_error_at_start(monkeypatch):
         open_engine(TINY_MODEL, {}, kv_cache_memory_bytes=KV_BYTES),
     ):
         pass
+
+
+def test_a_layer_that_becomes_resident_has_every_expert_in_its_own_row():
+    views, rows = ({"w": torch.rand(4, 3), "s": torch.rand(4)} for _ in range(2))
+    layer = SimpleNamespace(cache=SimpleNamespace(store=SimpleNamespace(views=views), tensors=rows))
+    CachedRoutedExperts.become_resident(layer)
+    assert layer.cache is None
+    assert all(torch.equal(rows[name], view) for name, view in views.items())
 
 
 def watched(monkeypatch, ours, measure):

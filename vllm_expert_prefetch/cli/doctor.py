@@ -25,6 +25,7 @@ def add_parser(subparsers: Any) -> None:
         help="only: is every name of vLLM there that the plugin touches? In the vLLM that is `installed`, or in the "
         "folder `vllm` of another one, such as an unpacked wheel",
     )
+    parser.add_argument("--gpu", action="store_true", help="only: what the GPU does with this package's kernels")
     parser.set_defaults(run=run)
 
 
@@ -32,10 +33,26 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the report; 0 when a server can be started, 1 otherwise."""
     if arguments.seams:
         return _show_seams(arguments.seams, arguments.json)
+    if arguments.gpu:
+        return _show_gpu(arguments.json)
     logging.disable(logging.WARNING)
     report = examine()
     print(json.dumps(report, indent=2) if arguments.json else _as_text(report))
     return 1 if report["problems"] else 0
+
+
+def _show_gpu(as_json: bool) -> int:
+    """Print what was measured and proved; 1, with the reason, where there is no GPU or something is wrong."""
+    from vllm_expert_prefetch.cli.doctor_gpu import as_text, examine_gpu
+    from vllm_expert_prefetch.native.library import why_not_cuda
+
+    missing = why_not_cuda()
+    if missing:
+        print(f"no GPU to look at: {missing}", file=sys.stderr)
+        return 1
+    report = examine_gpu()
+    print(json.dumps(report, indent=2) if as_json else as_text(report))
+    return 0
 
 
 def _show_seams(where: str, as_json: bool) -> int:
@@ -70,6 +87,7 @@ def examine() -> dict[str, Any]:
         "formats": {},
         "native": _native(),
         "host_memory": _host_memory(),
+        "workers": _workers(),
         "problems": problems,
     }
     from vllm_expert_prefetch.serving import compat
@@ -147,6 +165,16 @@ def _host_memory() -> dict[str, Any]:
     }
 
 
+def _workers() -> list[dict[str, str]]:
+    """Those that serve on this host now, with what they say of themselves."""
+    from vllm_expert_prefetch.metrics.counters import SUFFIX, read_counters
+    from vllm_expert_prefetch.metrics.locks import is_locked
+    from vllm_expert_prefetch.metrics.runtime_dir import folders
+
+    snapshots = [read_counters(path) for folder in folders() for path in folder.glob(f"*{SUFFIX}") if is_locked(path)]
+    return [snapshot.labels | snapshot.info for snapshot in snapshots]
+
+
 def _version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)
@@ -166,6 +194,11 @@ def _as_text(report: dict[str, Any]) -> str:
         *(f"{f'native {name} library':22} {_as_words(found)}" for name, found in report["native"].items()),
         f"{'host memory':22} {memory['limit_bytes'] / 1e9:.1f} GB ({memory['limited_by']})",
         f"{'NUMA nodes':22} {memory['numa_nodes'] or 'unknown'}",
+        *(
+            f"{'serves now':22} {worker['model_name']}, engine {worker['engine']}, rank {worker['rank']}: "
+            f"self_check {worker['self_check']}, kernel {worker['kernel']}"
+            for worker in report["workers"]
+        ),
         f"{'memlock limit':22} {'unlimited' if limit is None else f'{limit / 1e6:.1f} MB'}",
         "",
     ]

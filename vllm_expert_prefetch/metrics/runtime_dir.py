@@ -86,6 +86,13 @@ def remove_runtime_dir() -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
+def folders() -> list[Path]:
+    """Of every server of this user on this host, as far as this process sees them."""
+    bases = {Path(place) for place in (os.environ.get("XDG_RUNTIME_DIR"), tempfile.gettempdir()) if place}
+    found = [path for base in sorted(bases) for path in sorted(base.glob(f"{_PREFIX}*-*"))]
+    return [path for path in found if path.is_dir() and path.stat().st_uid == os.getuid()]
+
+
 def carry_to_ray_workers() -> None:
     """Let vLLM's Ray executor copy the directory's name to its workers: those on this host find it then."""
     names = [name for name in os.environ.get(_RAY_COPIES, "").split(",") if name]

@@ -54,21 +54,21 @@ def _prove_copies(layer: "CachedRoutedExperts") -> None:
     cache, generator = layer.cache, torch.Generator().manual_seed(0)
     assert cache is not None
     for width in NUM_TOKENS * NUM_ROUNDS:
-        step = _Step(cache, layer.accelerator, width)
+        step = Step(cache, layer.accelerator, width)
         step.route(generator)
         step.run()
-        _compare(layer, step, "a step")
+        compare(cache, layer.layer_name, step, "a step")
         if not cache.on_device:
             continue
         graph = step.capture()
         for _ in range(2):
             step.route(generator)
             graph.replay()
-            _compare(layer, step, "a replayed CUDA graph")
+            compare(cache, layer.layer_name, step, "a replayed CUDA graph")
     cache.join()
 
 
-class _Step:
+class Step:
     """One step of a layer alone: a guess, then the routing. Its tensors stay where they are, for replays."""
 
     def __init__(self, cache: LayerCache, device: torch.device, width: int) -> None:
@@ -106,10 +106,8 @@ class _Step:
         return graph
 
 
-def _compare(layer: "CachedRoutedExperts", step: _Step, what: str) -> None:
-    """Every byte of the experts of a step's tokens, in the rows that it names, against the host store."""
-    cache = layer.cache
-    assert cache is not None
+def compare(cache: LayerCache, layer_name: str, step: Step, what: str) -> None:
+    """Raise TakeoverError unless every byte of the experts of a step's tokens is in the rows that it names."""
     placed = dict(zip(step.ids[: step.num_real].flatten().tolist(), step.row_ids.flatten().tolist(), strict=False))
     for name, view in cache.store.views.items():
         rows = cache.tensors[name]
@@ -119,7 +117,7 @@ def _compare(layer: "CachedRoutedExperts", step: _Step, what: str) -> None:
         if torch.stack(differing).any():
             expert, row = next(pair for pair, differs in zip(placed.items(), differing, strict=True) if differs)
             raise TakeoverError(
-                f"{CONFIG_KEY}: {layer.layer_name}: in {what} of {len(step.ids)} tokens, row {row} of {name} does not "
+                f"{CONFIG_KEY}: {layer_name}: in {what} of {len(step.ids)} tokens, row {row} of {name} does not "
                 f"hold expert {expert}, which was copied there. Set prefetch to off, or serve without the plugin; "
                 "please report it"
             )

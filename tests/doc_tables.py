@@ -88,10 +88,14 @@ def formats_table() -> str:
     def shown(name: str, backend: str) -> str:
         checkpoint, kernel = TRIED.get(name, ("", ""))
         rows = where(name, backend, FOUND) or where(name, "any", FOUND)
-        levels = [rows and f"bytes {rows}", kernel and backend == "triton" and "kernel"]
-        return "; ".join(filter(None, [*levels, (checkpoint, backend) in CASES and "engine"]))
+        levels = {
+            f"bytes {rows}": bool(rows),
+            "kernel": bool(kernel) and backend == "triton",
+            "engine": (checkpoint, backend) in CASES,
+        }
+        return "; ".join(level for level, is_shown in levels.items() if is_shown)
 
-    rows = [("unquantised", "", "kernel; engine; one H100", "all others")]
+    rows: list[tuple[str, ...]] = [("unquantised", "", "kernel; engine; one H100", "all others")]
     for name in FORMATS:
         asked = {backend for gpus in found.values() for formats in gpus.values() for backend in formats[name]}
         refused = [backend for backend in sorted(asked - {"any"}) if where(name, backend, REFUSED)]

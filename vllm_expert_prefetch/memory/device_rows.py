@@ -39,7 +39,7 @@ def bytes_taken() -> int:
 class DeviceSharedRows:
     """The row spaces of all layers whose records have one shape and that have C slots, and what is behind their rows.
 
-    As `row_space.SharedRows`: all memory starts zeroed, and is given back with the last tensor over it.
+    As `row_space.SharedRows`: all memory starts zeroed, and is given back with this and the last tensor over it.
     """
 
     def __init__(self, rows_like: Mapping[str, torch.Tensor], num_slots: int, areas: int, device: torch.device) -> None:
@@ -70,7 +70,8 @@ class DeviceSharedRows:
                 space[name] = _with_memory(lambda like=like: torch.zeros_like(like, device=self._device))  # type: ignore[misc]
                 private_bytes += space[name].nbytes
                 continue
-            addresses = self._library.row_space_reserve(extent.private + extent.shared, self._device.index)
+            size = extent.private + extent.shared
+            addresses = _with_memory(lambda size=size: self._library.row_space_reserve(size, self._device.index))  # type: ignore[misc]
             self._push(addresses, self._create(extent.private))
             self._push(addresses, self._areas[area][name])
             self._ranges.append((name, area, addresses))

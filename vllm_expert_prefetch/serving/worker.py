@@ -45,8 +45,8 @@ class Worker:
         self.sizes = CacheSizes(vllm_config, config)
         self.caches: Caches | None = None
         """None before the first takeover, and where every expert is resident."""
-        self._groups: dict[tuple[object, ...], tuple[Any, list[CachedRoutedExperts]]] = {}
-        """Layers that share overflow rows, and these."""
+        self._groups: dict[tuple[object, ...], tuple[Any, list[int]]] = {}
+        """Overflow rows, and the numbers of the layers that share them."""
         self._model: weakref.ref[torch.nn.Module] | None = None
         self._num_taken_over = 0
         self._began = self._said = 0.0
@@ -104,8 +104,8 @@ class Worker:
         key = (num_slots, *((name, view.shape, view.dtype) for name, view in store.views.items()))
         if key not in self._groups:
             self._groups[key] = create_shared_rows(store.views, num_slots, 1, layer.accelerator), []
-        shared, layers = self._groups[key]
-        layers.append(layer)
+        shared, numbers = self._groups[key]
+        numbers.append(layer.number)
         return self.caches.add(layer.number, store, shared.row_space(0), num_slots, layer.top_k, self.config.policy)
 
     def measured(self, requested: int, activations: int, available: int, sequence: int) -> int:
@@ -127,10 +127,11 @@ class Worker:
 
     def _grow(self) -> None:
         assert self.caches is not None
-        for shared, layers in self._groups.values():
-            num_slots = self.sizes.slots[layers[0].number]
+        layers = self.layers
+        for shared, numbers in self._groups.values():
+            num_slots = self.sizes.slots[numbers[0]]
             shared.grow(num_slots)
-            for layer in layers:
+            for layer in (layers[number] for number in numbers):
                 layer.look_ahead = None
                 if num_slots < layer.local_num_experts:
                     self._renew(layer)

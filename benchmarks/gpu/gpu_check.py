@@ -1,6 +1,6 @@
 """Everything that is to be proven on a machine with a GPU, in steps that can be resumed. See docs/gpu-check.md.
 
-Each step runs in a process of its own and writes its JSON when it ends. `--device cpu --quick` rehearses.
+Each step runs in a process of its own and writes its JSON when it ends. `--rehearse` needs no GPU.
 """
 
 import argparse
@@ -41,6 +41,7 @@ def main() -> int:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rehearse", action="store_true", help="as --device cpu --quick")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: rehearse what needs no GPU")
     parser.add_argument("--quick", action="store_true", help="small numbers")
     parser.add_argument("--only", nargs="+", choices=STEPS, metavar="STEP", help=f"of {', '.join(STEPS)}")
@@ -51,6 +52,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder of the steps' JSON (default benchmarks/results/GPU)")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.rehearse:
+        arguments.device, arguments.quick = "cpu", True
     on_gpu = arguments.device == "cuda"
     if arguments.out is None:
         arguments.out = machine.ROOT / (f"benchmarks/results/{machine.short_name()}" if on_gpu else "build/gpu-check")

@@ -19,7 +19,7 @@ WITHOUT_ENGINES = ["--only", *(step for step in STEPS if step not in ENGINE_STEP
 
 def rehearse(out, *arguments):
     """What it prints, and the JSON of its last line."""
-    command = [sys.executable, str(SCRIPT), "--device", "cpu", "--quick", "--out", str(out), *arguments]
+    command = [sys.executable, str(SCRIPT), "--rehearse", "--out", str(out), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=570, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout, json.loads(done.stdout.splitlines()[-1])

@@ -1,0 +1,159 @@
+"""Forks and joins under a model of CUDA's capture rules, in every order in which vLLM may capture, replay and step.
+
+The rules: an event of a capture is never waited for outside of it; a stream that is captured waits for no event from
+outside; a capture ends only when everything that was forked in it has been joined. vLLM's hooks call `join` before a
+capture, before a replay, and before a capture ends.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+from vllm_expert_prefetch.cache import device as module
+from vllm_expert_prefetch.cache.device import DeviceCaches
+from vllm_expert_prefetch.memory.host_memory import HostMemory, HostMemoryOptions
+from vllm_expert_prefetch.memory.host_store import HostStore
+from vllm_expert_prefetch.native.library import host_library, why_not_host
+
+pytestmark = pytest.mark.skipif(host_library() is None, reason=str(why_not_host()))
+
+NUM_LAYERS, NUM_EXPERTS, NUM_SLOTS = 4, 8, 3
+DEVICE, ROWS, GUESS = torch.device("cpu", 0), torch.zeros(1, dtype=torch.int64), torch.tensor([[1, 2]])
+
+
+class BrokenRule(Exception):
+    """CUDA would refuse this."""
+
+
+class World:
+    """What is being captured, None for nothing; and the streams that were forked in it and are not joined."""
+
+    def __init__(self):
+        self.capture, self.forked, self.main = None, set(), None
+        self.main = Stream(self)
+
+    def begin(self, name):
+        self.capture, self.main.capture = name, name
+
+    def end(self):
+        if self.forked:
+            raise BrokenRule("a capture ends with work that nobody joined")
+        self.capture = self.main.capture = None
+
+
+class Stream:
+    def __init__(self, world):
+        self.world, self.capture, self.cuda_stream = world, None, id(self)
+
+    def wait_event(self, event):
+        if event.capture is not None and event.capture != self.world.capture:
+            raise BrokenRule(f"an event of capture {event.capture} is waited for in {self.world.capture}")
+        if event.capture is None and self.capture is not None:
+            raise BrokenRule("a stream that is captured waits for an event from outside")
+        if self is self.world.main:
+            self.world.forked.discard(event.stream)
+            if event.stream.capture is not None:
+                event.stream.capture = None
+        elif event.capture is not None:
+            self.capture = event.capture
+            self.world.forked.add(self)
+
+    def synchronize(self):
+        pass
+
+
+class Event:
+    capture, stream = None, None
+
+    def record(self, stream):
+        self.capture, self.stream = stream.capture, stream
+
+
+class Library:
+    def __getattr__(self, name):
+        return lambda *_: None
+
+    def device_pointer(self, address, _device):
+        return address
+
+    def board_ints(self, num_experts):
+        return 3 * num_experts + 2
+
+
+@pytest.fixture
+def made(monkeypatch):
+    world = World()
+    monkeypatch.setattr(module, "cuda_library", Library)
+    monkeypatch.setattr(module.torch, "device", lambda *_: DEVICE)
+    monkeypatch.setattr(module, "HostMemory", lambda num_bytes, _: HostMemory(num_bytes, HostMemoryOptions()))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: Stream(world))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: world.main)
+    caches = DeviceCaches(NUM_LAYERS, DEVICE)
+    tensors = {"w": torch.zeros(NUM_EXPERTS, 4)}
+    for number in range(NUM_LAYERS):
+        store = HostStore(tensors, HostMemoryOptions(pin=True, must_pin=False))
+        caches.add(number, store, {"w": torch.zeros(NUM_EXPERTS, 4)}, NUM_SLOTS, 2, "lru")
+    return world, caches
+
+
+class Engine:
+    """vLLM's hooks around what it does. With `crosses_tokens` the last layer guesses for the next token's first."""
+
+    def __init__(self, world, caches, crosses_tokens):
+        self.world, self.caches, self.crosses_tokens = world, caches, crosses_tokens
+
+    def layer(self, number):
+        self.caches.layers[number].serve(GUESS, ROWS)
+        target = (number + 1) % NUM_LAYERS
+        if target or self.crosses_tokens:
+            self.caches.prefetch([(target, GUESS)], ROWS)
+
+    def eager(self):
+        for _ in range(2):
+            for number in range(NUM_LAYERS):
+                self.layer(number)
+
+    def full_capture(self):
+        self.eager()
+        self.caches.join()
+        self.world.begin("full")
+        for number in range(NUM_LAYERS):
+            self.layer(number)
+        self.caches.join()
+        self.world.end()
+
+    def pieces_captured(self):
+        self.eager()
+        for number in range(NUM_LAYERS):
+            self.caches.join()
+            self.world.begin(f"piece {number}")
+            self.layer(number)
+            self.caches.join()
+            self.world.end()
+
+    def replay(self):
+        self.caches.join()
+
+    def pieces_replayed(self):
+        for _ in range(NUM_LAYERS):
+            self.caches.join()
+
+
+@pytest.mark.parametrize("crosses_tokens", [False, True])
+def test_every_order_of_steps_captures_and_replays_keeps_the_rules(made, crosses_tokens):
+    engine = Engine(*made, crosses_tokens)
+    acts = ("eager", "full_capture", "pieces_captured", "replay", "pieces_replayed")
+    for order in itertools.permutations(acts):
+        for act in order:
+            getattr(engine, act)()
+    assert engine.world.capture is None
+
+
+@pytest.mark.parametrize("act", ["full_capture", "pieces_captured"])
+def test_a_join_that_is_left_out_breaks_a_rule(made, monkeypatch, act):
+    engine = Engine(*made, crosses_tokens=True)
+    monkeypatch.setattr(engine.caches, "join", lambda: None)
+    with pytest.raises(BrokenRule):
+        getattr(engine, act)()

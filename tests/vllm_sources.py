@@ -5,10 +5,11 @@ zip archive, and the index gives parts of files.
 import io
 import json
 import os
-import urllib.error
 import urllib.request
 import zipfile
 from collections.abc import Iterable
+from email.message import Message
+from http.client import HTTPException
 from pathlib import Path
 
 INDEX = "https://pypi.org/simple/vllm/"
@@ -40,16 +41,18 @@ def sources(version: str, files: Iterable[str]) -> Path:
 
 def _url(version: str) -> str:
     request = urllib.request.Request(INDEX, headers={"Accept": "application/vnd.pypi.simple.v1+json"})
-    files = json.load(_open(request))["files"]
+    files = json.loads(_get(request)[0])["files"]
     wheels = [file["url"] for file in files if file["filename"].startswith(f"vllm-{version}-")]
     return str(next(url for url in wheels if "x86_64" in url))
 
 
-def _open(request: urllib.request.Request) -> io.BufferedIOBase:
+def _get(request: urllib.request.Request) -> tuple[bytes, Message]:
+    """The answer and its headers."""
     try:
-        return urllib.request.urlopen(request, timeout=60)  # type: ignore[no-any-return]
-    except (urllib.error.URLError, TimeoutError) as error:
-        raise Unreachable(f"{INDEX}: {error}") from error
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.read(), answer.headers
+    except (OSError, HTTPException) as error:
+        raise Unreachable(f"{request.full_url}: {error}") from error
 
 
 class _Remote(io.RawIOBase):
@@ -57,8 +60,7 @@ class _Remote(io.RawIOBase):
 
     def __init__(self, url: str) -> None:
         self._url, self._at, self._begin, self._part = url, 0, 0, b""
-        with _open(urllib.request.Request(url, method="HEAD")) as answer:
-            self._size = int(answer.headers["Content-Length"])  # type: ignore[attr-defined]
+        self._size = int(_get(urllib.request.Request(url, method="HEAD"))[1]["Content-Length"])
 
     def seekable(self) -> bool:
         return True
@@ -78,7 +80,7 @@ class _Remote(io.RawIOBase):
         if not self._begin <= self._at <= end <= self._begin + len(self._part):
             last = min(self._size, max(end, self._at + (256 << 10))) - 1
             request = urllib.request.Request(self._url, headers={"Range": f"bytes={self._at}-{last}"})
-            self._begin, self._part = self._at, _open(request).read()
+            self._begin, self._part = self._at, _get(request)[0]
         found = self._part[self._at - self._begin : end - self._begin]
         self._at = end
         return found

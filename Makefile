@@ -79,7 +79,7 @@ lint: setup  ## ruff, mypy and clang-format
 	$(BIN)/mypy
 	MYPYPATH=tests:tests/serving:tests/native:benchmarks:benchmarks/gpu:deploy $(BIN)/mypy $(MYPY_TESTS) \
 		$$(git ls-files 'tests/*.py' | grep -v conftest.py)
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'tests/native/cpp/*' | grep -E '\.(cc|cu|cuh|h)$$')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*' 'tests/native/cpp/*' 'tests/device/shim/*' | grep -E '\.(cc|cu|cuh|h)$$')
 
 check: lint  ## lint, and the quick tests that start no engine
 	$(BIN)/pytest -m "not engine and not slow" $(PYTEST_ARGS)

@@ -79,10 +79,10 @@ void PlanStep(TensorView state, TensorView rows, TensorView ids, TensorView real
     Id* out = cuda_data<Id>(row_ids, num_ids, "row_ids");
     tvm::ffi::CUDADeviceGuard guard(state.device().device_id);
     start_for(num_ids, plan_step_kernel<kFewThreads, Id>, plan_step_kernel<kManyThreads, Id>,
-               [&](auto kernel, int threads) {
-                 launch(kernel, 1, threads, layer.shared, stream, layer.memory, tokens, static_cast<int>(num_ids), out,
-                        orders, is_speculated);
-               });
+              [&](auto kernel, int threads) {
+                launch(kernel, 1, threads, layer.shared, stream, layer.memory, tokens, static_cast<int>(num_ids), out,
+                       orders, is_speculated);
+              });
     check_launch("plan_step");
   };
   ids.dtype().bits == 64 ? plan_as(int64_t{}) : plan_as(int32_t{});
@@ -105,10 +105,10 @@ void PlanPrefetch(TensorView state, TensorView rows, TensorView predicted, Tenso
                                static_cast<int>(predicted.size(1)), static_cast<int>(num_tokens)};
     tvm::ffi::CUDADeviceGuard guard(state.device().device_id);
     start_for(num_ids, plan_prefetch_kernel<kFewThreads, Id>, plan_prefetch_kernel<kManyThreads, Id>,
-               [&](auto kernel, int threads) {
-                 launch(kernel, 1, threads, layer.shared, stream, layer.memory, ids, static_cast<int>(num_ids),
-                        reinterpret_cast<const volatile int32_t*>(budget), static_cast<int>(most), orders);
-               });
+              [&](auto kernel, int threads) {
+                launch(kernel, 1, threads, layer.shared, stream, layer.memory, ids, static_cast<int>(num_ids),
+                       reinterpret_cast<const volatile int32_t*>(budget), static_cast<int>(most), orders);
+              });
     check_launch("plan_prefetch");
   };
   predicted.dtype().bits == 64 ? plan_as(int64_t{}) : plan_as(int32_t{});

@@ -1,6 +1,6 @@
 // The part of CUDA's runtime API that csrc/cuda uses, over threads: what is launched on stream 0 runs at once, what is
-// launched on any other stream is queued for one thread that runs it in order. A kernel's blocks run one after the other,
-// each as one thread. Page-locked memory is ordinary memory.
+// launched on any other stream is queued for one thread that runs it in order. A kernel's blocks run one after the
+// other, each as one thread. Page-locked memory is ordinary memory.
 //
 // What this cannot show: times, the memory order of a GPU, blocks that run side by side, and capture (tests/gpu does).
 #pragma once
@@ -52,7 +52,9 @@ class ShimQueue {
   }
 
  private:
-  ShimQueue() { std::thread([this] { run(); }).detach(); }
+  ShimQueue() {
+    std::thread([this] { run(); }).detach();
+  }
   void run() {
     std::unique_lock lock(mutex_);
     while (true) {
@@ -123,10 +125,10 @@ inline cudaError_t cudaHostGetDevicePointer(void** device, void* host, unsigned)
 inline cudaError_t cudaGetDriverEntryPointByVersion(const char* name, void** address, unsigned, unsigned long long,
                                                     cudaDriverEntryPointQueryResult* found) {
   *found = cudaDriverEntryPointSymbolNotFound;
-#define VEP_SHIM(function)                                \
-  if (std::string(name) == #function) {                   \
-    *address = reinterpret_cast<void*>(&function);        \
-    *found = cudaDriverEntryPointSuccess;                 \
+#define VEP_SHIM(function)                         \
+  if (std::string(name) == #function) {            \
+    *address = reinterpret_cast<void*>(&function); \
+    *found = cudaDriverEntryPointSuccess;          \
   }
   VEP_SHIM(cuDeviceGetAttribute)
   VEP_SHIM(cuGetErrorString)

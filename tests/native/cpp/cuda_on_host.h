@@ -1,5 +1,5 @@
-// Enough of CUDA to run kernels on host threads: index arithmetic and protocols, not performance. A block is one thread,
-// or several that share a barrier (plan_on_host.cc).
+// Enough of CUDA to run kernels on host threads: index arithmetic and protocols, not performance. A block is one
+// thread, or several that share a barrier (plan_on_host.cc).
 #pragma once
 
 #include <algorithm>

@@ -11,6 +11,7 @@ from vllm_expert_prefetch.memory.host_memory import HostMemoryOptions
 from vllm_expert_prefetch.memory.host_store import HostStore
 from vllm_expert_prefetch.memory.link import EmulatedLink
 from vllm_expert_prefetch.native.library import host_library, why_not_host
+from vllm_expert_prefetch.serving import compat, proof
 from vllm_expert_prefetch.serving.expert_tensors import TakeoverError
 from vllm_expert_prefetch.serving.proof import NUM_TOKENS, prove
 
@@ -41,6 +42,7 @@ class Layer:
             moe_kernel=SimpleNamespace(fused_experts=kernel()), topk_indices_dtype=torch.int64
         )
         self.fault, self.num_calls, self.num_caches = fault, 0, 0
+        self.padded: set[int] = set()
         self.renew()
 
     def renew(self):
@@ -49,6 +51,7 @@ class Layer:
 
     def compute(self, x, topk_weights, topk_ids, row_ids):
         self.num_calls += 1
+        self.padded |= {len(x)} if (row_ids[-1] == -1).all() and (topk_ids[-1] == -1).all() else set()
         rows = self.cache.tensors
         scales = self.cache.store.views["scale"] if self.fault == "a scale left behind" else rows["scale"]
         weights = rows["w"]
@@ -58,6 +61,8 @@ class Layer:
             read = topk_ids[:, place] if self.fault == "by the experts' numbers" else row
             product = torch.einsum("tij,tj->ti", weights[read], x) * scales[row, None]
             out += topk_weights[:, place, None] * product
+        if self.fault == "padding":
+            out[-1] += 0 if (row_ids[-1] == -1).all() else row_ids[-1, 0]
         if self.fault == "wide steps by the order of rows" and len(x) > 1:
             out += 1e-3 * row_ids.argmin()
         return out
@@ -128,6 +133,25 @@ def test_copies_that_are_not_whole_are_named(monkeypatch, fault):
     name = "scale" if fault is shifted else "w"
     with pytest.raises(TakeoverError, match=rf"layers\.3.*a step of 1 tokens, row \d of {name} does not hold expert"):
         prove_all([layer])
+
+
+@pytest.mark.parametrize("pads", [False, True])
+def test_kernels_are_given_padding_where_plain_vllm_gives_it(monkeypatch, pads):
+    monkeypatch.setattr(proof, "gives_padding_no_expert", lambda: pads)
+    layer = Layer()
+    prove_all([layer])
+    assert layer.padded == (set(NUM_TOKENS) - {1} if pads else set())
+    with pytest.raises(TakeoverError, match="of 1 tokens differ"):
+        prove_all([Layer("padding")])
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "version", "pads"), [(True, "0.26.0", False), (True, "0.30.1", True), (False, "0.33.0", False)]
+)
+def test_plain_vllm_gives_padding_no_expert_on_gpus_since_0_30(monkeypatch, on_gpu, version, pads):
+    monkeypatch.setattr(compat, "on_cuda_platform", lambda: on_gpu)
+    monkeypatch.setattr(compat, "vllm_version", lambda: version)
+    assert compat.gives_padding_no_expert() == pads
 
 
 def test_one_layer_of_each_kind_computes():

@@ -159,6 +159,11 @@ def tells_padding(vllm_config: Any) -> bool:
     return any(isinstance(layer, AttentionLayerBase) and _has_kv_slots(layer) for layer in layers)
 
 
+def gives_padding_no_expert() -> bool:
+    """Whether plain vLLM routes rows of padding to -1, so that its kernels must take that: on a GPU, since 0.30."""
+    return on_cuda_platform() and Version(Version(vllm_version()).base_version) >= Version("0.30")
+
+
 def allow_amx() -> None:
     """Ask Linux for AMX, where the processor has it.
 

@@ -19,7 +19,7 @@ import torch
 
 from vllm_expert_prefetch.cache.base import LayerCache, Rows
 from vllm_expert_prefetch.config import CONFIG_KEY
-from vllm_expert_prefetch.serving.compat import kernel_name
+from vllm_expert_prefetch.serving.compat import gives_padding_no_expert, kernel_name
 from vllm_expert_prefetch.serving.expert_tensors import TakeoverError
 
 if TYPE_CHECKING:
@@ -139,14 +139,18 @@ def _prove_kernel(layer: "CachedRoutedExperts") -> None:
         x = torch.randn((num_tokens, layer.hidden_size), generator=generator)
         scores = torch.rand((num_tokens, num_experts), generator=generator).topk(layer.top_k)
         weights = scores.values / scores.values.sum(-1, keepdim=True)
-        steps.append((x.to(device, layer.moe_config.in_dtype), weights.to(device), scores.indices))
+        pads = num_tokens > 1 and gives_padding_no_expert()
+        if pads:
+            scores.indices[-1] = -1
+        steps.append((x.to(device, layer.moe_config.in_dtype), weights.to(device), scores.indices, num_tokens - pads))
     outputs = []
     for row_of in (own_order, other_order):
         _lay(layer, row_of.tolist())
-        for x, weights, ids in steps:
-            rows = row_of[ids].to(device, dtype)
+        for x, weights, ids, num_real in steps:
+            rows = torch.where(ids < 0, ids, row_of[ids]).to(device, dtype)
             # Kernels may write over their input, and give memory that the next call takes again.
-            outputs.append(layer.compute(x.clone(), weights, ids.to(device, dtype), rows).clone())
+            output = layer.compute(x.clone(), weights, ids.to(device, dtype), rows)
+            outputs.append(output[:num_real].clone())
     for expected, found in zip(outputs[: len(steps)], outputs[len(steps) :], strict=True):
         differ = expected.view(torch.uint8) != found.view(torch.uint8)
         if differ.any():

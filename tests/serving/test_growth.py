@@ -150,6 +150,15 @@ def test_a_model_without_a_kv_cache_is_started_before_it_is_compiled(monkeypatch
     assert started == [True]
 
 
+def test_nothing_grows_where_a_token_needs_every_expert(monkeypatch):
+    monkeypatch.setattr(compat, "measures_memory", lambda: True)
+    sizes = CacheSizes(SimpleNamespace(), ExpertPrefetchConfig())
+    rows = torch.empty(2, 4096, dtype=torch.uint8)
+    layer = SimpleNamespace(accelerator=rows.device, local_num_experts=2, top_k=2, unprocessed_row_bytes=())
+    sizes.decide([layer] * 4, layer, {"w": rows})
+    assert (sizes.slots, sizes.grows) == ([2] * 4, False)
+
+
 @pytest.mark.parametrize(("tokens", "left"), [(50, 50_000), (250, 250_000), (251, 251_000)])
 def test_tokens_for_the_kv_cache_are_a_share_of_a_sequence_or_several(monkeypatch, tokens, left):
     monkeypatch.setattr(compat, "measures_memory", lambda: True)

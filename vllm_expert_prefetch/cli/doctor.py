@@ -1,6 +1,7 @@
 """`vllm-expert-prefetch doctor`: what is installed, what was found, what would stop a server from starting."""
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import logging
@@ -50,7 +51,11 @@ def _show_gpu(as_json: bool) -> int:
     if missing:
         print(f"no GPU to look at: {missing}", file=sys.stderr)
         return 1
-    report = examine_gpu()
+    try:
+        report = examine_gpu()
+    except (ConfigError, RuntimeError) as error:  # what was measured, proved or asked of the driver went wrong
+        print(f"PROBLEM: {error}", file=sys.stderr)
+        return 1
     print(json.dumps(report, indent=2) if as_json else as_text(report))
     return 0
 
@@ -171,8 +176,13 @@ def _workers() -> list[dict[str, str]]:
     from vllm_expert_prefetch.metrics.locks import is_locked
     from vllm_expert_prefetch.metrics.runtime_dir import folders
 
-    snapshots = [read_counters(path) for folder in folders() for path in folder.glob(f"*{SUFFIX}") if is_locked(path)]
-    return [snapshot.labels | snapshot.info for snapshot in snapshots]
+    workers = []
+    for path in (path for folder in folders() for path in folder.glob(f"*{SUFFIX}")):
+        with contextlib.suppress(FileNotFoundError):  # its server has just ended
+            if is_locked(path):
+                snapshot = read_counters(path)
+                workers.append({"self_check": "unknown"} | snapshot.labels | snapshot.info)
+    return workers
 
 
 def _version(distribution: str) -> str | None:

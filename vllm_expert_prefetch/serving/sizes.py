@@ -70,6 +70,7 @@ class CacheSizes:
             self.slots = [shape.num_experts for shape in self._shapes]
         else:
             self.slots = size_cache(self._config, self._shapes, self._page, self.grows)
+            self.grows = self.grows and self.slots != [shape.num_experts for shape in self._shapes]
             given = [f"{name} = {getattr(self._config, name)}" for name in self._config.sizes_given]
             self.description = given[0] if given else "default"
 

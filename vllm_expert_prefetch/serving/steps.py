@@ -71,11 +71,8 @@ def watch_memory(worker: Any, vllm_config: Any) -> None:
 
     vLLM measures nothing where the bytes of its KV cache are given, so that these are kept from it meanwhile.
     """
-    measure, warm_up, cache_config = (
-        worker.determine_available_memory,
-        worker.compile_or_warm_up_model,
-        vllm_config.cache_config,
-    )
+    measure, warm_up = worker.determine_available_memory, worker.compile_or_warm_up_model
+    cache_config = vllm_config.cache_config
 
     def growing() -> Worker | None:
         found = find_worker(vllm_config)

@@ -9,7 +9,7 @@ import torch
 from vllm_expert_prefetch import __version__
 from vllm_expert_prefetch.cache.base import Caches, LayerCache
 from vllm_expert_prefetch.cache.create import create_caches, create_shared_rows
-from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, ConfigError, ExpertPrefetchConfig
+from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, OFF, ConfigError, ExpertPrefetchConfig
 from vllm_expert_prefetch.lookahead.after import LookAhead
 from vllm_expert_prefetch.memory.host_memory import HostMemoryOptions, numa_node_of_gpu
 from vllm_expert_prefetch.memory.host_store import HostStore
@@ -168,7 +168,7 @@ class Worker:
     def start(self, model: torch.nn.Module) -> None:
         """The model is loaded and every layer taken over: prove it, look ahead where that is asked for, count, say so.
 
-        A cache that still grows is counted and spoken of later.
+        All but the look-ahead's memory waits for a cache that still grows.
         """
         layers, caches = self.layers, self.caches
         if caches and caches.on_device and not compat.tells_padding(self._vllm_config):
@@ -179,21 +179,25 @@ class Worker:
         for layer in layers:
             if layer.cache is not None:
                 verify_rows(layer, layer.expert_tensors, layer.local_num_experts)
+        if self.sizes.grows:
+            self._model = weakref.ref(model)
+            self._look_ahead(model, 0.0)  # vLLM measures beside it; it is made anew for the caches that have grown
+            return
         if self.config.self_check == "on":
             prove([layer for layer in layers if layer.cache is not None], self._renew)
         else:
             compat.logger().warning("expert_prefetch: self_check is off: NOTHING is proved of copies and kernels here")
         link_rate = caches.measure_bandwidth() if caches else 0.0
-        look_ahead, self.prefetch = create_look_ahead_of(model, layers, self.config, caches, link_rate)
-        self.execution = describe_execution(self.config, look_ahead, len(layers), self.prefetch)
-        for layer in layers:
-            layer.look_ahead = look_ahead
-        if self.sizes.grows:
-            self._model = weakref.ref(model)
-            return
-        self.publisher = self._publish(look_ahead, link_rate)
+        self.publisher = self._publish(self._look_ahead(model, link_rate), link_rate)
         for line in self.describe():
             compat.logger().info("expert_prefetch: %s", line)
+
+    def _look_ahead(self, model: torch.nn.Module, link_rate: float) -> LookAhead | None:
+        look_ahead, self.prefetch = create_look_ahead_of(model, self.layers, self.config, self.caches, link_rate)
+        self.execution = describe_execution(self.config, look_ahead, len(self._layers), self.prefetch)
+        for layer in self.layers:
+            layer.look_ahead = look_ahead
+        return look_ahead
 
     def describe(self) -> list[str]:
         """The lines of the start: what is offloaded, how it is served, what was proved, where to look."""
@@ -226,7 +230,7 @@ class Worker:
             "pinned": str(self._is_pinned()).lower(),
             "kernel": self._kernels(),
             "quant_method": self._quant_methods(),
-            "self_check": "passed" if self.config.self_check == "on" else "off",
+            "self_check": "off" if self.config.self_check == OFF else "passed" if self.caches else "not needed",
             "platform": "cuda" if self.host_memory.cuda else "cpu",
             "version": __version__,
             "vllm_version": compat.vllm_version(),

@@ -50,8 +50,7 @@ def measure(plan: ServingPlan, scratch: Path, on_gpu: bool, quick: bool) -> dict
     if on_gpu:
         subjects["random, shares rows"] = Subject(_sharing_model(scratch), 0.25, SHARING.vocab)
     # All but the first and the last are no captured sizes: their steps have rows of padding.
-    batches = sorted({1, min(5, plan.exact_prompts), plan.exact_prompts, *(() if quick else (3, 9, 17))})
-    batches = [batch for batch in batches if batch <= plan.exact_prompts]
+    batches = [batch for batch in (1, 3, 5, 9, 17) if batch < plan.exact_prompts] + [plan.exact_prompts]
     wanted = {
         (name, mode, who): _job(subject, mode, who == PLUGIN, batches, plan.exact_prompts, on_gpu)
         for name, subject in subjects.items()

@@ -1,4 +1,4 @@
-"""The FP8 checkpoint: is it what it says, does vLLM serve it, and what does the plugin say to it?"""
+"""The FP8 checkpoint: is it what it says, and do plain vLLM and the plugin serve it?"""
 
 import tempfile
 from dataclasses import replace

@@ -9,17 +9,13 @@ import itertools
 
 import pytest
 import torch
+from noted_device import NUM_LAYERS, Library, make_caches
 
-from vllm_expert_prefetch.cache import device as module
-from vllm_expert_prefetch.cache.device import DeviceCaches
-from vllm_expert_prefetch.memory.host_memory import HostMemory, HostMemoryOptions
-from vllm_expert_prefetch.memory.host_store import HostStore
 from vllm_expert_prefetch.native.library import host_library, why_not_host
 
 pytestmark = pytest.mark.skipif(host_library() is None, reason=str(why_not_host()))
 
-NUM_LAYERS, NUM_EXPERTS, NUM_SLOTS = 4, 8, 3
-DEVICE, ROWS, GUESS = torch.device("cpu", 0), torch.zeros(1, dtype=torch.int64), torch.tensor([[1, 2]])
+ROWS, GUESS = torch.zeros(1, dtype=torch.int64), torch.tensor([[1, 2]])
 
 
 class BrokenRule(Exception):
@@ -70,32 +66,10 @@ class Event:
         self.capture, self.stream = stream.capture, stream
 
 
-class Library:
-    def __getattr__(self, name):
-        return lambda *_: None
-
-    def device_pointer(self, address, _device):
-        return address
-
-    def board_ints(self, num_experts):
-        return 3 * num_experts + 2
-
-
 @pytest.fixture
 def made(monkeypatch):
     world = World()
-    monkeypatch.setattr(module, "cuda_library", Library)
-    monkeypatch.setattr(module.torch, "device", lambda *_: DEVICE)
-    monkeypatch.setattr(module, "HostMemory", lambda num_bytes, _: HostMemory(num_bytes, HostMemoryOptions()))
-    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: Stream(world))
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: world.main)
-    caches = DeviceCaches(NUM_LAYERS, DEVICE)
-    tensors = {"w": torch.zeros(NUM_EXPERTS, 4)}
-    for number in range(NUM_LAYERS):
-        store = HostStore(tensors, HostMemoryOptions(pin=True, must_pin=False))
-        caches.add(number, store, {"w": torch.zeros(NUM_EXPERTS, 4)}, NUM_SLOTS, 2, "lru")
-    return world, caches
+    return world, make_caches(monkeypatch, Library(), world.main, Stream(world), Event)
 
 
 class Engine:

@@ -4,35 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from noted_device import NUM_EXPERTS, NUM_LAYERS, NUM_SLOTS, TOP_K, Library, make_caches
 
-from vllm_expert_prefetch.cache import device as module
-from vllm_expert_prefetch.cache.device import DeviceCaches
 from vllm_expert_prefetch.cache.words import Words
-from vllm_expert_prefetch.memory.host_memory import HostMemory, HostMemoryOptions
-from vllm_expert_prefetch.memory.host_store import HostStore
 from vllm_expert_prefetch.native.library import host_library, why_not_host
 
 pytestmark = pytest.mark.skipif(host_library() is None, reason=str(why_not_host()))
 
-NUM_LAYERS, NUM_EXPERTS, NUM_SLOTS, TOP_K = 4, 8, 3, 2
-DEVICE = torch.device("cpu", 0)
 ROWS = torch.zeros(5, dtype=torch.int64)
-
-
-class Library:
-    """Notes what is called."""
-
-    def __init__(self):
-        self.calls = []
-
-    def __getattr__(self, name):
-        return lambda *arguments: self.calls.append((name, arguments))
-
-    def device_pointer(self, address, _device):
-        return address
-
-    def board_ints(self, num_experts):
-        return 3 * num_experts + 2
 
 
 class Stream:
@@ -51,18 +30,9 @@ class Stream:
 def made(monkeypatch):
     """The calls so far, and the caches."""
     library = Library()
-    monkeypatch.setattr(module, "cuda_library", lambda: library)
-    monkeypatch.setattr(module.torch, "device", lambda *_: DEVICE)
-    monkeypatch.setattr(module, "HostMemory", lambda num_bytes, _: HostMemory(num_bytes, HostMemoryOptions()))
-    monkeypatch.setattr(torch.cuda, "Stream", lambda *_, **__: Stream(library.calls, "side"))
-    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=lambda _: None))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: Stream(library.calls, "main"))
-    caches = DeviceCaches(NUM_LAYERS, DEVICE)
-    tensors = {"w": torch.arange(NUM_EXPERTS * 4).view(NUM_EXPERTS, 4)}
-    for number in range(NUM_LAYERS):
-        store = HostStore(tensors, HostMemoryOptions())
-        caches.add(number, store, {"w": torch.zeros_like(tensors["w"])}, NUM_SLOTS, TOP_K, "lru")
-    library.calls.clear()
+    main, side = (Stream(library.calls, name) for name in ("main", "side"))
+    event = lambda: SimpleNamespace(record=lambda _: None)  # noqa: E731
+    caches = make_caches(monkeypatch, library, main, side, event)
     return library.calls, caches
 
 

@@ -273,7 +273,7 @@ def _online(name: str) -> Any:
     from vllm.model_executor.layers.quantization.online.base import OnlineQuantizationConfig
 
     if name not in _ONLINE_SHORTHANDS:
-        raise NotImplementedError(name)
+        raise ValueError(f"this release of vLLM does not make {name} while it loads")
     return OnlineQuantizationConfig(_ONLINE_SHORTHANDS[name])
 
 

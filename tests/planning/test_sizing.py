@@ -218,6 +218,6 @@ def test_one_sequence_is_kept_where_half_of_the_room_is_less_and_no_more_than_th
 
 def test_the_start_up_line_has_every_term():
     assert MemoryProfile(90 * GB, 3 * GB, 70 * GB, 5 * GB, 4 * GB).describe() == (
-        "90.00 GB for vLLM - 12.00 GB other weights - 3.00 GB activations and CUDA graphs - 16.00 GB KV cache "
+        "90.00 GB for vLLM - 12.00 GB weights and other - 3.00 GB activations and CUDA graphs - 16.00 GB KV cache "
         "(4 x max_model_len) = 59.00 GB for experts"
     )

@@ -84,7 +84,7 @@ def test_doctor_shows_what_is_chosen_for_the_formats(monkeypatch, capability, fp
     assert backends.served_formats(capability) == {
         "unquantised": "triton",
         "FP8": fp8,
-        "INT8 weights and inputs": "triton",
+        "INT8": "triton",
         "INT4": "marlin",
         "MXFP4": "marlin",
         "NVFP4": "marlin",

@@ -68,7 +68,7 @@ class MemoryProfile:
         other = self.requested_bytes - self.activation_bytes - self.available_bytes - self.cache_bytes
         sequences = self.kv_cache_bytes / self.sequence_bytes if self.sequence_bytes else 0
         return (
-            f"{self.requested_bytes / GB:.2f} GB for vLLM - {other / GB:.2f} GB other weights - "
+            f"{self.requested_bytes / GB:.2f} GB for vLLM - {other / GB:.2f} GB weights and other - "
             f"{self.activation_bytes / GB:.2f} GB activations and CUDA graphs - {self.kv_cache_bytes / GB:.2f} GB KV "
             f"cache ({sequences:.3g} x max_model_len) = {self.most_cache_bytes / GB:.2f} GB for experts"
         )

@@ -14,7 +14,10 @@ _FP8_CAPABILITY = 89
 """The first one whose tensor cores multiply FP8, which Triton's kernel needs."""
 _FP8 = ("fp8", "fbgemm_fp8", "modelopt")
 """Not deepseek_v4_fp8: its experts are MXFP4."""
-_ONLINE = {"fp8_per_tensor": "float", "fp8_per_block": "float", "fp8_per_channel": "float"} | {
+_ONLINE = {
+    "fp8_per_tensor": "float",
+    "fp8_per_block": "float",
+    "fp8_per_channel": "float",
     "int8_per_channel_weight_only": "int",
     "experts_int8": "int",
 }
@@ -37,8 +40,14 @@ def choose_backend(vllm_config: Any) -> str | None:
 
 def served_formats(capability: int) -> dict[str, str]:
     """Formats of experts -> the backend that is chosen for them on a GPU. `capability`: 89 for 8.9."""
-    names = {"unquantised": None, "FP8": "fp8", "INT8 weights and inputs": "int8_per_channel_weight_only"}
-    names |= {"INT4": "auto_gptq", "MXFP4": "mxfp4", "NVFP4": "modelopt_fp4"}
+    names = {
+        "unquantised": None,
+        "FP8": "fp8",
+        "INT8": "experts_int8",
+        "INT4": "auto_gptq",
+        "MXFP4": "mxfp4",
+        "NVFP4": "modelopt_fp4",
+    }
     return {what: backend_for(name, {}, capability) for what, name in names.items()}
 
 

@@ -1,8 +1,10 @@
 """Settings that must stand before torch and vLLM are imported: one thread, the engine inside this process. And
-`--skips-allowed`: what may be skipped."""
+`--skips-allowed`: what may be skipped. And a package that vLLM imports for nothing."""
 
 import os
 import re
+import sys
+from types import ModuleType
 
 import pytest
 
@@ -26,3 +28,14 @@ def pytest_runtest_makereport(item, call):
             report.outcome = "failed"
             report.longrepr = f"skipped, which --skips-allowed does not allow: {reason}"
     return report
+
+
+@pytest.fixture
+def torchvision(monkeypatch):
+    """An empty one: for text as well, vLLM imports the image processors of models that also read images."""
+    from transformers.utils import is_torchvision_available
+
+    if not is_torchvision_available():
+        for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.v2"):
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+        sys.modules["torchvision.transforms.v2"].functional = ModuleType("functional")

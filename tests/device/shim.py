@@ -8,6 +8,7 @@ knows of streams, events and page-locked memory. vLLM's own kernels stay those o
 import contextlib
 import functools
 import hashlib
+import runpy
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 SHIM = Path(__file__).parent / "shim"
 ON_HOST = ROOT / "tests" / "native" / "cpp" / "cuda_on_host.h"
 CPU = torch.device("cpu", 0)
+ROW_BYTES = (4096, 48)
+"""Of gpu_model: 32 rows of the first tensor take 32 of the shim's pages."""
 
 
 @functools.cache
@@ -202,6 +205,16 @@ def install_caches(patch: Any) -> None:
     patch.setattr(device, "cuda_library", Launches)
     patch.setattr(device_rows, "cuda_library", library)
     patch.setattr(host_memory, "_register_with_cuda", lambda memory, num_bytes: lambda: None)
+    patch.setattr(gpu_model, "ROW_BYTES", ROW_BYTES)
+
+
+def tests_of_gpu(name: str) -> dict[str, Any]:
+    """The tests of tests/gpu/NAME.py, by name, whose torch is that of the shim."""
+    found = runpy.run_path(str(ROOT / "tests" / "gpu" / f"{name}.py"))
+    tests = {name: test for name, test in found.items() if name.startswith("test_")}
+    for test in tests.values():
+        test.__globals__["torch"] = Torch()
+    return tests
 
 
 def install(patch: Any) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from engines import TINY_MODEL, caches, counters, greedy, layers, open_engine, prompts
 from families import FAMILIES, OTHER_FAMILIES, write_checkpoint
-from test_families import MORE_OPTIONS, PROMPTS, torchvision  # noqa: F401 - a fixture
+from test_families import MORE_OPTIONS, PROMPTS
 from test_growth import KV_BYTES, Measured
 
 from device import shim
@@ -54,7 +54,7 @@ def test_a_family_is_bit_equal_on_the_device_path(monkeypatch, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", [name for name in OTHER_FAMILIES if name != "longcat"])
-def test_another_family_is_bit_equal_on_the_device_path(monkeypatch, tmp_path, name, torchvision):  # noqa: F811
+def test_another_family_is_bit_equal_on_the_device_path(monkeypatch, tmp_path, name, torchvision):
     model, options = write_checkpoint(name, tmp_path / name), OPTIONS | MORE_OPTIONS.get(name, {})
     with open_engine(model, None, **options) as llm:
         expected = greedy(llm, PROMPTS, 6)

@@ -1,30 +1,24 @@
 """The steps of tests/gpu/test_steps.py on the shim (`shim.py`): captured, and replayed with other routing."""
 
-import runpy
-
 import gpu_model
 import pytest
-from native_tools import ROOT
 
 from device import shim
 
 pytestmark = pytest.mark.skipif(not shim.load_setup().find_compiler(), reason="no C++20 compiler (g++) is installed")
-ROW_BYTES = (4096, 48)
-"""32 rows of the first tensor take 32 of the shim's pages."""
-NEEDS_A_GPU = ("test_nothing_waits_for_the_gpu",)
-STEPS = runpy.run_path(str(ROOT / "tests" / "gpu" / "test_steps.py"))
+NEEDS_A_GPU = "test_nothing_waits_for_the_gpu"
 
-globals().update({name: test for name, test in STEPS.items() if name.startswith("test_") and name not in NEEDS_A_GPU})
+globals().update(shim.tests_of_gpu("test_steps"))
+del globals()[NEEDS_A_GPU]
 
 
 @pytest.fixture(autouse=True)
 def _on_the_shim(monkeypatch):
     shim.install_caches(monkeypatch)
-    monkeypatch.setattr(gpu_model, "ROW_BYTES", ROW_BYTES)
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_a_layer_and_step_takes_two_launches_and_one_or_two_more_to_look_ahead(ahead):
+def test_a_step_of_a_layer_takes_two_launches_and_looking_ahead_one_more_beside_the_copies(ahead):
     model = gpu_model.Model()
     model.route()
     shim.library().shim_launches()

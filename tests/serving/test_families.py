@@ -1,14 +1,10 @@
 """Every family gives the tokens of plain vLLM with a part of its experts in slots: shared experts, expert biases,
 grouped top-k with a correction bias, routed scaling and dense first layers are vLLM's own code."""
 
-import sys
-from types import ModuleType
-
 import pytest
 import torch
 from engines import caches, counters, greedy, layers, open_engine
 from families import FAMILIES, OTHER_FAMILIES, PROMPT_LENGTHS, prompt, write_checkpoint
-from transformers.utils import is_torchvision_available
 from vllm import _custom_ops
 from vllm.model_executor.layers.fused_moe.router import zero_expert_router
 
@@ -23,15 +19,6 @@ OPTIONS = {"skip_tokenizer_init": True, "max_model_len": 256}
 PROMPTS = [prompt(length, seed=1) for length in PROMPT_LENGTHS]
 LINK = {"cache_fraction": 0.5, "emulated_link_gbps": 0.1}
 MORE_OPTIONS = {"qwen3-vl-moe": {"limit_mm_per_prompt": {"image": 0, "video": 0}}}
-
-
-@pytest.fixture
-def torchvision(monkeypatch):
-    """An empty one: for text as well, vLLM imports the image processors of models that also read images."""
-    if not is_torchvision_available():
-        for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.v2"):
-            monkeypatch.setitem(sys.modules, name, ModuleType(name))
-        sys.modules["torchvision.transforms.v2"].functional = ModuleType("functional")
 
 
 @pytest.fixture

@@ -117,7 +117,7 @@ def test_fp8_weights_are_those_of_the_bfloat16_checkpoint(rehearsed):
 @pytest.mark.engine
 def test_the_trained_model_gives_the_tokens_of_plain_vllm(served):
     rows = served[1]["exact"]["rows"]
-    assert [row["batch"] for row in rows] == [1, 4]
+    assert [row["batch"] for row in rows] == [1, 3, 4], "3 is a graph's padded size on a GPU"
     assert all(row["bit_equal"] and row["compared_tokens"] >= 64 for row in rows)
 
 

@@ -111,9 +111,9 @@ sanitize: setup  ## The native code's C++ tests under the address, undefined-beh
 release-check: setup  ## Build the sdist and the wheels, and prove that they install and work (about 5 minutes)
 	$(BIN)/python .ci/release_check.py
 
-# Where there is a GPU, there may be no network: this uses the Python at hand, and installs nothing.
+# Where there is a GPU, there may be no network: this installs nothing, and without .venv uses the Python at hand.
 gpu-check:  ## Build, test and measure everything that needs a GPU (docs/gpu-check.md; GPU_CHECK_ARGS="--quick")
-	$(PYTHON) benchmarks/gpu/gpu_check.py $(GPU_CHECK_ARGS)
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu/gpu_check.py $(GPU_CHECK_ARGS)
 
 observe: setup  ## A server, Prometheus and load: every dashboard panel's value, every alert (OBSERVE_ARGS="--json")
 	@$(BIN)/python benchmarks/observe.py $(OBSERVE_ARGS)

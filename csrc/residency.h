@@ -21,8 +21,10 @@ constexpr int kNone = -1;
 constexpr int kNever = 0x7fffffff;
 constexpr int kPaddingRow = -1;
 constexpr int kStaleRounds = 8;  // residency.STALE_ROUNDS
+constexpr int kHalfLife = 12;    // residency.HALF_LIFE, in steps
+constexpr int64_t kTouch = 1 << 20;
 
-enum class Policy : int64_t { kLru, kLfu, kLfru, kNumPolicies };  // as in residency.POLICIES
+enum class Policy : int64_t { kLru, kLfu, kLfru, kEwma, kNumPolicies };  // as in residency.POLICIES
 
 // The words in front of a layer's state, by the names that Python knows them by (cache/words.py).
 #define VEP_WORDS(WORD)                                                                            \
@@ -87,7 +89,7 @@ struct Layer {
   VEP_HD int64_t* slot_of() const { return header + kHeaderWords; }   // (E): slot or -1
   VEP_HD int64_t* flags() const { return slot_of() + experts; }       // (E): bits of Flag
   VEP_HD int64_t* last() const { return flags() + experts; }          // (E): tick of the last touch
-  VEP_HD int64_t* count() const { return last() + experts; }          // (E): touches, kept after eviction
+  VEP_HD int64_t* count() const { return last() + experts; }          // (E): touches, kept after eviction; see faded
   VEP_HD int64_t* expert_in() const { return count() + experts; }     // (C): expert or -1
   VEP_HD int64_t* free_slots() const { return expert_in() + slots; }  // (C): a stack of num_free slots
 
@@ -99,8 +101,16 @@ struct Layer {
   // The order-th of several experts that a narrow step touches at once.
   VEP_HD void rank_hot(int64_t expert, int64_t order) const {
     last()[expert] = header[kTick] + 1 + order;
-    count()[expert] += 1;
+    count()[expert] = policy() == Policy::kEwma ? header[kSteps] << 32 | (faded(expert) + kTouch) : count()[expert] + 1;
     flags()[expert] = kRanked;
+  }
+  // The weight of the expert's touches as of now: half for every kHalfLife steps, straight in between. Under kEwma a
+  // count is the weight at the last touch, in units of 2^-20, and above its 32 bits that step. Below 2^25, so that
+  // products stay within them.
+  VEP_HD int64_t faded(int64_t expert) const {
+    const int64_t weight = count()[expert] & 0xffffffff, age = header[kSteps] - (count()[expert] >> 32);
+    const int64_t num_halvings = age / kHalfLife, rest = age % kHalfLife;
+    return num_halvings > 32 ? 0 : weight * (2 * kHalfLife - rest) / (2 * kHalfLife) >> num_halvings;
   }
   // An expert with a slot that a wide step of `num_needed` needs: as hot as before, or as a touched one if it was cold.
   VEP_HD void keep_hot(int64_t expert, int64_t num_needed) const {
@@ -136,7 +146,7 @@ VEP_HD inline VictimKey victim_key(const Layer& layer, int64_t slot) {
   if (layer.policy() == Policy::kLru) {
     return {static_cast<uint64_t>(last) ^ (1ull << 63), static_cast<uint64_t>(expert), slot};
   }
-  double weight = static_cast<double>(layer.count()[expert]);
+  double weight = static_cast<double>(layer.policy() == Policy::kEwma ? layer.faded(expert) : layer.count()[expert]);
   if (layer.policy() == Policy::kLfru) {
     weight /= static_cast<double>(layer.header[kTick] - last + 1);
   }

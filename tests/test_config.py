@@ -76,7 +76,7 @@ def test_every_key_has_accepted_and_refused_values_here():
 
 def test_the_defaults_are_a_valid_configuration():
     config = ExpertPrefetchConfig()
-    assert (config.policy, config.execution, config.prefetch) == ("lru", "exact", "auto")
+    assert (config.policy, config.execution, config.prefetch) == ("ewma", "exact", "auto")
     assert config == ExpertPrefetchConfig.from_mapping({})
 
 

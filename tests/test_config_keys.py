@@ -165,7 +165,7 @@ TABLE = {
     "cache_fraction": (slots, {"cache_fraction": 0.25}, {"cache_fraction": 0.75}),
     "slots_per_layer": (slots, {"slots_per_layer": 3}, {"slots_per_layer": 5}),
     "kv_cache_tokens": (kv_cache, {}, {"kv_cache_tokens": 300}),
-    "policy": (policy, {"policy": "lru"}, {"policy": "lfru"}),
+    "policy": (policy, {"policy": "lru"}, {"policy": "ewma"}),
     "execution": (execution, {}, {"execution": "speculative", "artifact": "folder"}),
     "prefetch": (prefetch, {"prefetch": "off"}, {"prefetch": "on"}),
     "predictor": (predictor, {"predictor": "router"}, {"predictor": "previous"}),

@@ -109,7 +109,7 @@ class ExpertPrefetchConfig:
         "takes the rest of the memory. Unset: four sequences of `max_model_len`, or half of that memory at most.",
     )
     policy: Annotated[StrictStr, _one_of(*POLICIES)] = _key(
-        "lru", "Eviction policy: " + ", ".join(f"`{name}`" for name in POLICIES) + "."
+        "ewma", "Eviction policy: " + ", ".join(f"`{name}`" for name in POLICIES) + "."
     )
     execution: Annotated[StrictStr, _one_of(EXACT, SPECULATIVE)] = _key(
         EXACT,

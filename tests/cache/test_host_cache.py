@@ -131,7 +131,9 @@ def test_a_step_that_executes_a_guess_is_counted_as_speculated(make_model):
     assert (words.speculated, words.hits, words.misses, words.lookups, words.demanded) == (2, 1, 1, 4, 3)
 
 
-@pytest.mark.parametrize(("policy", "resident"), [("lru", [5, 6, 7]), ("lfu", [0, 1, 7]), ("lfru", [0, 6, 7])])
+@pytest.mark.parametrize(
+    ("policy", "resident"), [("lru", [5, 6, 7]), ("lfu", [0, 1, 7]), ("lfru", [0, 6, 7]), ("ewma", [0, 1, 7])]
+)
 def test_who_stays_is_the_policys_choice(make_model, policy, resident):
     model = make_model(1, 3, large_tensors, policy=policy, top_k=1)
     for expert in [0] * 9 + [1] * 2 + [5, 6, 7]:

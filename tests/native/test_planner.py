@@ -144,7 +144,9 @@ class Twins:
         assert native.table(1) == flags
         for expert in cache.ranking.ranked:
             assert native.table(2)[expert] == cache.ranking.last[expert]
-        assert native.table(3) == cache.ranking.count
+        ranking = cache.ranking
+        faded = [step << 32 | weight for step, weight in zip(ranking.weighed_at, ranking.weight, strict=True)]
+        assert native.table(3) == (faded if cache.policy is POLICIES["ewma"] else ranking.count)
         assert (words.tick, words.cold_tick) == (cache.ranking.tick, cache.ranking.cold_tick)
         assert words.num_in_flight == len(cache.in_flight)
         assert {name: getattr(words, name) for name in self.totals} == self.totals

@@ -48,6 +48,27 @@ def test_lfru_keeps_the_frequent_longer_than_lru_and_lets_it_age_unlike_lfu():
     assert victims_of("lfu", requests)[-1] == 4
 
 
+def test_ewma_halves_a_touch_every_twelve_steps_and_straight_in_between():
+    ranking = ranked(hot=[0, 0, 1])
+    one = ranking.weight[1]
+    for step, halves in ((0, 2), (6, 1.5), (12, 1), (24, 0.5), (30, 0.375)):
+        ranking.step = step
+        assert ranking.faded(0) == 2 * ranking.faded(1) == one * halves
+    ranking.touch(1)
+    assert (ranking.weight[1], ranking.weighed_at[1]) == (one + one * 0.1875, 30)
+    ranking.step = 10**6
+    assert ranking.faded(0) == 0
+
+
+def test_ewma_keeps_the_frequent_longer_than_lru_and_forgets_them_unlike_lfu():
+    # Four touches of 0 outweigh the single ones of 1, 2 and 3 when 4 comes, 24 steps later not those of 4, 5 and 6.
+    assert victims_of("ewma", [0, 0, 0, 0, 1, 2, 3, 4]) == [-1, -1, -1, -1, 1]
+    rounds = [4, 5, 6] * 9
+    assert victims_of("ewma", [0, 0, 0, 0, 1, 2, 3, *rounds, 7])[-1] == 0
+    assert victims_of("lfu", [*[0] * 20, 1, 2, 3, *rounds, 7])[-1] == 4
+    assert victims_of("lru", [0, 0, 0, 0, 1, 2, 3, 4])[-1] == 0
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_cold_experts_leave_first_and_the_newest_of_them_before_the_others(policy):
     assert order_of(policy, ranked(hot=[0, 1], cold=[2, 3])) == [3, 2, 0, 1]

@@ -19,12 +19,21 @@ class Ages:
     def __init__(self):
         self.hot, self.cold, self.touches = {}, {}, Counter()
         self.num_needed = self.num_cold = 0
+        self.num_steps = 0
+        self.fading = {}  # expert -> units of 2^-20 touches, and the step they are of
+
+    def faded(self, expert):
+        """Half after twelve steps, three quarters after six, a quarter after 24."""
+        units, step = self.fading.get(expert, (0, 0))
+        halvings, rest = (self.num_steps - step) // 12, (self.num_steps - step) % 12
+        return units * (24 - rest) // 24 // 2**halvings
 
     def touch(self, expert):
         self.num_needed += 1
         self.hot = {other: age + 1 for other, age in self.hot.items()} | {expert: 0}
         self.cold.pop(expert, None)
         self.touches[expert] += 1
+        self.fading[expert] = self.faded(expert) + 2**20, self.num_steps
 
     def keep(self, experts, num_needed):
         self.num_needed += num_needed
@@ -45,8 +54,9 @@ class Ages:
         def claim(expert):
             is_cold = expert in self.cold
             age = self.num_needed + self.cold[expert] if is_cold else self.hot[expert]
-            weight = {"lru": 0, "lfu": self.touches[expert], "lfru": self.touches[expert] / (age + 1)}[policy]
-            return (not is_cold, weight, -age, expert)
+            touches = self.touches[expert]
+            weights = {"lru": 0, "lfu": touches, "lfru": touches / (age + 1), "ewma": self.faded(expert)}
+            return (not is_cold, weights[policy], -age, expert)
 
         return sorted(experts, key=claim)
 
@@ -86,6 +96,7 @@ class CheckedCache:
             ages.touch(expert)
         for expert in [load.expert for load in loads if load.row < cache.num_slots]:
             ages.add_cold(expert) if is_wide else ages.touch(expert)
+        ages.num_steps += bool(needed)
         rows = slots | {load.expert: load.row for load in loads}
         num_used, num_displaced = len(self.untouched & set(needed)), len(self.displaced & set(needed))
         self.untouched -= set(needed)

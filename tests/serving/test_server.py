@@ -61,7 +61,7 @@ def test_the_start_says_in_few_lines_what_is_offloaded_and_where_to_look(server)
         "on the host 0.006291 GB, pageable",
     )
     ways = (
-        "policy lru, execution exact, prefetch off: ",
+        "policy ewma, execution exact, prefetch off: ",
         "of UnquantizedFusedMoEMethod, engine cpu, link not emulated",
     )
     for part in ("8 MoE layers x 16 experts, 8 slots each", *sizes, *ways, "proved: all 8 MoE layers", "/metrics"):
@@ -86,7 +86,7 @@ def test_metrics_of_the_worker_process_appear_on_vllms_endpoint(server):
     info = next(key for key in after if key.startswith("vllm_expert_prefetch_info"))
     for label in (
         'execution="exact"',
-        'policy="lru"',
+        'policy="ewma"',
         'platform="cpu"',
         'quant_method="UnquantizedFusedMoEMethod"',
         'prefetch="off: ',

@@ -5,7 +5,7 @@ specification of the C++ and CUDA planner (csrc/residency.h) and what planning a
 """
 
 from vllm_expert_prefetch.residency.cache import ExpertCache
-from vllm_expert_prefetch.residency.policies import POLICIES, Policy, Ranking
+from vllm_expert_prefetch.residency.policies import HALF_LIFE, POLICIES, Policy, Ranking
 from vllm_expert_prefetch.residency.types import (
     ABSENT,
     IN_FLIGHT,
@@ -18,6 +18,7 @@ from vllm_expert_prefetch.residency.types import (
 
 __all__ = [
     "ABSENT",
+    "HALF_LIFE",
     "IN_FLIGHT",
     "POLICIES",
     "RESIDENT",

@@ -94,6 +94,7 @@ class ExpertCache:
         else:
             for expert in (*late, *missing[:num_in_slots]):
                 self.ranking.touch(expert)
+        self.ranking.step += bool(needed)
         row_of = {load.expert: load.row for load in loads}
         rows = {expert: row_of.get(expert, self.slot_of[expert]) for expert in needed}
         return Plan(is_wide, rows, tuple(loads), tuple(late), len(used), num_unused, len(displaced))

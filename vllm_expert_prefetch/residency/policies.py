@@ -7,6 +7,10 @@ touches, never a clock, so that tensor-parallel ranks, tests and the simulator d
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+HALF_LIFE = 12
+"""Steps in which `ewma` halves the weight of a touch. What decided it is in docs/log.md."""
+_TOUCH = 1 << 20
+
 
 @dataclass
 class Ranking:
@@ -19,6 +23,8 @@ class Ranking:
     num_experts: int
     tick: int = 0
     """Touches so far."""
+    step: int = 0
+    """Steps so far that needed an expert."""
     cold_tick: int = 0
     """Minus the number of experts that came cold."""
     ranked: set[int] = field(default_factory=set)
@@ -28,12 +34,17 @@ class Ranking:
         self.last = [0] * self.num_experts
         self.count = [0] * self.num_experts
         """Touches, kept after eviction."""
+        self.weight = [0] * self.num_experts
+        """Touches that fade, in units of 2^-20, as of step `weighed_at`; kept after eviction."""
+        self.weighed_at = [0] * self.num_experts
 
     def touch(self, expert: int) -> None:
         """A narrow step needs `expert`."""
         self.tick += 1
         self.last[expert] = self.tick
         self.count[expert] += 1
+        self.weight[expert] = self.faded(expert) + _TOUCH
+        self.weighed_at[expert] = self.step
         self.ranked.add(expert)
         self.cold.discard(expert)
 
@@ -57,6 +68,11 @@ class Ranking:
                 self.last[expert] = self.tick
             else:
                 self.last[expert] += num_needed
+
+    def faded(self, expert: int) -> int:
+        """`weight` as of now: half for every HALF_LIFE steps, straight in between, in whole numbers everywhere alike."""
+        num_halvings, rest = divmod(self.step - self.weighed_at[expert], HALF_LIFE)
+        return self.weight[expert] * (2 * HALF_LIFE - rest) // (2 * HALF_LIFE) >> num_halvings
 
     def remove(self, expert: int) -> None:
         """`expert` is not resident any more."""
@@ -85,5 +101,13 @@ def lfru(ranking: Ranking, expert: int) -> tuple[float, ...]:
     return (is_hot, ranking.count[expert] / age, ranking.last[expert], expert)
 
 
-POLICIES: dict[str, Policy] = {"lru": lru, "lfu": lfu, "lfru": lfru}
+def ewma(ranking: Ranking, expert: int) -> tuple[float, ...]:
+    """Least frequently used first, where a touch loses half of its weight every HALF_LIFE steps.
+
+    The spectrum between lru and lfu is known as LRFU (Lee et al., 2001).
+    """
+    return (expert not in ranking.cold, ranking.faded(expert), ranking.last[expert], expert)
+
+
+POLICIES: dict[str, Policy] = {"lru": lru, "lfu": lfu, "lfru": lfru, "ewma": ewma}
 """In the order of `Policy` in csrc/residency.h."""

@@ -71,12 +71,15 @@ inline Board board_at(int32_t* memory, int64_t num_experts) {
 struct Lane {
   int32_t* demand_active;  // demand blocks that copy right now
   int32_t* errors;         // loads skipped and waits refused: see gather_kernels.cuh
+  int32_t* queued;         // prefetches planned whose copy has not started, and still may
 };
 
-inline constexpr int64_t kLaneInts = 2;
+constexpr int64_t lane_ints() {
+  return 3;
+}
 
-inline Lane lane_at(int32_t* memory) {
-  return {memory, memory + 1};
+VEP_HD inline Lane lane_at(int32_t* memory) {
+  return {memory, memory + 1, memory + 2};
 }
 
 struct DemandLists {

@@ -21,6 +21,7 @@ constexpr int kNone = -1;
 constexpr int kNever = 0x7fffffff;
 constexpr int kPaddingRow = -1;
 constexpr int kStaleRounds = 8;  // residency.STALE_ROUNDS
+constexpr int kFarRounds = 1;    // residency.FAR_ROUNDS
 constexpr int kHalfLife = 12;    // residency.HALF_LIFE, in steps
 constexpr int64_t kTouch = 1 << 20;
 
@@ -293,10 +294,10 @@ VEP_HD bool is_first(const Layer& layer, const Ids& ids, int i, const Scratch& s
   return expert >= 0 && expert < layer.num_experts() && scratch.first[expert] == i;
 }
 
-// Prefetches that have landed become RESIDENT (cold), and those that this step does not need and whose copy has not
-// started are cancelled. `lane`: landed(slot), drop(slot) -> whether it was in time. Needs `scratch.first`.
+// Prefetches that have landed become RESIDENT (cold), and those that are not asked for and whose copy has not started
+// are cancelled. `lane`: landed(slot), drop(slot) -> whether it was in time. Needs `scratch.first`.
 template <class Team, class CopyLane>
-VEP_HD void settle(Team& team, const Layer& layer, CopyLane& lane, const Scratch& scratch, bool drop_unneeded) {
+VEP_HD void settle(Team& team, const Layer& layer, CopyLane& lane, const Scratch& scratch) {
   if (layer.header[kNumInFlight] == 0) return;
   constexpr int64_t kDropped = 1ll << 32;
   int begin, end;
@@ -309,7 +310,7 @@ VEP_HD void settle(Team& team, const Layer& layer, CopyLane& lane, const Scratch
     if (lane.landed(slot)) {
       scratch.settled[slot] = 1;
       mine += 1;
-    } else if (drop_unneeded && scratch.first[expert] == kNever && lane.drop(slot)) {
+    } else if (scratch.first[expert] == kNever && lane.drop(slot)) {
       scratch.settled[slot] = 2;
       mine += kDropped;
     }
@@ -340,17 +341,16 @@ VEP_HD void settle(Team& team, const Layer& layer, CopyLane& lane, const Scratch
 }
 
 // Puts the slots to leave first in front of `scratch.keys`, at most `wanted`, none of an expert that is asked for;
-// `only_cold_or_stale`: nor of one that is hot and was needed not long ago. Returns how many.
+// `spared_rounds` > 0: nor of one that is hot and was needed within so many rounds. Returns how many.
 template <class Team>
-VEP_HD int choose_victims(Team& team, const Layer& layer, const Scratch& scratch, int64_t wanted,
-                          bool only_cold_or_stale) {
+VEP_HD int choose_victims(Team& team, const Layer& layer, const Scratch& scratch, int64_t wanted, int spared_rounds) {
   if (wanted <= 0) return 0;
-  const int64_t stale = layer.header[kTick] - static_cast<int64_t>(kStaleRounds) * layer.num_slots();
+  const int64_t stale = layer.header[kTick] - static_cast<int64_t>(spared_rounds) * layer.num_slots();
   int64_t mine = 0;
   for (int slot = team.rank(); slot < layer.num_slots(); slot += team.size()) {
     const int64_t expert = layer.expert_in()[slot];
     bool may_leave = expert != kNone && (layer.flags()[expert] & kRanked) && scratch.first[expert] == kNever;
-    if (may_leave && only_cold_or_stale) {
+    if (may_leave && spared_rounds) {
       may_leave = (layer.flags()[expert] & kCold) || layer.last()[expert] < stale;
     }
     scratch.keys[slot] = may_leave ? victim_key(layer, slot) : kNoVictim;
@@ -411,7 +411,7 @@ template <class Team, class Ids, class CopyLane>
 VEP_HD StepCounts plan_step(Team& team, const Layer& layer, CopyLane& lane, const Ids& ids, int num_ids,
                             const Scratch& scratch, int32_t* loads) {
   find_first(team, layer, ids, num_ids, scratch);
-  settle(team, layer, lane, scratch, true);
+  settle(team, layer, lane, scratch);
   constexpr int64_t kMiss = 1ll << 15, kWait = 1ll << 30, kUse = 1ll << 45, kField = kMiss - 1;
   int begin, end;
   share_of(team, num_ids, &begin, &end);
@@ -468,7 +468,8 @@ VEP_HD StepCounts plan_step(Team& team, const Layer& layer, CopyLane& lane, cons
   team.sync();
   order_misses(team, scratch, step.num_misses, step.is_wide, loads);
   const int64_t num_free = layer.header[kNumFree];
-  step.num_evictions = choose_victims(team, layer, scratch, step.num_misses - num_free, step.is_wide);
+  step.num_evictions = choose_victims(team, layer, scratch, step.num_misses - num_free,
+                                      step.is_wide ? kStaleRounds : 0);
   const int64_t num_places = num_free + step.num_evictions;
   const int num_in_slots = static_cast<int>(step.num_misses < num_places ? step.num_misses : num_places);
   step.num_overflow = step.num_misses - num_in_slots;
@@ -541,13 +542,14 @@ VEP_HD inline void count_step(const Layer& layer, const StepCounts& step, bool i
 }
 
 // Plans copies for `predicted` experts, most wanted first, at most `budget` of them, and marks them in flight.
-// Prefetches that have landed are settled first, none is cancelled. `loads`: room for min(num_predicted, E) pairs
-// (expert, slot), written. Returns their number.
+// Prefetches that have landed are settled first, and those that are predicted no more and have not started are
+// cancelled. `is_far`: a guess from more than one layer away, which spares what was needed within a round. `loads`:
+// room for min(num_predicted, E) pairs (expert, slot), written. Returns their number.
 template <class Team, class Ids, class CopyLane>
 VEP_HD int plan_prefetch(Team& team, const Layer& layer, CopyLane& lane, const Ids& predicted, int num_predicted,
-                         int budget, const Scratch& scratch, int32_t* loads) {
+                         int budget, bool is_far, const Scratch& scratch, int32_t* loads) {
   find_first(team, layer, predicted, num_predicted, scratch);
-  settle(team, layer, lane, scratch, false);
+  settle(team, layer, lane, scratch);
   int begin, end;
   share_of(team, num_predicted, &begin, &end);
   int64_t mine = 0;
@@ -558,7 +560,7 @@ VEP_HD int plan_prefetch(Team& team, const Layer& layer, CopyLane& lane, const I
   int64_t before = team.sum(mine, &num_absent);
   const int64_t num_free = layer.header[kNumFree];
   const int64_t num_wanted = num_absent < budget ? num_absent : budget > 0 ? budget : 0;
-  const int num_evictions = choose_victims(team, layer, scratch, num_wanted - num_free, false);
+  const int num_evictions = choose_victims(team, layer, scratch, num_wanted - num_free, is_far ? kFarRounds : 0);
   const int64_t num_places = num_free + num_evictions;
   const int64_t num_loads = num_wanted < num_places ? num_wanted : num_places;
   for (int i = begin; i < end && before < num_loads; ++i) {

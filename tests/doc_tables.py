@@ -24,8 +24,8 @@ def config_table() -> str:
     rows = []
     types = get_type_hints(ExpertPrefetchConfig)
     for entry in fields(ExpertPrefetchConfig):
-        kind = next(kind for kind in get_args(types[entry.name]) or (types[entry.name],) if kind is not NoneType)
-        rows.append((f"`{entry.name}`", _TYPES[kind], _default(entry.default), entry.metadata["doc"]))
+        kinds = [kind for kind in get_args(types[entry.name]) or (types[entry.name],) if kind is not NoneType]
+        rows.append((f"`{entry.name}`", " or ".join(_TYPES[kind] for kind in kinds), _default(entry.default), entry.metadata["doc"]))
     return _table(("key", "type", "default", "meaning"), rows)
 
 

@@ -16,9 +16,9 @@ def device():
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def make_caches(**options):
+def make_caches(depth=1, **options):
     """Caches for up to MAX_LAYERS layers; `options` as DeviceOptions has them."""
-    return DeviceCaches(MAX_LAYERS, device(), DeviceOptions(**options))
+    return DeviceCaches(MAX_LAYERS, device(), DeviceOptions(**options), depth)
 
 
 def word(state, ticket=1):
@@ -56,7 +56,7 @@ class GpuLayer:
 
     def queue(self, loads, state=QUEUED, ticket=1):
         """Write a prefetch plan whose entries all have `ticket`, and put `state` into the words of its rows."""
-        orders = self.cache.ahead
+        orders = self.cache.ahead[0]
         _write(orders.loads, orders.num_loads, loads)
         orders.late.fill_(ticket)
         for _, row in loads:

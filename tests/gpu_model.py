@@ -16,8 +16,8 @@ ROW_BYTES = (256 * 1024, 48)
 class Model:
     """`run` is one forward pass, `route` gives it new routing, guesses and padding, `check` judges what it saw."""
 
-    def __init__(self, policy="lru", **options):
-        self.caches = make_caches(**options)
+    def __init__(self, policy="lru", depth=2):
+        self.caches = make_caches(depth)
         self.layers: list[GpuLayer] = []
         for _ in range(NUM_LAYERS):
             shared = self.layers[0].shared if self.layers else None
@@ -51,8 +51,11 @@ class Model:
     def run(self, ahead=True):
         for number, layer in enumerate(self.layers):
             row_ids = layer.cache.serve(self.ids[number], self.rows)
-            if ahead and number + 1 < NUM_LAYERS:
-                self.caches.prefetch([(number + 1, self.guesses[number + 1])], self.rows)
+            with self.caches.aside():
+                for distance in range(1, self.caches.depth + 1) if ahead else ():
+                    if number + distance < NUM_LAYERS:
+                        guess = self.guesses[number + distance]
+                        self.layers[number + distance].cache.prefetch(guess, self.rows, distance)
             self.row_ids[number].copy_(row_ids)
             chosen = row_ids.flatten().clamp(min=0)
             for name, tensor in layer.tensors.items():

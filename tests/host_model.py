@@ -26,8 +26,9 @@ class HostModel:
         policy: str = "lru",
         top_k: int = 2,
         chunk_bytes: int | None = None,
+        depth: int = 2,
     ) -> None:
-        self.caches = HostCaches(host_library(), num_layers, link, chunk_bytes)
+        self.caches = HostCaches(host_library(), num_layers, link, chunk_bytes, depth)
         stores = [HostStore(tensors_of(number), HostMemoryOptions()) for number in range(num_layers)]
         self.shared = create_shared_rows(stores[0].views, num_slots, areas, torch.device("cpu"))
         self.layers = [

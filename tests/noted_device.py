@@ -1,5 +1,7 @@
 """Device caches on a machine without a GPU, whose library notes what it is asked for and does nothing."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,16 +30,28 @@ class Library:
     def board_ints(self, num_experts: int) -> int:
         return 3 * num_experts + 2
 
+    def lane_ints(self) -> int:
+        return 3
 
-def make_caches(patch: Any, library: Library, main: Any, side: Any, event: Any) -> DeviceCaches:
-    """With all layers. `main` and `side`: the streams; `event`: makes an event; `patch`: a pytest.MonkeyPatch."""
+
+def make_caches(patch: Any, library: Library, main: Any, others: list[Any], event: Any, depth: int = 1) -> DeviceCaches:
+    """With all layers. `main` and `others`: the streams; `event`: makes an event; `patch`: a pytest.MonkeyPatch."""
+    current, waiting = [main], iter(others)
+
+    @contextlib.contextmanager
+    def run_on(stream: Any) -> Iterator[None]:
+        current.append(stream)
+        yield
+        current.pop()
+
     patch.setattr(module, "cuda_library", lambda: library)
     patch.setattr(module.torch, "device", lambda *_: DEVICE)
     patch.setattr(module, "HostMemory", lambda num_bytes, _: HostMemory(num_bytes, HostMemoryOptions()))
-    patch.setattr(torch.cuda, "Stream", lambda *_, **__: side)
+    patch.setattr(torch.cuda, "Stream", lambda *_, **__: next(waiting))
     patch.setattr(torch.cuda, "Event", event)
-    patch.setattr(torch.cuda, "current_stream", lambda _: main)
-    caches = DeviceCaches(NUM_LAYERS, DEVICE)
+    patch.setattr(torch.cuda, "current_stream", lambda _: current[-1])
+    patch.setattr(torch.cuda, "stream", run_on)
+    caches = DeviceCaches(NUM_LAYERS, DEVICE, depth=depth)
     tensors = {"w": torch.arange(NUM_EXPERTS * 4).view(NUM_EXPERTS, 4)}
     for number in range(NUM_LAYERS):
         store = HostStore(tensors, HostMemoryOptions())

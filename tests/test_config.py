@@ -96,7 +96,7 @@ SWITCHES = ("prefetch", "pin_memory", "huge_pages", "self_check", "metrics_per_l
 
 @pytest.mark.parametrize("key", [key for key in KEYS if key not in SWITCHES])
 def test_true_is_not_a_number_and_not_a_name(key):
-    with pytest.raises(ConfigError, match=rf"{key} must be (a number|a valid string), got True"):
+    with pytest.raises(ConfigError, match=rf"{key} must be (a number|a valid string|auto, or 1 to 4), got True"):
         ExpertPrefetchConfig.from_mapping({key: True})
 
 

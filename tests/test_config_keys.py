@@ -10,7 +10,7 @@ from toy_moe import LAYERS, TOP_K, make_gates
 from vllm_expert_prefetch.cache.create import create_shared_rows
 from vllm_expert_prefetch.cache.host import HostCaches
 from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig
-from vllm_expert_prefetch.lookahead.create import choose_predictor, create_look_ahead, why_not
+from vllm_expert_prefetch.lookahead.create import choose_predictors, create_look_ahead, depth_of, why_not
 from vllm_expert_prefetch.memory import host_memory
 from vllm_expert_prefetch.memory.host_memory import HostMemory, HostMemoryOptions
 from vllm_expert_prefetch.memory.host_store import HostStore
@@ -91,21 +91,21 @@ def prefetch(monkeypatch, tmp_path, config):
 
 
 def predictor(monkeypatch, tmp_path, config):
-    return choose_predictor(config, make_gates())[0].name
+    return choose_predictors(config, make_gates(), 1)[0][0].name
 
 
 def over_fetch(monkeypatch, tmp_path, config):
     look_ahead = create_look_ahead(config, make_gates(), caches_of(config), 1e9, torch.device("cpu"))
-    return look_ahead._num_guesses(1, False)
+    return look_ahead._num_guesses(1, 1, False)
 
 
 def distance(monkeypatch, tmp_path, config):
-    return choose_predictor(config, make_gates())[0].distance
+    return depth_of(config, LAYERS, False)
 
 
 def artifact(monkeypatch, tmp_path, config):
     try:
-        return choose_predictor(config, make_gates())[1]
+        return choose_predictors(config, make_gates(), 1)[1]
     except ArtifactError as error:
         return str(error)
 

@@ -22,6 +22,7 @@ OFF = "off"
 EXACT, SPECULATIVE = "exact", "speculative"
 
 DEFAULT_CPU_FRACTION = 0.5
+MOST_LOOKAHEAD_LAYERS = 4
 
 PREDICTORS = ("router", "router_defaults", "estimator", "hybrid", "previous", "frequency", "transition")
 """Those of `prediction` that can serve; studies have others."""
@@ -75,6 +76,13 @@ def _flag(value: Any) -> Any:
     if not isinstance(value, (bool, str)):
         raise ValueError("must be true or false")
     return value
+
+
+def _layers_ahead(value: Any) -> Any:
+    number = int(value) if re.fullmatch(r"\s*\d+\s*", str(value)) else value
+    if number != AUTO and (isinstance(number, bool) or number not in range(1, MOST_LOOKAHEAD_LAYERS + 1)):
+        raise ValueError(f"must be {AUTO}, or 1 to {MOST_LOOKAHEAD_LAYERS}")
+    return number
 
 
 _Count = Annotated[int, BeforeValidator(_plain)]
@@ -132,7 +140,11 @@ class ExpertPrefetchConfig:
     over_fetch: Annotated[_Count, Field(ge=0)] = _key(
         1, "Experts to prefetch for each token beyond the model's top-k, where a copy fits the time there is."
     )
-    lookahead_layers: Annotated[_Count, Field(ge=1)] = _key(1, "How many MoE layers ahead to predict.")
+    lookahead_layers: Annotated[int | str, BeforeValidator(_layers_ahead)] = _key(
+        AUTO,
+        "How many MoE layers ahead to predict, 1 to 4, the nearest first; a farther one is fetched for only while the "
+        "link would idle. `auto`: 4 on the CPU platform, 2 on a GPU; each layer goes as far as it pays.",
+    )
     artifact: StrictStr | None = _key(None, "Folder that `vllm-expert-prefetch calibrate` has written for this model.")
     pin_memory: _Switch = _key(
         AUTO,
@@ -214,8 +226,6 @@ class ExpertPrefetchConfig:
             problem = "prefetch on or auto: it executes what was predicted"
         elif self.predictor not in (AUTO, "hybrid"):
             problem = f"predictor auto or hybrid, not {self.predictor}: the artifact's layers were allowed with these"
-        elif self.lookahead_layers != 1:
-            problem = f"lookahead_layers 1, not {self.lookahead_layers}"
         else:
             return
         raise ConfigError(_message(f"execution speculative needs {problem}"))

@@ -67,7 +67,7 @@ Board board_of(const TensorView& board, int64_t num_experts) {
 }
 
 Lane lane_of(const TensorView& lane) {
-  return lane_at(cuda_data<int32_t>(lane, kLaneInts, "lane"));
+  return lane_at(cuda_data<int32_t>(lane, lane_ints(), "lane"));
 }
 
 // `loads`: int32 (n, 2), rows of (expert, row).
@@ -144,6 +144,7 @@ void PrefetchRecords(TensorView table, int64_t num_experts, TensorView loads, Te
 }  // namespace vep
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(board_ints, vep::board_ints);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(lane_ints, vep::lane_ints);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(check_layout, vep::CheckLayout);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(load_gather_kernels, vep::LoadGatherKernels);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(device_pointer, vep::DevicePointer);

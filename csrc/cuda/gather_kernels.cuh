@@ -216,8 +216,11 @@ struct Chunk {
 
 // Whether this lane copies the record. All blocks get the same answer without talking: a ticket leaves QUEUED once, and
 // a record that this lane started is coming until the last of its chunks, the asker's among them, is done.
-__device__ bool is_ours(int32_t* state, uint32_t ticket) {
-  if (start(state, ticket)) return true;
+__device__ bool is_ours(const Lane& lane, int32_t* state, uint32_t ticket) {
+  if (start(state, ticket)) {
+    DeviceInt(*lane.queued).fetch_sub(1, cuda::memory_order_relaxed);
+    return true;
+  }
   const int32_t word = load_word(state);
   return ticket_of(word) == ticket && is_coming(word);
 }
@@ -244,7 +247,7 @@ __device__ Chunk take_chunk(const RecordLayout& layout, const PrefetchLists& lis
     if (in_range(layout, load)) {
       int32_t* state = &board.states[load.row];
       yield_to_demand(lane, state);
-      if (is_ours(state, static_cast<uint32_t>(lists.tickets[index]))) {
+      if (is_ours(lane, state, static_cast<uint32_t>(lists.tickets[index]))) {
         const int32_t first = number % per_record * chunk_vectors;
         return {load, index, first, min(first + chunk_vectors, layout.record_vectors)};
       }

@@ -28,7 +28,7 @@ String WordNames() {
 
 // A layer, whose numbers lie on the device: `rows` tells E, and with it the state's size tells C.
 struct PlannedLayer {
-  PlannedLayer(const TensorView& state, const TensorView& rows, int64_t mirror)
+  PlannedLayer(const TensorView& state, const TensorView& rows, const TensorView& lane, int64_t mirror)
       : num_experts(rows.numel()),
         num_slots((state.numel() - kHeaderWords - 4 * num_experts) / 2),
         shared(shared_bytes(num_experts, num_slots)) {
@@ -38,7 +38,8 @@ struct PlannedLayer {
         << "state of " << state.numel() << " words and " << num_experts << " row words: not a layer of at most "
         << kMaxExperts << " experts";
     memory = {cuda_data<int64_t>(state, 0, "state"), static_cast<int>(state.numel()),
-              cuda_data<int32_t>(rows, 0, "row words"), reinterpret_cast<int64_t*>(mirror)};
+              cuda_data<int32_t>(rows, 0, "row words"), lane_at(cuda_data<int32_t>(lane, lane_ints(), "lane")).queued,
+              reinterpret_cast<int64_t*>(mirror)};
   }
 
   const int64_t num_experts, num_slots, shared;
@@ -63,10 +64,10 @@ void start_for(int64_t num_ids, Kernel few, Kernel many, Start start) {
 // `ids` (T, K) int32 or int64, `real` (>= T) int64, negative for padding. `row_ids`: like `ids`, written. `loads`:
 // int32 (E, 2) and `late`: int32 (E) receive what is to be copied and waited for. `mirror`: where the words go in host
 // memory, as the GPU sees it, or 0.
-void PlanStep(TensorView state, TensorView rows, TensorView ids, TensorView real, TensorView row_ids, TensorView loads,
-              TensorView num_loads, TensorView late, TensorView num_late, int64_t mirror, bool is_speculated,
-              int64_t stream) {
-  const PlannedLayer layer(state, rows, mirror);
+void PlanStep(TensorView state, TensorView rows, TensorView lane, TensorView ids, TensorView real, TensorView row_ids,
+              TensorView loads, TensorView num_loads, TensorView late, TensorView num_late, int64_t mirror,
+              bool is_speculated, int64_t stream) {
+  const PlannedLayer layer(state, rows, lane, mirror);
   check_tokens(ids, real);
   const int64_t num_ids = ids.numel();
   const Orders orders{cuda_data<int32_t>(loads, 2 * layer.num_experts, "loads"),
@@ -91,9 +92,11 @@ void PlanStep(TensorView state, TensorView rows, TensorView ids, TensorView real
 // `predicted` (T, P): P expert ids of each token, most wanted first; negative ones are skipped. `budget`: the address,
 // as the GPU sees it, of two int32: how many loads there may be, and how many guesses of each token count. Every run of
 // the kernel reads them, so that the host can change them while graphs are replayed; the room in the lists limits it.
-void PlanPrefetch(TensorView state, TensorView rows, TensorView predicted, TensorView real, int64_t budget,
-                  TensorView loads, TensorView num_loads, TensorView tickets, int64_t stream) {
-  const PlannedLayer layer(state, rows, 0);
+// `is_far`: predicted from more than one layer away.
+void PlanPrefetch(TensorView state, TensorView rows, TensorView lane, TensorView predicted, TensorView real,
+                  int64_t budget, bool is_far, TensorView loads, TensorView num_loads, TensorView tickets,
+                  int64_t stream) {
+  const PlannedLayer layer(state, rows, lane, 0);
   const int64_t num_tokens = check_tokens(predicted, real), num_ids = predicted.numel();
   TVM_FFI_CHECK(budget != 0, ValueError) << "budget must be an address that the GPU can read, it is 0";
   const int64_t most = std::min({layer.num_slots, loads.numel() / 2, tickets.numel()});
@@ -107,7 +110,7 @@ void PlanPrefetch(TensorView state, TensorView rows, TensorView predicted, Tenso
     start_for(num_ids, plan_prefetch_kernel<kFewThreads, Id>, plan_prefetch_kernel<kManyThreads, Id>,
               [&](auto kernel, int threads) {
                 launch(kernel, 1, threads, layer.shared, stream, layer.memory, ids, static_cast<int>(num_ids),
-                       reinterpret_cast<const volatile int32_t*>(budget), static_cast<int>(most), orders);
+                       reinterpret_cast<const volatile int32_t*>(budget), static_cast<int>(most), is_far, orders);
               });
     check_launch("plan_prefetch");
   };

@@ -8,6 +8,7 @@
 // round trip to global memory costs more than each of them.
 #pragma once
 
+#include "../record.h"
 #include "../residency.h"
 #include "../slot_state.h"
 
@@ -64,12 +65,13 @@ class Block {
   int64_t* sums_;  // shared, one per warp
 };
 
-// A layer in device memory. `num_words` of `state`; `rows`: (E) words of slot_state.h; `mirror`: kHeaderWords in host
-// memory, or null.
+// A layer in device memory. `num_words` of `state`; `rows`: (E) words of slot_state.h; `queued`: as in record.h's Lane;
+// `mirror`: kHeaderWords in host memory, or null.
 struct LayerMemory {
   int64_t* state;
   int num_words;
   int32_t* rows;
+  int32_t* queued;
   int64_t* mirror;
 };
 
@@ -126,8 +128,13 @@ struct Desk {
     return {team, layer, Scratch::at(scratch, num_experts, num_slots), ids, ids + num_experts};
   }
 
-  __device__ void close(const LayerMemory& memory) const {
+  // Prefetches of this layer that a plan has cancelled or claimed, so far.
+  __device__ int64_t num_taken_back() const { return layer.header[kCancelled] + layer.header[kClaimed]; }
+
+  // `num_queued`: by how many more or fewer prefetches wait for their copy.
+  __device__ void close(const LayerMemory& memory, int64_t num_queued) const {
     team.sync();
+    if (team.rank() == 0 && num_queued) atomicAdd(memory.queued, static_cast<int32_t>(num_queued));
     for (int i = team.rank(); i < memory.num_words; i += team.size()) memory.state[i] = layer.header[i];
     if (memory.mirror) {
       volatile int64_t* mirror = memory.mirror;
@@ -235,6 +242,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   auto& team = desk.team;
   const Layer& layer = desk.layer;
   SlotWords lane{memory.rows};
+  const int64_t taken_back_before = desk.num_taken_back();
   int32_t entry;
   const int num_listed = list_ids(desk, ids, num_ids, true, &entry);
   const StepCounts step =
@@ -245,17 +253,18 @@ __global__ void __launch_bounds__(kThreads, 1)
   write_rows(team, layer, ids, ids.ids, num_ids, row_ids, desk.scratch);
   team.sync();
   if (team.rank() == 0) count_step(layer, step, is_speculated);
-  desk.close(memory);
+  desk.close(memory, taken_back_before - desk.num_taken_back());
 }
 
-// At most `wanted[0]` and at most `most` loads, of the first `wanted[1]` guesses of each token.
+// At most `wanted[0]` and at most `most` loads, of the first `wanted[1]` guesses of each token. `is_far`: as in
+// residency.h, and what is queued already counts towards wanted[0].
 template <int kThreads, class Id>
 __global__ void __launch_bounds__(kThreads, 1)
     plan_prefetch_kernel(const LayerMemory memory, const PredictedIds<Id> ids, const int num_ids,
-                         const volatile int32_t* wanted, const int most, const Orders orders) {
+                         const volatile int32_t* wanted, const int most, const bool is_far, const Orders orders) {
   VEP_DYNAMIC_SHARED(shared);
   if (threadIdx.x == 0) {  // by one thread, once: the host may change them in between
-    shared[0] = wanted[0];
+    shared[0] = wanted[0] - (is_far ? max(0, load_relaxed(memory.queued)) : 0);
     shared[1] = wanted[1];
   }
   auto desk = Desk<kThreads>::open(shared, memory);
@@ -263,16 +272,18 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int budget = min(static_cast<int>(shared[0]), most);
   const int num_counting = min(num_ids, max(0, static_cast<int>(shared[1])) * ids.num_tokens);
   SlotWords lane{memory.rows};
+  const int64_t taken_back_before = desk.num_taken_back();
   int32_t entry;
   const int num_listed = list_ids(desk, ids, num_counting, false, &entry);
   const int num_loads = plan_prefetch(team, desk.layer, lane, const_cast<const int32_t*>(desk.ids), num_listed, budget,
-                                      desk.scratch, desk.loads);
+                                      is_far, desk.scratch, desk.loads);
   for (int m = team.rank(); m < num_loads; m += team.size()) {
     orders.extra[m] = static_cast<int32_t>(enqueue(&memory.rows[desk.loads[2 * m + 1]]));
   }
   if (team.rank() == 0) *orders.num_loads = num_loads;
   write_loads(desk, num_loads, orders);
-  desk.close({memory.state, memory.num_words, memory.rows, nullptr});
+  const LayerMemory unseen{memory.state, memory.num_words, memory.rows, memory.queued, nullptr};
+  desk.close(unseen, num_loads + taken_back_before - desk.num_taken_back());
 }
 
 }  // namespace

@@ -141,26 +141,32 @@ void Serve(CacheRef cache, TensorView ids, int64_t num_real, TensorView rows, bo
 }
 
 template <class Id>
-void prefetch_as(CacheObj& cache, const TensorView& predicted, int64_t budget) {
+void prefetch_as(CacheObj& cache, const TensorView& predicted, int64_t budget, bool is_far) {
   cache.engine.check_usable();
   Workspace& work = Workspace::of_this_thread();
   work.fit(cache.layer);
   Alone team;
   SlotWords lane = cache.lane();
+  if (is_far) budget -= cache.engine.num_queued();
   const int limit = static_cast<int>(std::clamp<int64_t>(budget, 0, cache.layer.num_slots()));
   const int num_loads = plan_prefetch(team, cache.layer, lane, cpu_data<Id>(predicted, 0, "predicted"),
-                                      static_cast<int>(predicted.numel()), limit, work.scratch, work.loads);
+                                      static_cast<int>(predicted.numel()), limit, is_far, work.scratch, work.loads);
   if (num_loads > 0) cache.engine.prefetch(cache.index, work.loads, num_loads);
   cache.show();
 }
 
 // Plans and queues copies of at most `budget` of the `predicted` experts (int32 or int64), most wanted first, behind
-// what is queued already.
-void Prefetch(CacheRef cache, TensorView predicted, int64_t budget) {
+// what is queued already. `is_far`: as in residency.h, and what is queued already counts towards the budget.
+void Prefetch(CacheRef cache, TensorView predicted, int64_t budget, bool is_far) {
   translated([&] {
-    is_int64(predicted) ? prefetch_as<int64_t>(*cache.operator->(), predicted, budget)
-                        : prefetch_as<int32_t>(*cache.operator->(), predicted, budget);
+    is_int64(predicted) ? prefetch_as<int64_t>(*cache.operator->(), predicted, budget, is_far)
+                        : prefetch_as<int32_t>(*cache.operator->(), predicted, budget, is_far);
   });
+}
+
+// Records that wait for the lane, of all layers.
+int64_t NumQueued(EngineRef ref) {
+  return ref->engine.num_queued();
 }
 
 // Copies `expert` into `row`, which no step uses, over the link; uncounted. Returns the seconds it took.
@@ -186,6 +192,7 @@ Map<String, Any> Counters(EngineRef ref) {
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(engine_create, vep::CreateEngine);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(engine_close, vep::CloseEngine);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(engine_counters, vep::Counters);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(engine_num_queued, vep::NumQueued);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cache_create, vep::Create);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cache_serve, vep::Serve);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cache_prefetch, vep::Prefetch);

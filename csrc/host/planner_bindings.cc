@@ -67,7 +67,8 @@ int64_t Plan(TensorView state, TensorView slot_words, TensorView ids, int64_t nu
 }
 
 // Plans copies for `predicted` (int32 or int64), most wanted first; `loads` as above.
-int64_t PlanPrefetch(TensorView state, TensorView slot_words, TensorView predicted, int64_t budget, TensorView loads) {
+int64_t PlanPrefetch(TensorView state, TensorView slot_words, TensorView predicted, int64_t budget, bool is_far,
+                     TensorView loads) {
   const Layer layer = layer_in(state);
   Workspace& work = Workspace::of_this_thread();
   work.fit(layer);
@@ -75,7 +76,7 @@ int64_t PlanPrefetch(TensorView state, TensorView slot_words, TensorView predict
   const auto plan_as = [&](auto id) {
     Alone team;
     return plan_prefetch(team, layer, lane, cpu_data<decltype(id)>(predicted, 0, "predicted"),
-                         static_cast<int>(predicted.numel()), static_cast<int>(budget), work.scratch, work.loads);
+                         static_cast<int>(predicted.numel()), static_cast<int>(budget), is_far, work.scratch, work.loads);
   };
   return write_loads(work, is_int64(predicted) ? plan_as(int64_t{}) : plan_as(int32_t{}), loads);
 }

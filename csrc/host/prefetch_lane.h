@@ -5,6 +5,7 @@
 #include <signal.h>
 #include <sys/prctl.h>
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -75,6 +76,14 @@ class PrefetchLane {
       }
     }
     wake_.notify_one();
+  }
+
+  // Records whose copy has not started, and still may.
+  int64_t num_queued() {
+    std::lock_guard lock(mutex_);
+    return std::count_if(queue_.begin(), queue_.end(), [](const LaneEntry& entry) {
+      return load_word(entry.word) == word_of(entry.ticket, SlotState::kQueued);
+    });
   }
 
   // While a demand runs, the lane yields between chunks, except within a record that is URGENT.

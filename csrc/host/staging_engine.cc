@@ -190,6 +190,11 @@ void StagingEngine::prefetch(int32_t index, const int32_t* loads, int64_t num_lo
   lane_->enqueue(layer.records, layer.words.data(), loads, num_loads);
 }
 
+int64_t StagingEngine::num_queued() const {
+  check_usable();
+  return lane_->num_queued();
+}
+
 StagingCounters StagingEngine::counters() const {
   return {lane_counters_.bytes, lane_counters_.records, lane_counters_.yields,
           static_cast<double>(lane_counters_.busy_ns) * 1e-9};

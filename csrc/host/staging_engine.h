@@ -59,6 +59,9 @@ class StagingEngine {
   // Queues int32 pairs (expert, row), most urgent first, behind what is queued already. Rows not in flight.
   void prefetch(int32_t layer, const int32_t* loads, int64_t num_loads);
 
+  // Prefetched records of all layers whose copy has not started, and still may.
+  int64_t num_queued() const;
+
   // The words of slot_state.h, one per row, for a planner in the thread that calls the engine, which may cancel there.
   // They live as long as the engine.
   int32_t* row_words(int32_t layer) const { return layer_at(layer).words.data(); }

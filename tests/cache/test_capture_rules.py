@@ -69,7 +69,7 @@ class Event:
 @pytest.fixture
 def made(monkeypatch):
     world = World()
-    return world, make_caches(monkeypatch, Library(), world.main, Stream(world), Event)
+    return world, make_caches(monkeypatch, Library(), world.main, [Stream(world), Stream(world)], Event, depth=2)
 
 
 class Engine:
@@ -80,9 +80,11 @@ class Engine:
 
     def layer(self, number):
         self.caches.layers[number].serve(GUESS, ROWS)
-        target = (number + 1) % NUM_LAYERS
-        if target or self.crosses_tokens:
-            self.caches.prefetch([(target, GUESS)], ROWS)
+        with self.caches.aside():
+            for distance in (1, 2):
+                target = (number + distance) % NUM_LAYERS
+                if target > number or self.crosses_tokens:
+                    self.caches.layers[target].prefetch(GUESS, ROWS, distance)
 
     def eager(self):
         for _ in range(2):

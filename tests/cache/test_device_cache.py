@@ -30,9 +30,9 @@ class Stream:
 def made(monkeypatch):
     """The calls so far, and the caches."""
     library = Library()
-    main, side = (Stream(library.calls, name) for name in ("main", "side"))
+    main, side, planner = (Stream(library.calls, name) for name in ("main", "side", "planner"))
     event = lambda: SimpleNamespace(record=lambda _: None)  # noqa: E731
-    caches = make_caches(monkeypatch, library, main, side, event)
+    caches = make_caches(monkeypatch, library, main, [side, planner], event, depth=2)
     return library.calls, caches
 
 
@@ -40,9 +40,10 @@ def names(calls):
     return [name for name, _ in calls]
 
 
-def look_ahead(caches, numbers=range(NUM_LAYERS)):
+def look_ahead(caches, numbers=range(NUM_LAYERS), distance=1):
     guess = torch.tensor([[1, 2]]).expand(len(ROWS), -1)
-    caches.prefetch([(number, guess) for number in numbers], ROWS)
+    for number in numbers:
+        caches.layers[number].prefetch(guess, ROWS, distance)
 
 
 def test_a_step_is_planned_and_then_copied(made):
@@ -51,20 +52,23 @@ def test_a_step_is_planned_and_then_copied(made):
     row_ids = caches.layers[2].serve(ids, ROWS)
     assert names(calls) == ["plan_step", "gather_records"]
     arguments = calls[0][1]
-    assert arguments[4] is row_ids
+    assert arguments[5] is row_ids
     assert (row_ids.shape, row_ids.dtype) == (ids.shape, ids.dtype)
-    assert arguments[9] == caches.mirror[2].data_ptr()
-    assert arguments[10:] == (False, "main")
+    assert arguments[10] == caches.mirror[2].data_ptr()
+    assert arguments[11:] == (False, "main")
 
 
 def test_each_prefetch_is_planned_with_the_layers_own_budget_word_and_then_copied(made):
     calls, caches = made
     look_ahead(caches, [0, 1])
-    assert names(calls) == ["plan_prefetch", "side waits", "prefetch_records"] * 2
-    assert [arguments[4] for name, arguments in calls if name == "plan_prefetch"] == [
-        caches.budgets[number:].data_ptr() for number in (0, 1)
+    look_ahead(caches, [1], distance=2)
+    assert names(calls) == ["plan_prefetch", "side waits", "prefetch_records"] * 3
+    assert [arguments[5:7] for name, arguments in calls if name == "plan_prefetch"] == [
+        (caches.budgets[0, 0:].data_ptr(), False),
+        (caches.budgets[1, 0:].data_ptr(), False),
+        (caches.budgets[1, 1:].data_ptr(), True),
     ]
-    assert [arguments[-1] for name, arguments in calls if name == "prefetch_records"] == ["side", "side"]
+    assert [arguments[-1] for name, arguments in calls if name == "prefetch_records"] == ["side"] * 3
 
 
 def test_in_eager_steps_the_first_layer_joins_for_all(made):
@@ -100,17 +104,41 @@ def test_one_guess_for_all_tokens_counts_when_any_row_is_a_token(made):
     calls, caches = made
     rows = torch.tensor([-1, 4, -1])
     caches.layers[0].prefetch(torch.tensor([5, 6]), rows)
-    _, ids, real = calls[0][1][1:4]
+    ids, real = calls[0][1][3:5]
     assert ids.tolist() == [[5, 6]]
     assert real.tolist() == [4]
 
 
 def test_the_budget_is_two_words_that_later_prefetches_read(made):
     _, caches = made
-    assert caches.layers[1].takes_guesses
+    assert caches.layers[1].takes_guesses()
     caches.layers[1].set_budget(0, 9)
-    assert caches.budgets.tolist() == [[NUM_SLOTS, NUM_EXPERTS], [0, 9], *[[NUM_SLOTS, NUM_EXPERTS]] * 2]
-    assert caches.layers[1].takes_guesses, "graphs that were captured before read the word"
+    caches.layers[1].set_budget(1, 2, distance=2)
+    at_first = [[NUM_SLOTS, NUM_EXPERTS]] * 2
+    assert caches.budgets.tolist() == [at_first, [[0, 9], [1, 2]], *[at_first] * 2]
+    assert caches.layers[1].takes_guesses(), "graphs that were captured before read the word"
+
+
+def test_prefetches_of_a_layer_from_two_distances_have_orders_of_their_own(made):
+    calls, caches = made
+    look_ahead(caches, [3], distance=2)
+    look_ahead(caches, [3], distance=1)
+    assert "main waits" not in names(calls)
+    loads = [arguments[2].data_ptr() for name, arguments in calls if name == "prefetch_records"]
+    assert len(set(loads)) == 2
+
+
+def test_what_is_launched_aside_is_awaited_by_the_next_layer_and_no_copy_is(made):
+    calls, caches = made
+    with caches.aside():
+        look_ahead(caches, [2])
+    assert names(calls) == ["planner waits", "plan_prefetch", "side waits", "prefetch_records"]
+    assert calls[1][1][-1] == "planner"
+    for _ in range(2):
+        caches.layers[1].serve(torch.zeros(5, TOP_K, dtype=torch.int32), ROWS)
+    assert names(calls)[4:] == ["main waits", "plan_step", "gather_records", "plan_step", "gather_records"]
+    caches.join()
+    assert names(calls)[9:] == ["main waits"]
 
 
 def test_before_the_first_step_every_slot_is_free(made):

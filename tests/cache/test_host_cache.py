@@ -52,7 +52,9 @@ def test_every_step_of_every_layer_reads_its_own_experts(make_model, areas, poli
             if rng.random() < 0.1:
                 topk_ids[rng.randrange(num_rows)] = -1
             model.serve(number, topk_ids, num_real)
-            model.caches.prefetch([((number + 1) % 3, torch.tensor(rng.sample(range(16), 4)))], 1)
+            for distance in (1, 2):
+                guess = torch.tensor(rng.sample(range(16), 4))
+                model.layers[(number + distance) % 3].prefetch(guess, 1, distance)
             cache.check_integrity()
     for number, cache in enumerate(model.layers):
         words = cache.words()
@@ -149,9 +151,9 @@ def test_who_stays_is_the_policys_choice(make_model, policy, resident):
 def test_a_prefetch_is_used_and_its_budget_is_kept(make_model):
     model = make_model(1, 6, large_tensors)
     (cache,) = model.layers
-    assert cache.takes_guesses
+    assert cache.takes_guesses()
     cache.set_budget(0, 16)
-    assert not cache.takes_guesses
+    assert not cache.takes_guesses()
     cache.prefetch(torch.tensor([1, 2]), 1)
     assert cache.words().issued == 0
     cache.set_budget(1, 16)
@@ -174,11 +176,39 @@ def test_guesses_of_any_shape_are_taken(make_model, guess):
     assert model.layers[0].words().used == 2
 
 
-def test_guesses_for_a_layer_without_a_cache_are_dropped(make_model):
-    model = make_model(2, 6, large_tensors)
-    model.caches.layers[0] = None
-    model.caches.prefetch([(0, ids(1)), (1, ids(2))], 1)
-    assert [cache.words().issued for cache in model.layers] == [0, 1]
+SLOW = EmulatedLink(1e-4, 0.0)
+"""Nothing but what has begun gets anywhere within a test."""
+
+
+def test_a_far_guess_brings_as_many_fewer_records_as_wait_for_the_link(make_model):
+    model = make_model(3, 6, large_tensors, link=SLOW)
+    near, other, far = model.layers
+    near.prefetch(ids(1, 2, 3), 1)
+    until(lambda: model.caches.library.engine_num_queued(model.caches.engine) == 2)
+    far.set_budget(2, 16, distance=2)
+    assert not far.takes_guesses(2)
+    far.prefetch(ids(1, 2, 3), 1, 2)
+    assert far.words().issued == 0
+    far.set_budget(3, 16, distance=2)
+    assert far.takes_guesses(2)
+    far.prefetch(ids(1, 2, 3), 1, 2)
+    assert far.words().issued == 1
+    other.prefetch(ids(4, 5), 1)
+    assert other.words().issued == 2, "the next layer's guesses do not look at the link"
+
+
+def test_what_nearer_guesses_do_not_repeat_is_cancelled_unless_it_has_begun(make_model):
+    model = make_model(2, 6, large_tensors, link=SLOW)
+    model.layers[0].prefetch(ids(9), 1)
+    until(lambda: model.caches.library.engine_num_queued(model.caches.engine) == 0)
+    cache = model.layers[1]
+    cache.prefetch(ids(1, 2, 3), 1, 2)
+    cache.prefetch(ids(2, 4), 1, 1)
+    words = cache.words()
+    assert (words.issued, words.cancelled, words.num_in_flight, words.num_free) == (4, 2, 2, 4)
+    assert model.caches.library.engine_num_queued(model.caches.engine) == 2
+    model.layers[0].prefetch(ids(7), 1)
+    assert model.layers[0].words().cancelled == 0, "its copy has begun"
 
 
 def test_an_emulated_link_is_measured_as_what_it_is_and_nothing_is_counted(make_model):

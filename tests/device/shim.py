@@ -8,6 +8,7 @@ knows of streams, events and page-locked memory. vLLM's own kernels stay those o
 import contextlib
 import functools
 import hashlib
+import itertools
 import runpy
 import subprocess
 from collections.abc import Callable, Iterator
@@ -132,7 +133,7 @@ def when_it_runs(call: Callable[[], object]) -> None:
 
 
 class Stream:
-    """Stream 0 runs what it is given at once, so that nobody waits for it; all others are one queue."""
+    """Stream 0 runs what it is given at once, so that nobody waits for it; stream 1, of copies, is a queue."""
 
     def __init__(self, handle: int) -> None:
         self.cuda_stream = handle
@@ -146,6 +147,8 @@ class Stream:
 
 
 MAIN = Stream(0)
+_handles = itertools.cycle((1, 0))
+"""Of the streams that caches make: for copies, and for plans."""
 
 
 class Event:
@@ -178,7 +181,8 @@ class Torch:
         current_stream=lambda _=None: MAIN,
         empty_cache=lambda: None,
         synchronize=lambda: Stream(1).synchronize(),
-        Stream=lambda *_, **__: Stream(1),
+        Stream=lambda *_, **__: Stream(next(_handles)),
+        stream=lambda _: contextlib.nullcontext(),
         Event=Event,
         CUDAGraph=Graph,
         graph=capture,
@@ -227,7 +231,11 @@ def install(patch: Any) -> None:
     patch.setattr(proof, "torch", Torch())
     options = worker.HostMemoryOptions
     patch.setattr(worker, "HostMemoryOptions", lambda **_: options(pin=True, cuda=True))
-    patch.setattr(worker, "create_caches", lambda num_layers, link, where: device.DeviceCaches(num_layers, CPU))
+    patch.setattr(
+        worker,
+        "create_caches",
+        lambda num_layers, link, where, depth: device.DeviceCaches(num_layers, CPU, depth=depth),
+    )
     patch.setattr(
         worker,
         "create_shared_rows",

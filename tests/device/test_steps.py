@@ -18,14 +18,14 @@ def _on_the_shim(monkeypatch):
 
 
 @pytest.mark.parametrize("ahead", [False, True])
-def test_a_step_of_a_layer_takes_two_launches_and_looking_ahead_one_more_beside_the_copies(ahead):
+def test_a_step_of_a_layer_takes_two_launches_and_looking_ahead_two_for_each_distance(ahead):
     model = gpu_model.Model()
     model.route()
     shim.library().shim_launches()
     model.run(ahead=False)
     assert list(shim.library().shim_launches()) == [2 * gpu_model.NUM_LAYERS, 0]
     model.run(ahead)
-    looking = (gpu_model.NUM_LAYERS - 1) * ahead
+    looking = (gpu_model.NUM_LAYERS - 1 + gpu_model.NUM_LAYERS - 2) * ahead
     assert list(shim.library().shim_launches()) == [2 * gpu_model.NUM_LAYERS + looking, looking]
 
 

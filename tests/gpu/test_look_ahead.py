@@ -19,22 +19,25 @@ class Told(Predictor):
 
     name = "told"
 
-    def __init__(self, model):
-        super().__init__(NUM_LAYERS)
+    def __init__(self, model, distance):
+        super().__init__(NUM_LAYERS, distance)
         self._guesses = model.guesses
 
     def predict(self, source, signals, count):
-        guessed = self._guesses[source + 1, :NUM_GUESSING, :count]
+        guessed = self._guesses[self.target_of(source), :NUM_GUESSING, :count] if self.target_of(source) else None
+        if guessed is None:
+            return None
         return Prediction(guessed, torch.ones(guessed.shape, device=device()))
 
 
 class LookingModel(Model):
     """Its layers ask a LookAhead in place of queueing guesses themselves."""
 
-    def __init__(self, policy="lru", over_fetch=1, forced=True):
-        super().__init__(policy)
+    def __init__(self, policy="lru", over_fetch=1, forced=True, depth=1):
+        super().__init__(policy, depth)
         self.caches.layers = self.caches.layers[:NUM_LAYERS]
-        self.look_ahead = LookAhead(Told(self), self.caches, over_fetch, forced, 50e9, device())
+        told = [Told(self, distance) for distance in range(1, depth + 1)]
+        self.look_ahead = LookAhead(told, self.caches, over_fetch, forced, 50e9, device())
         self.weights = torch.rand(NUM_LAYERS, NUM_GUESSING, TOP_K, device=device())
 
     def run(self, ahead=True):
@@ -48,10 +51,10 @@ class LookingModel(Model):
                 torch.index_select(tensor, 0, chosen, out=self.seen[number][name])
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfru"])
+@pytest.mark.parametrize(("policy", "depth"), [("lru", 1), ("ewma", 1), ("ewma", 3)])
 @pytest.mark.parametrize("is_captured", [False, True])
-def test_whatever_is_guessed_every_layer_reads_its_own_experts_and_guesses_are_used(policy, is_captured):
-    model = LookingModel(policy)
+def test_whatever_is_guessed_every_layer_reads_its_own_experts_and_guesses_are_used(policy, depth, is_captured):
+    model = LookingModel(policy, depth=depth)
     model.route()
     graph = model.capture() if is_captured else None
     for _ in range(100):
@@ -85,8 +88,8 @@ def test_a_valve_that_closes_stops_the_copies_of_graphs_captured_before():
     model.route()
     graph = model.capture()
     for cache in model.caches.layers:
-        assert cache.takes_guesses
-    model.look_ahead.valves[2].is_open = False
+        assert cache.takes_guesses()
+    model.look_ahead.valves[2].depth = 0
     model.look_ahead._set_budgets()
     before = model.words()
     for _ in range(30):
@@ -105,7 +108,7 @@ def test_guesses_beyond_what_counts_are_not_fetched(over_fetch):
     graph = model.capture()
     for number, cache in enumerate(model.caches.layers):
         cache.set_budget(NUM_SLOTS, over_fetch)
-        assert model.caches.budgets[number].tolist() == [NUM_SLOTS, over_fetch]
+        assert model.caches.budgets[number].tolist() == [[NUM_SLOTS, over_fetch]]
     before = model.words()
     for _ in range(10):
         model.step(graph)

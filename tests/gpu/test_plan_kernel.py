@@ -31,7 +31,7 @@ class Walk:
         self.num_experts, self.num_slots, self.top_k = num_experts, num_slots, top_k
         self.cache = ExpertCache(num_experts, num_slots, POLICIES[policy])
         self.state = _initial_state(num_experts, num_slots, top_k, policy).cuda()
-        self.words = zeros(num_experts)
+        self.words, self.lane = zeros(num_experts), zeros(cuda_library().lane_ints())
         self.loads, self.num_loads = zeros(num_experts, 2), zeros(1)
         self.extra, self.num_extra = zeros(num_experts), zeros(1)
         names = "wide_steps hits late misses overflow evictions used unused displaced issued cancelled claimed demanded"
@@ -54,7 +54,7 @@ class Walk:
         states = self.states()
         in_flight = [(slot, e) for slot, e in enumerate(self.cache.expert_in) if e in self.cache.in_flight]
         landed = [expert for slot, expert in in_flight if states[slot] == READY]
-        dropped = [e for slot, e in in_flight if states[slot] == QUEUED and needed is not None and e not in needed]
+        dropped = [e for slot, e in in_flight if states[slot] == QUEUED and e not in needed]
         self.cache.settle(landed, dropped)
         self.add(cancelled=len(dropped))
 
@@ -66,12 +66,16 @@ class Walk:
         columns = list(zip(*rows, strict=True))[:counting]
         predicted = [expert for column in columns for expert, at in zip(column, real, strict=True) if at >= 0]
         budget = self.rng.randrange(-1, self.top_k + 1)
-        self.settle(None)
-        plan = self.cache.plan_prefetch(predicted, budget)
+        is_far = self.rng.random() < 0.5
+        self.settle(set(predicted))
+        num_queued = sum(word & 7 == QUEUED for word in self.words.tolist())
+        self.lane[2] = num_queued
+        plan = self.cache.plan_prefetch(predicted, budget - num_queued * is_far, is_far)
         budget_words = torch.tensor([budget, counting], dtype=torch.int32).cuda()
         cuda_library().plan_prefetch(
-            *(self.state, self.words, torch.tensor(rows, dtype=torch.int64).cuda(), torch.tensor(real).cuda()),
-            *(budget_words.data_ptr(), self.loads, self.num_loads, self.extra, stream()),
+            *(self.state, self.words, self.lane),
+            *(torch.tensor(rows, dtype=torch.int64).cuda(), torch.tensor(real).cuda()),
+            *(budget_words.data_ptr(), is_far, self.loads, self.num_loads, self.extra, stream()),
         )
         assert self.listed() == [(load.expert, load.row) for load in plan.loads]
         words = self.words.tolist()
@@ -131,7 +135,7 @@ class Walk:
         ids = torch.tensor(routed, dtype=torch.int32).cuda().view(len(real), -1)
         row_ids = torch.full_like(ids, -9)
         cuda_library().plan_step(
-            *(self.state, self.words, ids, torch.tensor(real).cuda(), row_ids),
+            *(self.state, self.words, self.lane, ids, torch.tensor(real).cuda(), row_ids),
             *(self.loads, self.num_loads, self.extra, self.num_extra, 0, False, stream()),
         )
         return row_ids.flatten().tolist()

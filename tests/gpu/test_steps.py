@@ -48,7 +48,7 @@ def test_a_step_of_padding_fetches_and_counts_nothing():
 
 
 def test_a_budget_that_changes_while_a_graph_is_replayed_is_obeyed():
-    model = Model()
+    model = Model(depth=1)
     model.route()
     graph = model.capture()
     for budget, least, most in ((NUM_SLOTS, 1, NUM_SLOTS), (0, 0, 0), (-1, 0, 0), (1, 0, 1)):
@@ -69,7 +69,8 @@ def test_a_budget_that_changes_at_any_moment_does_no_harm():
     graph = model.capture()
     for step in range(200):
         for number, layer in enumerate(model.layers):  # while the step before may be running
-            layer.cache.set_budget((step + number) % 7 - 1, 99)
+            for distance in (1, 2):
+                layer.cache.set_budget((step + number) % 7 - distance, 99, distance)
         model.step(graph)
     model.finish()
 

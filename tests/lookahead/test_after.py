@@ -7,7 +7,7 @@ from toy_moe import EXPERTS, TOP_K, make_gates, tokens
 from vllm_expert_prefetch.cache.words import Words
 from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig
 from vllm_expert_prefetch.lookahead.after import LookAhead, most_wanted
-from vllm_expert_prefetch.lookahead.create import choose_predictor, why_not
+from vllm_expert_prefetch.lookahead.create import choose_predictors, depth_of, why_not
 from vllm_expert_prefetch.memory.link import EmulatedLink
 from vllm_expert_prefetch.prediction import Ingredients, Prediction, Predictor, Signals, create_predictor
 from vllm_expert_prefetch.prediction.truth import score
@@ -17,19 +17,31 @@ NUM_SLOTS, RECORD_BYTES = 8, 1000
 
 
 class NotedCache:
-    """Notes what it is asked to prefetch, and how many of it may come."""
+    """Notes what it is asked to prefetch, and how many of it may come. `link_is_busy`: too busy for far guesses."""
 
     num_experts, num_slots, top_k, record_bytes = EXPERTS, NUM_SLOTS, TOP_K, RECORD_BYTES
 
-    def __init__(self):
-        self.asked, self.records, self.guesses = [], None, None
-
-    def set_budget(self, num_records, num_guesses):
-        self.records, self.guesses = num_records, num_guesses
+    def __init__(self, caches, number):
+        self.caches, self.number = caches, number
+        self.asked, self.budgets, self.link_is_busy = [], {}, False
 
     @property
-    def takes_guesses(self):
-        return self.records > 0
+    def records(self):
+        return self.budgets[1][0]
+
+    @property
+    def guesses(self):
+        return self.budgets[1][1]
+
+    def set_budget(self, num_records, num_guesses, distance=1):
+        self.budgets[distance] = num_records, num_guesses
+
+    def takes_guesses(self, distance=1):
+        return self.budgets[distance][0] > 0 and not (distance > 1 and self.link_is_busy)
+
+    def prefetch(self, predicted, rows, distance=1):
+        self.caches.order.append((self.number, distance))
+        self.asked.append((predicted.tolist(), rows))
 
 
 class NotedCaches:
@@ -37,13 +49,9 @@ class NotedCaches:
     link: EmulatedLink | None = EmulatedLink(1.0, 0.0)
 
     def __init__(self, num_layers):
-        self.layers = [NotedCache() for _ in range(num_layers)]
+        self.layers = [NotedCache(self, number) for number in range(num_layers)]
         self.order = []
-
-    def prefetch(self, wanted, rows):
-        for layer, experts in wanted:
-            self.order.append(layer)
-            self.layers[layer].asked.append((experts.tolist(), rows))
+        """(layer, distance) of what was asked for."""
 
 
 class Told(Predictor):
@@ -56,9 +64,10 @@ class Told(Predictor):
         return Prediction(torch.arange(count).repeat(rows, 1), torch.linspace(1, 0.1, count).repeat(rows, 1))
 
 
-def make(predictor=None, num_layers=4, over_fetch=1, forced=True, link=1e9, **named):
+def make(predictor=None, num_layers=4, over_fetch=1, forced=True, link=1e9, depth=1, **named):
     caches = NotedCaches(num_layers)
-    look_ahead = LookAhead(predictor or Told(num_layers), caches, over_fetch, forced, link, CPU, **named)
+    predictors = [predictor] if predictor else [Told(num_layers, distance) for distance in range(1, depth + 1)]
+    look_ahead = LookAhead(predictors, caches, over_fetch, forced, link, CPU, **named)
     return look_ahead, caches
 
 
@@ -78,27 +87,60 @@ def words(**named):
 def test_every_layer_but_the_last_asks_for_the_next_ones_experts():
     look_ahead, caches = make()
     a_step(look_ahead)
-    assert caches.order == [1, 2, 3]
+    assert caches.order == [(1, 1), (2, 1), (3, 1)]
     assert caches.layers[1].asked == [([0, 1, 2], 1)]
     assert caches.layers[0].asked == []
 
 
-def test_a_greater_distance_asks_for_layers_further_ahead():
-    look_ahead, caches = make(Told(4, distance=2))
+def test_farther_layers_are_asked_for_after_the_next_one_and_with_top_k_alone():
+    look_ahead, caches = make(depth=3)
     a_step(look_ahead)
-    assert caches.order == [2, 3]
+    assert caches.order == [(1, 1), (2, 2), (3, 3), (2, 1), (3, 2), (3, 1)]
+    assert [experts for experts, _ in caches.layers[3].asked] == [[0, 1], [0, 1], [0, 1, 2]]
 
 
-@pytest.mark.parametrize("lookahead_layers", [1, 2])
-def test_the_configured_distance_is_the_predictors(lookahead_layers):
-    predictor, _ = choose_predictor(ExpertPrefetchConfig(lookahead_layers=lookahead_layers), make_gates())
-    assert predictor.distance == lookahead_layers
-    assert predictor.target_of(0) == lookahead_layers
+def test_a_busy_link_saves_far_guesses():
+    look_ahead, caches = make(depth=3)
+    caches.layers[2].link_is_busy = True
+    a_step(look_ahead)
+    assert caches.order == [(1, 1), (3, 3), (2, 1), (3, 2), (3, 1)]
+
+
+def test_a_valve_takes_distances_away():
+    look_ahead, caches = make(depth=3)
+    look_ahead.valves[3].depth = 1
+    look_ahead.note([words()] * 4, None)
+    a_step(look_ahead)
+    assert caches.order == [(1, 1), (2, 2), (2, 1), (3, 1)]
+
+
+def test_recall_is_that_of_the_nearest_guess():
+    look_ahead, _ = make(depth=3)
+    look_ahead.recall.scored_every = 1
+    look_ahead.predictors[2].predict = lambda *_: Prediction(torch.tensor([[6, 7]]), torch.ones(1, 2))
+    a_step(look_ahead)
+    assert look_ahead.recall._sums[3].tolist() == [1, 2, 2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("asked", "num_layers", "on_gpu", "depth"),
+    [("auto", 8, False, 4), ("auto", 8, True, 2), ("auto", 3, False, 2), ("auto", 1, False, 1), (3, 8, True, 3)],
+)
+def test_auto_looks_as_far_as_the_platform_and_the_model_allow(asked, num_layers, on_gpu, depth):
+    assert depth_of(ExpertPrefetchConfig(lookahead_layers=asked), num_layers, on_gpu) == depth
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_there_is_a_predictor_for_each_distance(depth):
+    predictors, _ = choose_predictors(ExpertPrefetchConfig(), make_gates(), depth)
+    assert [predictor.distance for predictor in predictors] == [1, 2][:depth]
+    assert predictors[-1].target_of(0) == depth
 
 
 @pytest.mark.parametrize("name", ["router", "previous"])
 def test_the_configured_predictor_is_made(name):
-    assert choose_predictor(ExpertPrefetchConfig(predictor=name), make_gates())[0].name == name
+    predictors, _ = choose_predictors(ExpertPrefetchConfig(predictor=name), make_gates(), 2)
+    assert [predictor.name for predictor in predictors] == [name, name]
 
 
 def test_padding_is_neither_guessed_for_nor_scored():
@@ -114,7 +156,7 @@ def test_a_step_with_more_ids_than_experts_fetches_nothing_ahead():
     a_step(look_ahead, num_tokens=EXPERTS // TOP_K + 1)
     assert caches.order == []
     a_step(look_ahead, num_tokens=EXPERTS // TOP_K)
-    assert caches.order == [1, 2, 3]
+    assert caches.order == [(1, 1), (2, 1), (3, 1)]
 
 
 @pytest.mark.parametrize("over_fetch", [0, 1, 3])
@@ -125,13 +167,14 @@ def test_over_fetch_asks_for_less_likely_experts_as_well(over_fetch):
     assert caches.layers[1].guesses == TOP_K + over_fetch
 
 
-@pytest.mark.parametrize(("distance", "window", "records"), [(1, 2.1, 3), (2, 2.1, 3), (1, 0.2, 1), (2, 0.2, 1)])
-def test_the_budget_is_what_the_link_can_begin_in_the_time_there_is(distance, window, records):
-    """A record takes a second; layers take `window`, and the time grows with the distance as the records' does."""
-    look_ahead, caches = make(Told(4, distance=distance), link=RECORD_BYTES)
+@pytest.mark.parametrize(("window", "records"), [(2.1, 3), (0.2, 1)])
+def test_the_budget_is_what_the_link_can_begin_until_the_next_layer(window, records):
+    """A record takes a second; layers take `window`."""
+    look_ahead, caches = make(depth=2, link=RECORD_BYTES)
     for _ in range(200):
         look_ahead.note([words(steps=1)] * 4, 4 * window)
-    assert caches.layers[1].records == records
+    assert {own[0] for own in caches.layers[1].budgets.values()} == {records}
+    assert caches.layers[1].budgets[2][1] == TOP_K
     assert caches.layers[1].guesses == (TOP_K + 1 if window >= 1 else TOP_K), "over_fetch only where a record fits"
 
 

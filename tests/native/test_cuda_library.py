@@ -120,7 +120,9 @@ def test_too_many_segments_are_refused(library):
 
 def gather(library, num_blocks=16):
     orders = [ints(4, 2), ints(1), ints(4), ints(1)]
-    library.gather_records(table(GOOD), 4, *orders, ints(library.board_ints(4)), ints(2), num_blocks, 0)
+    library.gather_records(
+        table(GOOD), 4, *orders, ints(library.board_ints(4)), ints(library.lane_ints()), num_blocks, 0
+    )
 
 
 def test_lists_on_the_cpu_are_refused(library):
@@ -137,7 +139,8 @@ def test_grids_out_of_range_are_refused(library, num_blocks):
 def plan(library, state_words=NUM_WORDS + 20, ids=(1, 3), num_real=1, budget=4096):
     """A prefetch of a layer of 4 experts and 2 slots; every tensor on the CPU."""
     state, real = torch.zeros(state_words, dtype=torch.int64), torch.zeros(num_real, dtype=torch.int64)
-    library.plan_prefetch(state, ints(4), ints(*ids), real, budget, ints(4), ints(1), ints(2), 0)
+    lane = ints(library.lane_ints())
+    library.plan_prefetch(state, ints(4), lane, ints(*ids), real, budget, False, ints(4), ints(1), ints(2), 0)
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,8 @@ class NativePlanner:
     def plan(self, ids, num_real, rows, words):
         return self.loads[: self.library.planner_plan(self.state, words, ids, num_real, rows, self.loads)].tolist()
 
-    def plan_prefetch(self, predicted, budget, words):
-        number = self.library.planner_plan_prefetch(self.state, words, predicted, budget, self.loads)
+    def plan_prefetch(self, predicted, budget, is_far, words):
+        number = self.library.planner_plan_prefetch(self.state, words, predicted, budget, is_far, self.loads)
         return self.loads[:number].tolist()
 
     @property
@@ -78,10 +78,10 @@ class Twins:
             0,
         )
 
-    def prefetch(self, predicted, budget):
-        self.settle(needed=None)
-        plan = self.cache.plan_prefetch(predicted, budget)
-        loads = self.native.plan_prefetch(torch.tensor(predicted, dtype=torch.int64), budget, self.word_tensor)
+    def prefetch(self, predicted, budget, is_far=False):
+        self.settle(set(predicted))
+        plan = self.cache.plan_prefetch(predicted, budget, is_far)
+        loads = self.native.plan_prefetch(torch.tensor(predicted, dtype=torch.int64), budget, is_far, self.word_tensor)
         assert loads == [[load.expert, load.row] for load in plan.loads]
         for load in plan.loads:
             self.words[load.row] = QUEUED
@@ -94,11 +94,11 @@ class Twins:
             self.words[self.cache.slot_of[expert]] = self.rng.choice([LANDED, QUEUED, COPYING])
 
     def settle(self, needed):
-        """Tell the specification what the native planner sees by itself; `needed` None cancels nothing."""
+        """Tell the specification what the native planner sees by itself."""
         in_flight = sorted(self.cache.in_flight, key=self.cache.slot_of.__getitem__)
         state = {expert: self.words[self.cache.slot_of[expert]] for expert in in_flight}
         landed = [expert for expert in in_flight if state[expert] == LANDED]
-        dropped = [e for e in in_flight if state[e] == QUEUED and needed is not None and e not in needed]
+        dropped = [e for e in in_flight if state[e] == QUEUED and e not in needed]
         self.cache.settle(landed, dropped)
         self.totals["cancelled"] += len(dropped)
 

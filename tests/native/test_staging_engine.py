@@ -199,7 +199,7 @@ def test_a_cancelled_slot_is_free_at_once_though_its_old_entry_is_still_queued(r
     slow.until_copying(1)
     slow.step(9)
     getattr(slow, reuse)(5)  # into the slot of 4
-    slow.prefetch(6)  # behind the old entry
+    slow.prefetch(5, 6)  # 6 behind the old entry
     slow.until_landed(3 if reuse == "prefetch" else 2)
     assert slow.holds(0, 2, 5)
     assert slow.holds(0, 3, 6)

@@ -76,9 +76,9 @@ def check_conservation(counted, llm):
     return issued
 
 
-@pytest.mark.parametrize("over_fetch", [0, 3])
-def test_the_router_predictor_is_bit_equal_and_saves_stalls(stock, over_fetch):
-    config = LINK | {"prefetch": "on", "over_fetch": over_fetch, "metrics_per_layer": True}
+@pytest.mark.parametrize("setting", [{"over_fetch": 0}, {"over_fetch": 3, "lookahead_layers": 1}])
+def test_the_router_predictor_is_bit_equal_and_saves_stalls(stock, setting):
+    config = LINK | {"prefetch": "on", "metrics_per_layer": True} | setting
     with open_engine(TINY_MODEL, config) as llm:
         assert generate(llm) == stock
         counted = counters(llm)
@@ -120,7 +120,7 @@ def test_every_predictor_is_bit_equal_with_every_over_fetch(stock):
             predictor = create_predictor(name.split()[0], ingredients)
             if "across" in name:
                 predictor = with_next_token(predictor, create_predictor("transition", ingredients))
-            look_ahead = LookAhead(predictor, worker.caches, over_fetch, True, 0.5e9, torch.device("cpu"))
+            look_ahead = LookAhead([predictor], worker.caches, over_fetch, True, 0.5e9, torch.device("cpu"))
             worker.publisher = Publisher(worker.publisher.counters, worker.caches, look_ahead)
             for layer in layers(llm):
                 layer.look_ahead = look_ahead
@@ -167,6 +167,7 @@ def test_with_an_artifact_the_last_layer_speaks_of_the_next_tokens_first(tmp_pat
         ({"artifact": str(tmp_path / "artifact")}, "hybrid, next token by transition"),
         ({"artifact": str(tmp_path / "artifact"), "predictor": "previous"}, "previous"),
     ):
-        predictor, _ = create.choose_predictor(ExpertPrefetchConfig(**config), gates)
-        assert predictor.name == name
-        assert predictor.target_of(len(gates) - 1) == (None if name == "router" else 0)
+        (near, far), _ = create.choose_predictors(ExpertPrefetchConfig(**config), gates, 2)
+        assert near.name == name
+        assert near.target_of(len(gates) - 1) == (None if name == "router" else 0)
+        assert far.name == ("previous" if name == "previous" else "router"), "the artifact is for one layer ahead"

@@ -1,16 +1,17 @@
 """The contract of the expert cache: what serving and look-ahead ask for, whatever the platform.
 
 * `serve`: one step of a layer; every record it needs is there before a kernel that is launched next.
-* `prefetch`: copies that a guess asks for, behind what is queued already.
-* `set_budget`: how many records one prefetch may bring.
+* `prefetch`: copies that a guess asks for, behind what is queued already. A guess has a distance: how many layers ahead
+  of the one that computes its layer is. A far guess, of a distance above 1, is only for a link that would idle.
+* `set_budget`: how many records one prefetch may bring, for each distance.
 * `words`: what happened so far, as last written; reading it waits for nothing.
 * `check_integrity`: the books against each other.
 
 One implementation per platform: `host` (C++ on the CPU platform) and `device` (CUDA).
 """
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -48,20 +49,21 @@ class LayerCache(ABC):
         """
 
     @abstractmethod
-    def prefetch(self, predicted: torch.Tensor, rows: Rows) -> None:
-        """Queue copies of at most `budget` of the `predicted` experts that are neither resident nor on their way.
+    def prefetch(self, predicted: torch.Tensor, rows: Rows, distance: int = 1) -> None:
+        """Queue copies of `predicted` experts that are neither resident nor on their way: as many as the budget says.
 
-        `predicted` (R, P) or (P,) int32 or int64, most wanted first, negative for none. Returns at once.
+        `predicted` (R, P) or (P,) int32 or int64, most wanted first, negative for none. Cancels copies for this layer
+        that have not begun and are predicted no more. A far guess may bring as many fewer as wait for the link, and in
+        place of no expert that was needed within a round. Returns at once.
         """
 
     @abstractmethod
-    def set_budget(self, num_records: int, num_guesses: int) -> None:
+    def set_budget(self, num_records: int, num_guesses: int, distance: int = 1) -> None:
         """From now on one prefetch may bring so many records, 0 for none, of the first `num_guesses` of each row of a
         guess: also in graphs that were captured before."""
 
-    @property
     @abstractmethod
-    def takes_guesses(self) -> bool:
+    def takes_guesses(self, distance: int = 1) -> bool:
         """Whether a guess may be of use. On a GPU always: the budget is read when a captured step runs."""
 
     @abstractmethod
@@ -92,12 +94,14 @@ class Caches(ABC):
     on_device: ClassVar[bool]
     """Whether decisions are made on a GPU, without the host."""
 
-    def __init__(self, num_layers: int, mirror: torch.Tensor, link: EmulatedLink | None) -> None:
-        """`mirror` (L, len(Words)) int64: row l holds the words of MoE layer l, as last written."""
+    def __init__(self, num_layers: int, mirror: torch.Tensor, link: EmulatedLink | None, depth: int) -> None:
+        """`mirror` (L, len(Words)) int64: row l holds the words of MoE layer l, as last written. `depth`: the greatest
+        distance of a guess."""
         self.layers: list[LayerCache | None] = [None] * num_layers
         """By number among the MoE layers; None where every expert is resident, and nothing is planned."""
         self.mirror = mirror
         self.link = link
+        self.depth = depth
 
     @abstractmethod
     def add(
@@ -105,12 +109,12 @@ class Caches(ABC):
     ) -> LayerCache:
         """The cache of MoE layer `number`, all slots free. Raises ValueError where the numbers do not fit."""
 
-    def prefetch(self, wanted: Sequence[tuple[int, torch.Tensor]], rows: Rows) -> None:
-        """Queue copies for (layer, experts) pairs in order: the nearest layer first. See `LayerCache.prefetch`."""
-        for number, experts in wanted:
-            cache = self.layers[number]
-            if cache is not None:
-                cache.prefetch(experts, rows)
+    def aside(self) -> contextlib.AbstractContextManager[None]:
+        """Within it, predictions and `prefetch` may run beside the layer's kernel; the next `serve` comes after them.
+
+        Nothing on the host, where they run at once.
+        """
+        return contextlib.nullcontext()
 
     def measure_bandwidth(self) -> float:
         """Bytes per second of copies of one record each, one of every layer, the faster of two passes; 0 without."""

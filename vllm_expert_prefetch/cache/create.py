@@ -19,16 +19,19 @@ def why_no_cache(on_gpu: bool) -> str | None:
     return why_not_host() or (why_not_cuda() if on_gpu else None)
 
 
-def create_caches(num_layers: int, link: EmulatedLink | None, device: torch.device) -> Caches:
-    """Caches for `num_layers` MoE layers on `device`. Raises ConfigError where the platform's library is missing."""
+def create_caches(num_layers: int, link: EmulatedLink | None, device: torch.device, depth: int = 1) -> Caches:
+    """Caches for `num_layers` MoE layers on `device`; `depth`: how many layers ahead guesses are, at most.
+
+    Raises ConfigError where the platform's library is missing.
+    """
     missing = why_no_cache(device.type == "cuda")
     if missing:
         raise ConfigError(f"{CONFIG_KEY}: {missing}")
     if device.type == "cuda":
         from vllm_expert_prefetch.cache.device import DeviceCaches
 
-        return DeviceCaches(num_layers, device)
-    return HostCaches(host_library(), num_layers, link)
+        return DeviceCaches(num_layers, device, depth=depth)
+    return HostCaches(host_library(), num_layers, link, depth=depth)
 
 
 def create_shared_rows(rows_like: Mapping[str, torch.Tensor], num_slots: int, areas: int, device: torch.device) -> Any:

@@ -5,6 +5,8 @@ replay plans with the ids of *its* step. Nothing here allocates, synchronises or
 `measure_copy` and `check_integrity`.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,8 +46,8 @@ class Orders:
 class DeviceCache(LayerCache):
     """One layer: its planner's state, the words of its rows (csrc/slot_state.h) and its orders, in GPU memory.
 
-    At most one prefetch of a layer is on its way: its orders must stay as they are until it has ended. `prefetch` joins
-    the side stream where that is needed.
+    At most one prefetch of a layer and distance is on its way: its orders must stay as they are until it has ended.
+    `prefetch` joins the side stream where that is needed.
     """
 
     on_device = True
@@ -70,17 +72,20 @@ class DeviceCache(LayerCache):
         self.state = state.to(device)
         self._board = torch.zeros(library.board_ints(self.num_experts), dtype=torch.int32, device=device)
         self.row_words = self._board[: self.num_experts]
-        self.demand, self.ahead = Orders(self.num_experts, device), Orders(num_slots, device)
+        self.demand = Orders(self.num_experts, device)
+        self.ahead = [Orders(num_slots, device) for _ in range(caches.depth)]
+        """By distance, the nearest first."""
         self._mirror, self._mirror_address = caches.mirror[number], caches.mirror_address(number)
         self._mirror.copy_(state[: len(self._mirror)])
-        self._budget, self._budget_address = caches.budgets[number], caches.budget_address(number)
-        self.set_budget(num_slots, self.num_experts)
+        for distance in range(1, caches.depth + 1):
+            self.set_budget(num_slots, self.num_experts, distance)
 
     def serve(self, topk_ids: torch.Tensor, rows: Rows, speculated: bool = False) -> torch.Tensor:
         topk_ids, orders = topk_ids.contiguous(), self.demand
         row_ids = torch.empty_like(topk_ids)
+        self._caches.await_plans()
         self._library.plan_step(
-            *(self.state, self.row_words, topk_ids, rows, row_ids),
+            *(self.state, self.row_words, self._caches.lane, topk_ids, rows, row_ids),
             *(orders.loads, orders.num_loads, orders.late, orders.num_late),
             *(self._mirror_address, speculated, self._caches.current_stream()),
         )
@@ -96,34 +101,35 @@ class DeviceCache(LayerCache):
             *(caches.lane, caches.options.num_demand_blocks, caches.current_stream()),
         )
 
-    def prefetch(self, predicted: torch.Tensor, rows: Rows) -> None:
+    def prefetch(self, predicted: torch.Tensor, rows: Rows, distance: int = 1) -> None:
         assert isinstance(rows, torch.Tensor)
         if predicted.dim() == 1:
             predicted = predicted.unsqueeze(0)
         if len(predicted) == 1 < len(rows):  # one guess for all tokens
             rows = rows.amax(0, keepdim=True)
-        orders, caches = self.ahead, self._caches
-        caches.join_if_busy(self.number)
+        orders, caches = self.ahead[distance - 1], self._caches
+        caches.join_if_busy(self.number, distance)
         self._library.plan_prefetch(
-            *(self.state, self.row_words, predicted.contiguous(), rows, self._budget_address),
+            *(self.state, self.row_words, caches.lane, predicted.contiguous(), rows),
+            *(caches.budget_address(self.number, distance), distance > 1),
             *(orders.loads, orders.num_loads, orders.late, caches.current_stream()),
         )
-        self.copy_ahead()
+        self.copy_ahead(distance)
 
-    def copy_ahead(self) -> None:
+    def copy_ahead(self, distance: int = 1) -> None:
         """Copy what `ahead` names on the side stream, after what is on the current stream now."""
-        orders, caches = self.ahead, self._caches
+        orders, caches = self.ahead[distance - 1], self._caches
         self._library.prefetch_records(
             *(self._segments, self.num_experts),
             *(orders.loads, orders.late, orders.num_loads, self._board, caches.lane),
-            *(caches.options.num_prefetch_blocks, caches.options.chunk_bytes, caches.fork(self.number)),
+            *(caches.options.num_prefetch_blocks, caches.options.chunk_bytes, caches.fork(self.number, distance)),
         )
 
-    def set_budget(self, num_records: int, num_guesses: int) -> None:
-        self._budget[0], self._budget[1] = num_records, num_guesses
+    def set_budget(self, num_records: int, num_guesses: int, distance: int = 1) -> None:
+        words = self._caches.budgets[self.number, distance - 1]
+        words[0], words[1] = num_records, num_guesses
 
-    @property
-    def takes_guesses(self) -> bool:
+    def takes_guesses(self, distance: int = 1) -> bool:
         return True
 
     def words(self) -> Words:
@@ -151,11 +157,12 @@ class DeviceCache(LayerCache):
 
 
 class DeviceCaches(Caches):
-    """What the layers of one GPU share: the side stream of prefetches, the flag by which demands hold them up, and the
-    host memory that the GPU writes words to and reads budgets from.
+    """What the layers of one GPU share: the streams of prefetches, what demands and prefetches tell each other (Lane in
+    csrc/record.h), and the host memory that the GPU writes words to and reads budgets from.
 
-    A prefetch is forked from the current stream and joined before its orders are used again. In eager steps the first
-    layer whose orders are still in use joins, for all layers. Captures join before they end, and before vLLM captures
+    Predictions and their plans are forked from the stream of the steps, and joined before the next layer is planned;
+    copies are forked from the plans, and joined before their orders are used again. In eager steps the first layer
+    whose orders are still in use joins, for all layers. Captures join before they end, and before vLLM captures
     or replays it joins what was sent outside: what was forked inside is never joined outside, nor the other way round.
     vLLM's offloader hooks call `join` there: `sync_prev_onload` (before a capture or a replay) and `join_after_forward`
     (before a capture ends).
@@ -164,24 +171,28 @@ class DeviceCaches(Caches):
     engine_name = "cuda"
     on_device = True
 
-    def __init__(self, num_layers: int, device: torch.device, options: DeviceOptions | None = None) -> None:
+    def __init__(
+        self, num_layers: int, device: torch.device, options: DeviceOptions | None = None, depth: int = 1
+    ) -> None:
         library: Any = cuda_library()
         self.library = library
         self.device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self.options = options or DeviceOptions()
         mirror_bytes = 8 * num_layers * len(Words._fields)
-        shared = HostMemory(mirror_bytes + 8 * num_layers, HostMemoryOptions(pin=True, cuda=True)).bytes
-        super().__init__(num_layers, shared[:mirror_bytes].view(torch.int64).view(num_layers, -1), None)
-        self.budgets = shared[mirror_bytes:].view(torch.int32).view(num_layers, 2)
-        """(L, 2) int32: how many records a prefetch may bring, and how many guesses of each row count. Every run of a
-        plan reads its layer's."""
+        shared = HostMemory(mirror_bytes + 8 * num_layers * depth, HostMemoryOptions(pin=True, cuda=True)).bytes
+        super().__init__(num_layers, shared[:mirror_bytes].view(torch.int64).view(num_layers, -1), None, depth)
+        self.budgets = shared[mirror_bytes:].view(torch.int32).view(num_layers, depth, 2)
+        """(L, depth, 2) int32: how many records a prefetch may bring, and how many guesses of each row count. Every run
+        of a plan reads those of its layer and distance."""
         self._shared_address: int = library.device_pointer(shared.data_ptr(), self.device.index)
         library.load_gather_kernels(self.device.index)
-        self.lane = torch.zeros(2, dtype=torch.int32, device=self.device)
+        self.lane = torch.zeros(library.lane_ints(), dtype=torch.int32, device=self.device)
         # Of high priority: a copy that starts late hides behind less.
-        self.stream = torch.cuda.Stream(self.device, priority=-1)
-        self._forked, self._landed = torch.cuda.Event(), torch.cuda.Event()
-        self._busy: set[int] = set()
+        self.stream, self._planner = (torch.cuda.Stream(self.device, priority=-1) for _ in range(2))
+        self._forked, self._landed, self._begun, self._planned = (torch.cuda.Event() for _ in range(4))
+        self._busy: set[tuple[int, int]] = set()
+        """(layer, distance) of prefetches that were not joined."""
+        self._is_planning = False
         self._is_closed = False
 
     def add(
@@ -195,9 +206,9 @@ class DeviceCaches(Caches):
         """Of the words of a layer, as the GPU sees it."""
         return self._shared_address + number * 8 * self.mirror.shape[1]
 
-    def budget_address(self, number: int) -> int:
-        """Of the budget of a layer, as the GPU sees it."""
-        return self._shared_address + self.mirror.nbytes + 8 * number
+    def budget_address(self, number: int, distance: int = 1) -> int:
+        """Of the budget of a layer and distance, as the GPU sees it."""
+        return self._shared_address + self.mirror.nbytes + 8 * (number * self.depth + distance - 1)
 
     def current_stream(self) -> int:
         """The handle of the stream that steps run on. Raises RuntimeError once closed."""
@@ -205,23 +216,42 @@ class DeviceCaches(Caches):
             raise RuntimeError("expert_prefetch: the expert caches are closed")
         return torch.cuda.current_stream(self.device).cuda_stream
 
-    def fork(self, number: int) -> int:
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        self._begun.record(torch.cuda.current_stream(self.device))
+        self._planner.wait_event(self._begun)
+        with torch.cuda.stream(self._planner):
+            yield
+        self._planned.record(self._planner)
+        self._is_planning = True
+
+    def await_plans(self) -> None:
+        """Order the current stream after what was launched `aside`."""
+        if self._is_planning:
+            torch.cuda.current_stream(self.device).wait_event(self._planned)
+            self._is_planning = False
+
+    def fork(self, number: int, distance: int) -> int:
         """Order the side stream after everything on the current one, for a prefetch of layer `number`; its handle."""
         self._forked.record(torch.cuda.current_stream(self.device))
         self.stream.wait_event(self._forked)
-        self._busy.add(number)
+        self._busy.add((number, distance))
         return self.stream.cuda_stream
 
     def join(self) -> None:
+        self.await_plans()
+        self._join_copies()
+
+    def _join_copies(self) -> None:
         if self._busy:
             self._landed.record(self.stream)
             torch.cuda.current_stream(self.device).wait_event(self._landed)
             self._busy.clear()
 
-    def join_if_busy(self, number: int) -> None:
-        """Join if a prefetch of layer `number` has not been joined yet."""
-        if number in self._busy:
-            self.join()
+    def join_if_busy(self, number: int, distance: int) -> None:
+        """Join all copies if a prefetch of this layer and distance has not been joined yet."""
+        if (number, distance) in self._busy:
+            self._join_copies()
 
     def num_errors(self) -> int:
         """Loads and waits that kernels refused since the start (csrc/cuda/gather_kernels.cuh). Synchronises."""

@@ -37,11 +37,13 @@ class HostCache(LayerCache):
         library = caches.library
         self.state = torch.zeros(library.planner_words(self.num_experts, num_slots), dtype=torch.int64)
         self._mirror = caches.mirror[number]
-        self.budget = num_slots  # records of one prefetch
+        self._budgets = [0] + [num_slots] * caches.depth
+        """Records of one prefetch, by its distance."""
         numbers = (self.num_experts, num_slots, top_k, list(POLICIES).index(policy), store.record_bytes)
         segments = _segment_table(store, space)
         self._native = library.cache_create(caches.engine, segments, *numbers, self.state, self._mirror)
         self._serve, self._prefetch, self._copy = library.cache_serve, library.cache_prefetch, library.cache_copy
+        self._num_queued, self._engine = library.engine_num_queued, caches.engine
 
     def serve(self, topk_ids: torch.Tensor, rows: Rows, speculated: bool = False) -> torch.Tensor:
         topk_ids = topk_ids.contiguous()
@@ -49,16 +51,16 @@ class HostCache(LayerCache):
         self._serve(self._native, topk_ids, rows * topk_ids.shape[1], row_ids, speculated)
         return row_ids
 
-    def prefetch(self, predicted: torch.Tensor, rows: Rows) -> None:
-        if self.budget > 0:
-            self._prefetch(self._native, predicted.contiguous(), self.budget)
+    def prefetch(self, predicted: torch.Tensor, rows: Rows, distance: int = 1) -> None:
+        if self._budgets[distance] > 0:
+            self._prefetch(self._native, predicted.contiguous(), self._budgets[distance], distance > 1)
 
-    def set_budget(self, num_records: int, num_guesses: int) -> None:
-        self.budget = num_records  # whoever guesses on the host guesses no more than counts
+    def set_budget(self, num_records: int, num_guesses: int, distance: int = 1) -> None:
+        self._budgets[distance] = num_records  # whoever guesses on the host guesses no more than counts
 
-    @property
-    def takes_guesses(self) -> bool:
-        return self.budget > 0
+    def takes_guesses(self, distance: int = 1) -> bool:
+        budget = self._budgets[distance]
+        return budget > 0 and (distance == 1 or budget > self._num_queued(self._engine))
 
     def words(self) -> Words:
         return Words._make(self._mirror.tolist())
@@ -81,13 +83,13 @@ class HostCaches(Caches):
     on_device = False
 
     def __init__(
-        self, library: Any, num_layers: int, link: EmulatedLink | None, chunk_bytes: int | None = None
+        self, library: Any, num_layers: int, link: EmulatedLink | None, chunk_bytes: int | None = None, depth: int = 1
     ) -> None:
         """`library`: `native.library.host_library()`. `chunk_bytes`: what a demand waits for at most; None chooses it.
 
         Raises ValueError for numbers that make no sense.
         """
-        super().__init__(num_layers, torch.zeros(num_layers, len(Words._fields), dtype=torch.int64), link)
+        super().__init__(num_layers, torch.zeros(num_layers, len(Words._fields), dtype=torch.int64), link, depth)
         self.library = library
         gbps, latency_us = link or (0.0, 0.0)
         self.engine = library.engine_create(gbps, latency_us, chunk_bytes or _chunk_for(link))

@@ -2,10 +2,11 @@
 
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
-from vllm_expert_prefetch.cache.base import Caches, Rows
+from vllm_expert_prefetch.cache.base import Caches, LayerCache, Rows
 from vllm_expert_prefetch.cache.words import Words
 from vllm_expert_prefetch.lookahead.recall import Recall
 from vllm_expert_prefetch.lookahead.valve import Budget, Valve
@@ -14,17 +15,31 @@ from vllm_expert_prefetch.prediction.base import Predictor, Signals
 from vllm_expert_prefetch.prediction.routing import Prediction
 
 
-class LookAhead:
-    """One worker's look-ahead: a predictor, and for each MoE layer a valve and a budget.
+class _Ahead(NamedTuple):
+    """What one layer guesses."""
 
-    On the host a closed valve saves the prediction as well. On a GPU every replay of a captured step predicts and plans
-    anew, and the budget, a word that the GPU reads, is 0 where the valve is closed. Padding and dummy runs fetch
-    nothing and count nothing. A predictor that remembers (`observes`) remembers them as well: guesses are hints.
+    distance: int
+    target: int
+    predictor: Predictor
+    cache: LayerCache
+
+
+class LookAhead:
+    """One worker's look-ahead: a predictor for each distance, and for each MoE layer a valve and a budget.
+
+    The nearest layer is guessed and fetched first. What a farther one may bring is what the link can begin before the
+    next layer, less what waits for it already. A guess that nearer ones do not repeat is cancelled unless its copy has
+    begun.
+
+    On the host a closed valve, or a link with enough to do, saves the prediction as well. On a GPU every replay of a
+    captured step predicts and plans anew, and the budget, a word that the GPU reads, is 0 where the valve is closed.
+    Padding and dummy runs fetch nothing and count nothing. A predictor that remembers (`observes`) remembers them as
+    well: guesses are hints.
     """
 
     def __init__(
         self,
-        predictor: Predictor,
+        predictors: Sequence[Predictor],
         caches: Caches,
         over_fetch: int,
         forced: bool,
@@ -32,26 +47,45 @@ class LookAhead:
         device: torch.device,
         speculated_layers: frozenset[int] = frozenset(),
     ) -> None:
-        """`forced`: valves never close. `link_bytes_per_second`: as measured. `speculated_layers` execute their guess
-        in steps that give every sequence one token (on the host only).
+        """`predictors`: of distance 1, 2 and so on. `forced`: valves never close. `link_bytes_per_second`: as measured.
+        `speculated_layers` execute their guess of distance 1 in steps that give every sequence one token (on the host
+        only).
         """
-        self.predictor = predictor
+        self.depth = len(predictors)
         self.speculated_layers = speculated_layers
         self._caches = caches
         self._over_fetch = over_fetch
-        self.valves = [Valve(forced, is_timed=not caches.on_device) for _ in caches.layers]
+        self.valves = [Valve(forced, not caches.on_device, self.depth) for _ in caches.layers]
         self.budgets = [
-            Budget(predictor.distance * cache.record_bytes / link_bytes_per_second, cache.num_slots)
+            Budget(cache.record_bytes / link_bytes_per_second, cache.num_slots)
             if cache is not None and link_bytes_per_second
             else Budget(0.0, 0 if cache is None else cache.num_slots)
             for cache in caches.layers
         ]
+        self.use(predictors)
         last = max(number for number, cache in enumerate(caches.layers) if cache is not None)
         self.recall = Recall(len(caches.layers), last, device, caches.on_device)
         self._guesses: list[Prediction | None] = [None] * len(caches.layers)
         self._spent = [0.0] * len(caches.layers)
         self._num_one_token_each = 0
+        self._read: Signals | None = None
+        """What is read aside: its memory must not be used for anything else before the next layer."""
         self._set_budgets()
+
+    def use(self, predictors: Sequence[Predictor]) -> None:
+        """Guess with these from now on; as many as there were at first, or fewer."""
+        self.predictors = predictors
+        self._observers = [predictor for predictor in predictors if predictor.observes]
+        self._ahead = [self._what_is_guessed_at(layer) for layer in range(len(self._caches.layers))]
+
+    def _what_is_guessed_at(self, layer: int) -> list[_Ahead]:
+        found = []
+        for predictor in self.predictors:
+            target, own = predictor.target_of(layer), predictor.at(layer)
+            cache = None if target is None else self._caches.layers[target]
+            if target is not None and own is not None and cache is not None:
+                found.append(_Ahead(predictor.distance, target, own, cache))
+        return found
 
     def begin_step(self, num_one_token_each: int) -> None:
         """An engine step begins; so many sequences get one token each, 0 when it is any other step."""
@@ -60,7 +94,7 @@ class LookAhead:
     def to_execute(self, layer: int, rows: Rows) -> Prediction | None:
         """The guess that `layer` executes in this step in place of its routing; None where it follows the router."""
         guess, cache = self._guesses[layer], self._caches.layers[layer]
-        if guess is None or cache is None or not isinstance(rows, int) or not self._speculates(layer, rows):
+        if guess is None or cache is None or not self._speculates(layer, rows):
             return None
         covers = guess.ids.shape[0] == rows and guess.ids.shape[1] >= cache.top_k
         return guess if covers else None
@@ -78,27 +112,42 @@ class LookAhead:
         self._guesses[layer] = None
         true = signals if routed is None else routed
         self.recall.compare(layer, true, rows)
-        if self.predictor.observes:
-            self.predictor.observe(layer, true)
-        target, predictor = self.predictor.target_of(layer), self.predictor.at(layer)
-        cache = None if target is None else self._caches.layers[target]
-        if target is None or predictor is None or cache is None:
+        for predictor in self._observers:
+            predictor.observe(layer, true)
+        num_ids = signals.topk_ids.numel()
+        if self._caches.on_device:
+            fetching = [ahead for ahead in self._ahead[layer] if num_ids <= ahead.cache.num_experts]
+            if fetching:
+                with self._caches.aside():
+                    for ahead in fetching:
+                        self._guess(layer, ahead, signals, rows, True)
+                self._read = signals
             return
-        # What is executed must not hang on valves: these follow the clock, and the tokens must not.
-        speculates = isinstance(rows, int) and self._speculates(target, rows)
-        fetches = cache.takes_guesses and signals.topk_ids.numel() <= cache.num_experts
-        if not (fetches or speculates):
-            return
-        started = time.perf_counter()
-        guess = predictor.predict(layer, signals, self._num_guesses(target, speculates))
-        self._guesses[target] = guess
-        if guess is not None and fetches:
+        for ahead in self._ahead[layer]:
+            # What is executed must not hang on valves: these follow the clock, and the tokens must not.
+            speculates = ahead.distance == 1 and self._speculates(ahead.target, rows)
+            takes = num_ids <= ahead.cache.num_experts and ahead.cache.takes_guesses(ahead.distance)
+            if takes or speculates:
+                started = time.perf_counter()
+                guess = self._guess(layer, ahead, signals, rows, takes, speculates)
+                if ahead.distance == 1:
+                    self._guesses[ahead.target] = guess
+                self._spent[ahead.target] += time.perf_counter() - started
+
+    def _guess(
+        self, layer: int, ahead: _Ahead, signals: Signals, rows: Rows, fetches: bool, speculates: bool = False
+    ) -> Prediction | None:
+        distance, target, predictor, cache = ahead
+        guess = predictor.predict(layer, signals, self._num_guesses(target, distance, speculates))
+        if guess is None:
+            return None
+        if fetches:
             wanted = most_wanted(guess, cache.num_experts) if isinstance(rows, int) else guess.ids
-            self._caches.prefetch([(target, wanted)], rows)
+            cache.prefetch(wanted, rows, distance)
         # The next token's may be computed by another graph, which must not hold this one's tensors.
-        if guess is not None and (target > layer or isinstance(rows, int)):
+        if target > layer or isinstance(rows, int):
             self.recall.expect(target, guess.ids)
-        self._spent[target] += time.perf_counter() - started
+        return guess
 
     def note(self, deltas: Sequence[Words], decode_step_seconds: float | None) -> None:
         """What each layer did since the last call, and what a decode step took meanwhile; None when there was none.
@@ -111,9 +160,8 @@ class LookAhead:
         if decode_step_seconds is not None:
             num_steps = max(delta.steps for delta in deltas)
             stalls = sum(delta.stall_ns for delta in deltas) * 1e-9 / max(num_steps, 1)
-            window = max(0.0, decode_step_seconds - stalls) / len(deltas)
             for budget in self.budgets:
-                budget.note(window * self.predictor.distance)
+                budget.note(max(0.0, decode_step_seconds - stalls) / len(deltas))
         self._set_budgets()
 
     def publish(self, counters: Counters) -> None:
@@ -123,18 +171,21 @@ class LookAhead:
 
     def _set_budgets(self) -> None:
         for number, cache in enumerate(self._caches.layers):
-            if cache is not None:
-                records = self.budgets[number].num_records if self.valves[number].is_open else 0
-                cache.set_budget(records, self._num_guesses(number, False))
+            if cache is None:
+                continue
+            for distance in range(1, self.depth + 1):
+                records = self.budgets[number].num_records if distance <= self.valves[number].depth else 0
+                cache.set_budget(records, self._num_guesses(number, distance, False), distance)
 
-    def _num_guesses(self, target: int, speculates: bool) -> int:
+    def _num_guesses(self, target: int, distance: int, speculates: bool) -> int:
         """Guesses for each token. On a GPU the graph holds all of them, and the budget says how many count."""
         cache = self._caches.layers[target]
         assert cache is not None
-        return cache.top_k + (self._over_fetch if self.budgets[target].has_time and not speculates else 0)
+        extends = distance == 1 and self.budgets[target].has_time and not speculates
+        return cache.top_k + (self._over_fetch if extends else 0)
 
-    def _speculates(self, layer: int, num_tokens: int) -> bool:
-        return layer in self.speculated_layers and self._num_one_token_each == num_tokens
+    def _speculates(self, layer: int, rows: Rows) -> bool:
+        return layer in self.speculated_layers and isinstance(rows, int) and self._num_one_token_each == rows
 
 
 def _first(signals: Signals, num_tokens: int) -> Signals:

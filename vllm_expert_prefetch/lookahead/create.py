@@ -6,7 +6,15 @@ from pathlib import Path
 import torch
 
 from vllm_expert_prefetch.cache.base import Caches
-from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, OFF, SPECULATIVE, ConfigError, ExpertPrefetchConfig
+from vllm_expert_prefetch.config import (
+    AUTO,
+    CONFIG_KEY,
+    MOST_LOOKAHEAD_LAYERS,
+    OFF,
+    SPECULATIVE,
+    ConfigError,
+    ExpertPrefetchConfig,
+)
 from vllm_expert_prefetch.lookahead.after import LookAhead
 from vllm_expert_prefetch.prediction import (
     Artifact,
@@ -19,6 +27,9 @@ from vllm_expert_prefetch.prediction import (
     load_artifact,
     with_next_token,
 )
+
+_AUTO_ON_GPU = 2
+"""In the replay of docs/log.md two layers give most of what four give; each costs launches beside the kernels."""
 
 
 def why_not(config: ExpertPrefetchConfig, num_layers: int, caches: Caches | None, breaks_graphs: bool) -> str | None:
@@ -44,9 +55,16 @@ def why_not(config: ExpertPrefetchConfig, num_layers: int, caches: Caches | None
     return f"off: {reason}" if reason else None
 
 
+def depth_of(config: ExpertPrefetchConfig, num_layers: int, on_device: bool) -> int:
+    """How many layers ahead guesses are, at most."""
+    if isinstance(config.lookahead_layers, int):
+        return config.lookahead_layers
+    return max(1, min(_AUTO_ON_GPU if on_device else MOST_LOOKAHEAD_LAYERS, num_layers - 1))
+
+
 def check_distance(config: ExpertPrefetchConfig, num_layers: int, what: str) -> None:
     """Raise ConfigError where `lookahead_layers` reaches beyond the model's `num_layers`, which are `what`."""
-    if config.lookahead_layers >= max(num_layers, 2):
+    if isinstance(config.lookahead_layers, int) and config.lookahead_layers >= max(num_layers, 2):
         raise ConfigError(
             f"{CONFIG_KEY}: lookahead_layers is {config.lookahead_layers} and the model has {num_layers} {what}: "
             f"set it to {max(num_layers - 1, 1)} at most, or prefetch to off"
@@ -61,11 +79,11 @@ def create_look_ahead(
     device: torch.device,
 ) -> LookAhead:
     """The look-ahead of a model with these router gates, one per MoE layer. Raises ArtifactError."""
-    predictor, artifact = choose_predictor(config, gates)
+    predictors, artifact = choose_predictors(config, gates, caches.depth)
     speculates = config.execution == SPECULATIVE and artifact is not None
     allowed = allowed_layers(artifact.card, len(gates)) if speculates and artifact is not None else frozenset()
     forced = config.prefetch == "on"
-    return LookAhead(predictor, caches, config.over_fetch, forced, link_bytes_per_second, device, allowed)
+    return LookAhead(predictors, caches, config.over_fetch, forced, link_bytes_per_second, device, allowed)
 
 
 def allowed_layers(card: Card, num_layers: int) -> frozenset[int]:
@@ -73,16 +91,30 @@ def allowed_layers(card: Card, num_layers: int) -> frozenset[int]:
     return frozenset(layer for layer in card.allow_list if 0 < layer < num_layers - 1)
 
 
-def choose_predictor(config: ExpertPrefetchConfig, gates: Sequence[Gate]) -> tuple[Predictor, Artifact | None]:
-    """The predictor that the configuration names, or the artifact found best, and the artifact."""
+def choose_predictors(
+    config: ExpertPrefetchConfig, gates: Sequence[Gate], depth: int
+) -> tuple[list[Predictor], Artifact | None]:
+    """The predictor that the configuration names, or the artifact found best, for distances 1 to `depth`, and the
+    artifact. Where the artifact is for another distance, and the predictor needs it, the router predicts."""
     artifact = None
     if config.artifact:
         artifact = load_artifact(Path(config.artifact), fingerprint(gates)).on(gates[0].weight.device)
     name = config.predictor
     if name == AUTO:
         name = "hybrid" if artifact is not None and artifact.card.hybrid else "router"
-    ingredients = Ingredients(gates, artifact, config.lookahead_layers)
-    predictor = create_predictor(name, ingredients)
-    if artifact is not None and not predictor.crosses_tokens:
-        predictor = with_next_token(predictor, create_predictor("transition", ingredients))
-    return predictor, artifact
+    needs_artifact = name not in ("router", "previous")
+    calibrated = artifact.card.distance if artifact is not None else 1
+    if needs_artifact and calibrated > depth:
+        raise ConfigError(
+            f"{CONFIG_KEY}: predictor {name}: the artifact was calibrated for layers {calibrated} ahead, and "
+            f"lookahead_layers is {depth}: set it to {calibrated}, or predictor to router"
+        )
+    predictors = []
+    for distance in range(1, depth + 1):
+        ingredients = Ingredients(gates, artifact, distance)
+        own = "router" if needs_artifact and distance != calibrated else name
+        predictor = create_predictor(own, ingredients)
+        if artifact is not None and distance == calibrated == 1 and not predictor.crosses_tokens:
+            predictor = with_next_token(predictor, create_predictor("transition", ingredients))
+        predictors.append(predictor)
+    return predictors, artifact

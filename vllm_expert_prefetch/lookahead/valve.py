@@ -16,23 +16,32 @@ _WINDOW_WEIGHT = 0.125
 
 
 class Valve:
-    """Decides for one layer whether its prefetch pays: a trial now and then, and what was found best is held.
+    """Decides how deep look-ahead for one layer goes: guesses of distance 1 to `depth` are fetched, 0 for none.
 
-    Two rules. Where waiting is timed, windows of 16 steps with and without prefetch are compared by what they cost:
-    seconds waited for experts, and spent on predicting them. Where nothing is timed, a window of 64 steps with prefetch
-    pays unless it saves fewer misses than it causes, a copy for nothing counted as a quarter. The longer prefetch has
-    not paid, or the clearer the comparison was, the rarer the trials. Never closed where `forced`.
+    A trial of another depth now and then, and what was found best is held. Two rules. Where waiting is timed, windows
+    of 16 steps are compared by what they cost: seconds waited for experts, and spent on predicting them; a greater
+    depth must be cheaper. Where nothing is timed, a window of 64 steps pays unless its prefetches save fewer misses
+    than they cause, a copy for nothing counted as a quarter; one that does not takes a distance away. The longer the
+    best has stayed the same, the rarer the trials. All distances, always, where `forced`.
     """
 
-    def __init__(self, forced: bool, is_timed: bool) -> None:
-        self.is_open = True
+    def __init__(self, forced: bool, is_timed: bool, most: int = 1) -> None:
+        """`most`: the greatest depth."""
+        self.depth = most
+        self._most = most
         self._forced = forced
         self._is_timed = is_timed
-        self._cost: dict[bool, float | None] = {True: None, False: None}
+        self._costs: list[float | None] = [None] * (most + 1)
+        self._best = most
         self._num_steps = 0
         self._seconds = self._gain = 0.0
         self._hold = 0
         self._next_hold = _FIRST_HOLD
+        self._next_trial = 0
+
+    @property
+    def is_open(self) -> bool:
+        return self.depth > 0
 
     def note(self, delta: Words, spent_seconds: float) -> None:
         """What the layer did since the last call, and what was spent on predicting for it. Wide steps do not count."""
@@ -43,32 +52,56 @@ class Valve:
         self._seconds += delta.stall_ns * 1e-9 * num_steps / delta.steps + spent_seconds
         self._gain += delta.used - delta.claimed - delta.displaced - _WASTE * delta.unused
         if self._num_steps >= (_WINDOW_STEPS if self._is_timed else _COUNTED_WINDOW_STEPS):
-            self._cost[self.is_open] = self._seconds / self._num_steps
-            pays = self._pays()
+            if self._is_timed:
+                self._costs[self.depth] = self._seconds / self._num_steps
+                self._choose_by_time()
+            else:
+                self._choose_by_gain()
             self._num_steps, self._seconds, self._gain = 0, 0.0, 0.0
-            self._choose(pays)
 
-    def _pays(self) -> bool | None:
-        """Whether to fetch, by the rule; None where the other way must be tried first."""
-        if not self._is_timed:
-            return self._gain >= 0 if self.is_open else None
-        with_it, without_it = self._cost[True], self._cost[False]
-        return None if with_it is None or without_it is None else with_it <= _MARGIN * without_it
+    def _choose_by_time(self) -> None:
+        unknown = [depth for depth, cost in enumerate(self._costs) if cost is None]
+        if unknown:
+            self.depth = unknown[0]
+            return
+        best = 0
+        for depth in range(1, self._most + 1):
+            if self._cost(depth) <= _MARGIN * self._cost(best):
+                best = depth
+        if self._hold:
+            self._hold -= 1
+        elif best == self._best:
+            self._next_hold = self._hold = min(2 * self._next_hold, _LONGEST_HOLD)
+        else:
+            self._next_hold = self._hold = _FIRST_HOLD
+        self._best = best
+        self.depth = best if self._hold else self._trial()
 
-    def _choose(self, pays: bool | None) -> None:
-        if self._is_timed and pays is None:
-            self.is_open = not self.is_open
+    def _cost(self, depth: int) -> float:
+        cost = self._costs[depth]
+        assert cost is not None
+        return cost
+
+    def _trial(self) -> int:
+        """Every other depth in turn."""
+        self._next_trial = (self._next_trial + 1) % (self._most + 1)
+        if self._next_trial == self._best:
+            return self._trial()
+        return self._next_trial
+
+    def _choose_by_gain(self) -> None:
+        if self.depth and self._gain < 0:
+            # A trial that fails: what was before is the best, and the next trial comes later than this one.
+            was_trial = self.depth > self._best
+            self._next_hold = min(2 * self._next_hold, _LONGEST_HOLD) if was_trial else _FIRST_HOLD
+            self.depth = self._best = self.depth - 1
+            self._hold = self._next_hold
             return
-        if self._hold == 0:  # the window that is over was a trial, or the beginning
-            best = bool(pays)
-            same_as_tried = best == self.is_open
-            self._next_hold = _FIRST_HOLD if same_as_tried else min(2 * self._next_hold, _LONGEST_HOLD)
-            self._hold = self._next_hold if self._is_timed or not best else 0
-            self.is_open = best
-            return
-        self._hold -= 1
-        best = self.is_open if pays is None else pays
-        self.is_open = best if self._hold else not best
+        self._best = self.depth
+        if self.depth < self._most:
+            self._hold -= 1
+            if self._hold <= 0:
+                self.depth += 1
 
 
 class Budget:

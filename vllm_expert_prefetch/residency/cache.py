@@ -18,6 +18,8 @@ from vllm_expert_prefetch.residency.types import (
 
 STALE_ROUNDS = 8
 """A wide step may evict an expert that was not needed while every slot was touched so many times on average."""
+FAR_ROUNDS = 1
+"""The same for a prefetch that was predicted from more than one layer away."""
 
 
 class ExpertCache:
@@ -81,7 +83,7 @@ class ExpertCache:
         else:
             for expert in hits:
                 self.ranking.touch(expert)
-        victims = self._victims(len(missing) - len(self.free), needed, only_cold_or_stale=is_wide)
+        victims = self._victims(len(missing) - len(self.free), needed, STALE_ROUNDS if is_wide else 0)
         num_unused = len(self.untouched.intersection(victims))
         num_in_slots = min(len(missing), len(self.free) + len(victims))
         loads = self._place(missing[:num_in_slots], victims)
@@ -99,15 +101,16 @@ class ExpertCache:
         rows = {expert: row_of.get(expert, self.slot_of[expert]) for expert in needed}
         return Plan(is_wide, rows, tuple(loads), tuple(late), len(used), num_unused, len(displaced))
 
-    def plan_prefetch(self, predicted: Iterable[int], budget: int) -> PrefetchPlan:
+    def plan_prefetch(self, predicted: Iterable[int], budget: int, is_far: bool = False) -> PrefetchPlan:
         """Plan copies for `predicted` experts, most wanted first, and mark them IN_FLIGHT: at most `budget` of them.
 
         Ids are ignored as in `plan`. No predicted expert is a victim, nor one in flight; when victims run out, the
-        least wanted are left out.
+        least wanted are left out. `is_far`: predicted from more than one layer away; only what is cold, or was not
+        needed for a round, is a victim then.
         """
         wanted = dict.fromkeys(self._known(predicted))
         absent = [expert for expert in wanted if self.slot_of[expert] == NO_SLOT][: max(0, budget)]
-        victims = self._victims(len(absent) - len(self.free), wanted)
+        victims = self._victims(len(absent) - len(self.free), wanted, FAR_ROUNDS if is_far else 0)
         num_unused = len(self.untouched.intersection(victims))
         loads = self._place(absent[: len(self.free) + len(victims)], victims)
         brought = [load.expert for load in loads]
@@ -133,14 +136,16 @@ class ExpertCache:
     def _known(self, ids: Iterable[int]) -> list[int]:
         return [expert for expert in ids if 0 <= expert < self.num_experts]
 
-    def _victims(self, count: int, protected: Collection[int], only_cold_or_stale: bool = False) -> list[int]:
-        """At most `count` experts that may leave, the first to leave first."""
+    def _victims(self, count: int, protected: Collection[int], spared_rounds: int) -> list[int]:
+        """At most `count` experts that may leave, the first to leave first; `spared_rounds` > 0: only cold ones, and
+        those that were not needed while every slot was touched so many times on average.
+        """
         if count <= 0:
             return []
         ranking = self.ranking
         candidates = [expert for expert in ranking.ranked if expert not in protected]
-        if only_cold_or_stale:
-            stale = ranking.tick - STALE_ROUNDS * self.num_slots
+        if spared_rounds:
+            stale = ranking.tick - spared_rounds * self.num_slots
             candidates = [e for e in candidates if e in ranking.cold or ranking.last[e] < stale]
         return heapq.nsmallest(count, candidates, key=lambda expert: self.policy(ranking, expert))
 

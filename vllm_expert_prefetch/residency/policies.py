@@ -70,7 +70,7 @@ class Ranking:
                 self.last[expert] += num_needed
 
     def faded(self, expert: int) -> int:
-        """`weight` as of now: half for every HALF_LIFE steps, straight in between, in whole numbers everywhere alike."""
+        """`weight` as of now: half for every HALF_LIFE steps, straight in between; whole numbers, everywhere alike."""
         num_halvings, rest = divmod(self.step - self.weighed_at[expert], HALF_LIFE)
         return self.weight[expert] * (2 * HALF_LIFE - rest) // (2 * HALF_LIFE) >> num_halvings
 

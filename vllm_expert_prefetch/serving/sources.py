@@ -275,7 +275,7 @@ def create_look_ahead_of(
         compat.logger().warning(
             "expert_prefetch: execution is speculative, but the artifact allows it in no layer: serving is exact"
         )
-    return look_ahead, f"{config.prefetch}: {look_ahead.predictor.name}"
+    return look_ahead, f"{config.prefetch}: {look_ahead.predictors[0].name}"
 
 
 def _sources_of(model: torch.nn.Module, layers: "Sequence[CachedRoutedExperts]") -> list[Source]:

@@ -11,6 +11,7 @@ from vllm_expert_prefetch.cache.base import Caches, LayerCache
 from vllm_expert_prefetch.cache.create import create_caches, create_shared_rows
 from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, OFF, ConfigError, ExpertPrefetchConfig
 from vllm_expert_prefetch.lookahead.after import LookAhead
+from vllm_expert_prefetch.lookahead.create import depth_of
 from vllm_expert_prefetch.memory.host_memory import HostMemoryOptions, numa_node_of_gpu
 from vllm_expert_prefetch.memory.host_store import HostStore
 from vllm_expert_prefetch.memory.link import EmulatedLink
@@ -98,7 +99,8 @@ class Worker:
     def create_cache(self, layer: "CachedRoutedExperts", store: HostStore, num_slots: int) -> LayerCache:
         """The cache of `layer`; overflow rows are shared with the layers whose records have the same shape."""
         if self.caches is None:
-            self.caches = create_caches(len(self._layers), self._link(), layer.accelerator)
+            depth = depth_of(self.config, len(self._layers), compat.on_cuda_platform())
+            self.caches = create_caches(len(self._layers), self._link(), layer.accelerator, depth)
             if self.caches.on_device:
                 compat.install_offloader(self.caches.join)
         key = (num_slots, *((name, view.shape, view.dtype) for name, view in store.views.items()))
@@ -225,7 +227,7 @@ class Worker:
             "execution": self.execution,
             "policy": self.config.policy,
             "prefetch": self.prefetch,
-            "lookahead_layers": str(self.config.lookahead_layers if look_ahead else 0),
+            "lookahead_layers": str(look_ahead.depth if look_ahead else 0),
             "link": str(self._link() or "real"),
             "pinned": str(self._is_pinned()).lower(),
             "kernel": self._kernels(),

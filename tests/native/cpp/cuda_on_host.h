@@ -56,6 +56,9 @@ inline void __nanosleep(unsigned nanoseconds) {
 inline int32_t load_relaxed(const int32_t* place) {
   return __atomic_load_n(place, __ATOMIC_RELAXED);
 }
+inline void atomicAdd(int32_t* place, int32_t value) {
+  __atomic_fetch_add(place, value, __ATOMIC_RELAXED);
+}
 inline void atomicMin(int32_t* place, int32_t value) {
   int32_t seen = load_relaxed(place);
   while (seen > value && !__atomic_compare_exchange_n(place, &seen, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {}

@@ -58,7 +58,7 @@ void join(std::vector<std::thread>& threads) {
 struct TestLayer {
   RecordLayout layout{};
   std::vector<std::vector<uint4>> memory;
-  std::vector<int32_t> words, lane_words = std::vector<int32_t>(kLaneInts);
+  std::vector<int32_t> words, lane_words = std::vector<int32_t>(lane_ints());
   Board board;
   Lane lane;
 
@@ -127,14 +127,15 @@ struct Totals {
 
 enum class Fate { kIgnored, kNeeded, kDropped };
 
-// What the planner does with a queued record.
-Fate decide(int32_t* word, const Load& load, List<Load>& loads, List<int32_t>& late, Totals& totals) {
+// What the planner does with a queued record; `queued`: how many are, by its account.
+Fate decide(int32_t* word, const Load& load, List<Load>& loads, List<int32_t>& late, Totals& totals, int32_t* queued) {
   const int wish = pick(0, 2);
   if (wish == 1) {
     if (is_ready(word)) return Fate::kNeeded;
     if (claim(word)) {
       loads.add(load);
       ++totals.claimed;
+      __atomic_fetch_sub(queued, 1, __ATOMIC_RELAXED);
     } else {
       if (pick(0, 1)) request(word);
       late.add(load.row);
@@ -144,6 +145,7 @@ Fate decide(int32_t* word, const Load& load, List<Load>& loads, List<int32_t>& l
   }
   if (wish == 2 && drop(word)) {
     ++totals.dropped;
+    __atomic_fetch_sub(queued, 1, __ATOMIC_RELAXED);
     return Fate::kDropped;
   }
   return Fate::kIgnored;
@@ -173,6 +175,7 @@ void run_step(TestLayer& layer, Totals& totals) {
     ahead.add({num_experts, 0});
     ++num_errors;
   }
+  *layer.lane.queued = num_ahead;
   std::vector<std::thread> prefetch, demand;
   const int num_blocks = pick(1, 6), chunk = pick(1, 100), start = pick(0, 2);
   const auto start_prefetch = [&] {
@@ -189,7 +192,7 @@ void run_step(TestLayer& layer, Totals& totals) {
   }
   std::vector<Fate> fates;
   for (int i = 0; i < num_ahead; ++i) {
-    fates.push_back(decide(&board.states[pairs[i].row], pairs[i], loads, late, totals));
+    fates.push_back(decide(&board.states[pairs[i].row], pairs[i], loads, late, totals, layer.lane.queued));
   }
   if (loads.count < num_experts && pick(0, 3) == 0) {
     loads.add({0, num_experts});
@@ -209,7 +212,7 @@ void run_step(TestLayer& layer, Totals& totals) {
     REQUIRE(is_left ? layer.is_untouched(pairs[i].row) : layer.holds(pairs[i]));
   }
   for (size_t i = static_cast<size_t>(num_experts); i < layer.words.size(); ++i) REQUIRE(layer.words[i] == 0);
-  REQUIRE(*layer.lane.demand_active == 0);
+  REQUIRE(*layer.lane.demand_active == 0 && *layer.lane.queued == 0);
   REQUIRE(*layer.lane.errors == num_errors);
   *layer.lane.errors = 0;
 }

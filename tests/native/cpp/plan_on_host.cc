@@ -79,11 +79,18 @@ struct TestLayer {
     }
   }
   Layer layer() { return {state.data()}; }
-  LayerMemory memory(int64_t* mirror) { return {state.data(), static_cast<int>(state.size()), words.data(), mirror}; }
+  LayerMemory memory(int64_t* mirror) {
+    return {state.data(), static_cast<int>(state.size()), words.data(), &queued, mirror};
+  }
   bool same(const TestLayer& other) const { return state == other.state && words == other.words; }
+  int32_t count_queued() const {
+    return static_cast<int32_t>(std::count_if(words.begin(), words.end(),
+                                              [](int32_t word) { return state_of(word) == SlotState::kQueued; }));
+  }
 
   std::vector<int64_t> state;
   std::vector<int32_t> words;
+  int32_t queued = 0;  // as the kernels count
 };
 
 // One thread that does what the kernels do.
@@ -122,10 +129,10 @@ struct Reference {
     std::copy_n(loads.begin(), 2 * out.num_loads, out.loads.begin());
   }
 
-  void prefetch(const PredictedIds<int32_t>& ids, int num_ids, int budget, Outcome& out) {
+  void prefetch(const PredictedIds<int32_t>& ids, int num_ids, int budget, bool is_far, Outcome& out) {
     Alone team;
     SlotWords lane{made.words.data()};
-    out.num_loads = plan_prefetch(team, layer, lane, ids, num_ids, budget, scratch, loads.data());
+    out.num_loads = plan_prefetch(team, layer, lane, ids, num_ids, budget, is_far, scratch, loads.data());
     for (int m = 0; m < out.num_loads; ++m) {
       const auto slot = static_cast<size_t>(loads[2 * m + 1]);
       out.extra[static_cast<size_t>(m)] = static_cast<int32_t>(enqueue(&made.words[slot]));
@@ -151,15 +158,16 @@ void play_lane(TestLayer& layer) {
     if (state == SlotState::kCopying && chance > 1) state = SlotState::kReady;
     word = word_of(ticket_of(word), state);
   }
+  layer.queued = layer.count_queued();
 }
 
 struct Totals {
-  int64_t wide = 0, overflow = 0, claimed = 0, late = 0, cancelled = 0, used = 0, many_ids = 0;
+  int64_t wide = 0, overflow = 0, claimed = 0, late = 0, cancelled = 0, used = 0, many_ids = 0, held_back = 0;
 };
 
 void walk(Totals& totals) {
   const int num_experts = pick(2, 40), top_k = pick(1, std::min(num_experts, 8));
-  TestLayer one(num_experts, pick(top_k, num_experts), top_k, pick(0, 2));
+  TestLayer one(num_experts, pick(top_k, num_experts), top_k, pick(0, 3));
   const int64_t shared = shared_bytes(num_experts, one.layer().num_slots());
   for (int number = 0; number < 40; ++number) {
     TestLayer other = one;
@@ -178,10 +186,13 @@ void walk(Totals& totals) {
       const PredictedIds<int32_t> predicted{ids.data(), real.data(), per_token, num_tokens};
       const int32_t wanted[] = {pick(-1, 6), pick(0, per_token + 1)};
       const int num_counting = std::min(wanted[1], per_token) * num_tokens;
-      reference.prefetch(predicted, num_counting, std::min(wanted[0], one.layer().num_slots()), expected);
+      const bool is_far = pick(0, 1);
+      const int budget = wanted[0] - (is_far ? one.queued : 0);
+      totals.held_back += budget != wanted[0];
+      reference.prefetch(predicted, num_counting, std::min(budget, one.layer().num_slots()), is_far, expected);
       launch(shared, [&] {
         plan_prefetch_kernel<kThreads, int32_t>(other.memory(nullptr), predicted, num_ids, wanted,
-                                                other.layer().num_slots(), found.orders());
+                                                other.layer().num_slots(), is_far, found.orders());
       });
       found.num_extra = expected.num_extra;
     } else {
@@ -204,6 +215,7 @@ void walk(Totals& totals) {
     REQUIRE(expected.num_extra == found.num_extra && expected.extra == found.extra);
     REQUIRE(expected.rows == found.rows);
     REQUIRE(one.same(other));
+    REQUIRE(other.queued == other.count_queued());
     play_lane(one);
   }
   totals.wide += one.state[kWideSteps];
@@ -220,6 +232,6 @@ int main() {
   Totals totals;
   for (int i = 0; i < 60; ++i) walk(totals);
   REQUIRE(totals.wide > 0 && totals.overflow > 0 && totals.late > totals.claimed && totals.claimed > 0);
-  REQUIRE(totals.cancelled > 0 && totals.used > 0 && totals.many_ids > 0);
+  REQUIRE(totals.cancelled > 0 && totals.used > 0 && totals.many_ids > 0 && totals.held_back > 0);
   return 0;
 }

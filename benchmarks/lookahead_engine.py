@@ -5,7 +5,7 @@ The engine stays; what changes between two runs are the caches (which begin anew
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from harness import Engine, load_prompts
 from vllm import SamplingParams
 
 from vllm_expert_prefetch.cache.create import create_caches
-from vllm_expert_prefetch.config import ExpertPrefetchConfig
+from vllm_expert_prefetch.config import MOST_LOOKAHEAD_LAYERS, ExpertPrefetchConfig
 from vllm_expert_prefetch.lookahead.after import LookAhead
 from vllm_expert_prefetch.memory.link import EmulatedLink
 from vllm_expert_prefetch.metrics.definitions import SERIES
@@ -45,6 +45,8 @@ class Variant:
     name: str
     predictor: str | None = None
     is_forced: bool = True
+    depth: int = 1
+    """Layers ahead. Beyond the first, the router guesses; the oracle knows them all."""
     speculates: str = ""
     """Empty: exact. `guard`: in the artifact's allow list. `published`: in every layer but the first and the last."""
 
@@ -99,7 +101,7 @@ class StudyEngine:
         self._num_tokens = num_tokens
         self._warm_up = num_tokens // 6
         self._traces: dict[tuple[str, ...], list[torch.Tensor]] = {}
-        self._predictors: dict[str, Predictor] = {}
+        self._predictors: dict[tuple[str, int], Predictor] = {}
         self._kept_valves: dict[tuple[str, float], Any] = {}
         self._prompts = load_prompts(16)
 
@@ -142,13 +144,13 @@ class StudyEngine:
 
     def run(self, variant: Variant, gbps: float, prompts: tuple[str, ...], scores_all: bool = False) -> Run:
         """One batch over a link of `gbps`. `scores_all`: compare every step with the truth, which takes time."""
-        predictor = self._predictor(variant.predictor, prompts) if variant.predictor else None
+        predictors = self._predictors_of(variant, prompts)
         self._start_caches(gbps)
         look_ahead = None
-        if predictor is not None:
+        if predictors:
             rate = self.record_bytes / (LATENCY_US * 1e-6 + self.record_bytes / (gbps * 1e9))
             fixed = (self._config.over_fetch, variant.is_forced, rate, torch.device("cpu"))
-            look_ahead = LookAhead(predictor, self._caches, *fixed, self._speculated(variant.speculates))
+            look_ahead = LookAhead(predictors, self._caches, *fixed, self._speculated(variant.speculates))
             look_ahead.valves = self._kept_valves.setdefault((variant.name, gbps), look_ahead.valves)
             look_ahead.recall.scored_every = 1 if scores_all else look_ahead.recall.scored_every
         self._look_ahead_with(look_ahead)
@@ -158,18 +160,28 @@ class StudyEngine:
         layers = {"": [], "guard": self.allow_list, "published": list(range(1, self.num_layers - 1))}
         return frozenset(layers[where])
 
-    def _predictor(self, name: str, prompts: tuple[str, ...]) -> Predictor:
-        if name == "oracle":
-            return OraclePredictor(self.trace(prompts))
-        if name not in self._predictors:
-            parts = [create_predictor(part, self._ingredients) for part in name.split("+")]
-            self._predictors[name] = with_next_token(*parts) if len(parts) == 2 else parts[0]
-        return self._predictors[name]
+    def _predictors_of(self, variant: Variant, prompts: tuple[str, ...]) -> list[Predictor]:
+        """By distance."""
+        if not variant.predictor:
+            return []
+        distances = range(1, variant.depth + 1)
+        if variant.predictor == "oracle":
+            trace = self.trace(prompts)
+            return [OraclePredictor(trace, distance) for distance in distances]
+        return [self._predictor(variant.predictor if d == 1 else "router", d) for d in distances]
+
+    def _predictor(self, name: str, distance: int) -> Predictor:
+        key = (name, distance)
+        if key not in self._predictors:
+            ingredients = replace(self._ingredients, distance=distance)
+            parts = [create_predictor(part, ingredients) for part in name.split("+")]
+            self._predictors[key] = with_next_token(*parts) if len(parts) == 2 else parts[0]
+        return self._predictors[key]
 
     def _start_caches(self, gbps: float) -> None:
         self._caches.close()  # what it still copies must not reach the new caches' slots
         link = EmulatedLink(gbps, LATENCY_US)
-        self._caches = create_caches(self.num_layers, link, torch.device("cpu"))
+        self._caches = create_caches(self.num_layers, link, torch.device("cpu"), MOST_LOOKAHEAD_LAYERS)
         for number, layer in enumerate(self._layers):
             old = layer.cache
             fixed = (old.store, old.tensors, old.num_slots, old.top_k, self._config.policy)

@@ -25,7 +25,14 @@ def config_table() -> str:
     types = get_type_hints(ExpertPrefetchConfig)
     for entry in fields(ExpertPrefetchConfig):
         kinds = [kind for kind in get_args(types[entry.name]) or (types[entry.name],) if kind is not NoneType]
-        rows.append((f"`{entry.name}`", " or ".join(_TYPES[kind] for kind in kinds), _default(entry.default), entry.metadata["doc"]))
+        rows.append(
+            (
+                f"`{entry.name}`",
+                " or ".join(_TYPES[kind] for kind in kinds),
+                _default(entry.default),
+                entry.metadata["doc"],
+            )
+        )
     return _table(("key", "type", "default", "meaning"), rows)
 
 

@@ -130,7 +130,7 @@ class PredictorRef : public tvm::ffi::ObjectRef {
   TVM_FFI_DEFINE_OBJECT_REF_METHODS_NOTNULLABLE(PredictorRef, tvm::ffi::ObjectRef, PredictorObj);
 };
 
-// `tensors`: float32, contiguous, named as vllm_expert_prefetch/experts/native_predictor.py says; they are kept, not
+// `tensors`: float32, contiguous, named as vllm_expert_prefetch/prediction/compiled.py says; they are kept, not
 // copied, and must not change.
 PredictorRef Create(Tensors tensors, int64_t top_k, bool renormalize, double scaling, double norm_eps,
                     bool norm_is_centered, double estimator_eps) {

@@ -103,7 +103,10 @@ class Garbage(Predictor):
 
 
 def test_guesses_that_are_garbage_change_no_token(monkeypatch, expected):
-    monkeypatch.setattr(create, "choose_predictor", lambda config, gates: (Garbage(len(gates)), None))
+    def garbage(config, gates, depth):
+        return [Garbage(len(gates), distance) for distance in range(1, depth + 1)], None
+
+    monkeypatch.setattr(create, "choose_predictors", garbage)
     outputs, found, words = served(monkeypatch, TINY_MODEL, {"slots_per_layer": 4, "prefetch": "on"}, generate)
     assert outputs == expected
     assert found["transfer_bytes_total/prefetch"] > 0

@@ -149,3 +149,44 @@ def test_a_forced_valve_never_closes(is_timed):
     for _ in range(1000):
         valve.note(DOES_NOT._replace(stall_ns=10**12), 1.0)
         assert valve.is_open
+
+
+def run_deep(valve, costs, num_steps):
+    """The shares of the steps that each depth was open, where steps cost so much."""
+    seen = [0] * len(costs)
+    for _ in range(num_steps):
+        seen[valve.depth] += 1
+        valve.note(words(steps=1, stall_ns=int(1e9 * costs[valve.depth])), 0.0)
+    return [number / num_steps for number in seen]
+
+
+@pytest.mark.parametrize(
+    ("costs", "best"),
+    [((5, 4, 3, 2, 1), 4), ((5, 3, 2, 2, 2), 2), ((5, 2, 4, 4, 4), 1), ((1, 2, 3, 4, 5), 0), ((5, 6, 6, 2, 6), 3)],
+)
+def test_the_cheapest_depth_is_held_and_a_draw_is_the_nearer_ones(costs, best):
+    shares = run_deep(Valve(False, True, 4), costs, 8000)
+    assert shares[best] > 0.85
+    assert min(shares) > 0, "every depth is tried"
+
+
+def test_a_valve_goes_deeper_when_that_begins_to_pay():
+    valve = Valve(False, True, 4)
+    run_deep(valve, (3, 2, 2, 2, 2), 4000)
+    assert run_deep(valve, (3, 2, 1, 1, 1), 20_000)[2] > 0.7
+
+
+def test_a_counting_valve_takes_distances_away_until_prefetch_pays():
+    valve = Valve(False, False, 3)
+    deltas = (NOTHING, PAYS, DOES_NOT, DOES_NOT)
+    seen = [0] * 4
+    for _ in range(4000):
+        seen[valve.depth] += 1
+        valve.note(deltas[valve.depth], 0.0)
+    assert seen[1] > 0.9 * 4000
+    assert seen[0] == 0
+    assert seen[2] > 0, "tried again"
+    deltas = (PAYS,) * 4
+    for _ in range(4000):
+        valve.note(deltas[valve.depth], 0.0)
+    assert valve.depth == 3

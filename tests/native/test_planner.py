@@ -186,7 +186,7 @@ def walk_part(part):
             twins.copies_advance()
             if rng.random() < 0.2:
                 predicted = [rng.randrange(-1, twins.num_experts) for _ in range(rng.randint(0, 8))]
-                twins.prefetch(predicted, budget=rng.randint(0, 4))
+                twins.prefetch(predicted, budget=rng.randint(0, 4), is_far=rng.random() < 0.5)
                 twins.copies_advance()
             plan = twins.step(random_ids(rng, twins), rng.choice([torch.int32, torch.int64]))
             overflows = any(load.row >= twins.num_slots for load in plan.loads)

@@ -162,6 +162,20 @@ def test_a_prefetch_spends_no_budget_on_what_is_there_or_on_its_way():
     assert [load.expert for load in cache.plan_prefetch([4, 3, 5], budget=1).loads] == [5]
 
 
+def test_a_far_guess_evicts_only_what_is_cold_or_was_not_needed_for_a_round():
+    cache = ExpertCache(8, NUM_SLOTS, POLICIES["lru"])
+    for expert in (0, 1, 2, 3):
+        cache.plan([expert])
+    assert cache.plan_prefetch([4, 5], budget=2, is_far=True).loads == ()
+    cache.plan([3])  # five touches: the first one is four touches ago
+    assert cache.plan_prefetch([4, 5], budget=2, is_far=True).loads == ()
+    cache.plan([3])
+    assert [load.victim for load in cache.plan_prefetch([4, 5], budget=2, is_far=True).loads] == [0]
+    cache.settle([4], [])
+    assert [load.victim for load in cache.plan_prefetch([5], budget=1, is_far=True).loads] == [4], "cold"
+    assert [load.victim for load in cache.plan_prefetch([6], budget=1).loads] == [1], "a near guess takes any"
+
+
 def test_a_prefetch_evicts_nobody_that_is_predicted_or_in_flight():
     cache = filled()
     cache.plan_prefetch([4], budget=1)  # in place of 0

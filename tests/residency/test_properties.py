@@ -111,16 +111,18 @@ class CheckedCache:
         assert plan.num_hits == len(hits)
         self.check()
 
-    def prefetch(self, predicted, budget):
+    def prefetch(self, predicted, budget, is_far):
         cache = self.cache
         wanted = list(dict.fromkeys(expert for expert in predicted if 0 <= expert < cache.num_experts))
         leaving = (self.ages.cold.keys() | self.ages.hot.keys()) - set(wanted)
+        if is_far:
+            leaving = {e for e in leaving if e in self.ages.cold or self.ages.hot[e] > cache.num_slots}
         loads, num_unused = self.place([e for e in wanted if cache.slot_of[e] == NO_SLOT][: max(0, budget)], leaving)
         brought = {load.expert for load in loads}
         self.untouched |= brought
         self.displaced = (self.displaced | {load.victim for load in loads}) - brought - {NO_EXPERT}
 
-        assert cache.plan_prefetch(predicted, budget) == PrefetchPlan(tuple(loads), num_unused)
+        assert cache.plan_prefetch(predicted, budget, is_far) == PrefetchPlan(tuple(loads), num_unused)
         assert brought <= cache.in_flight
         self.check()
 
@@ -164,7 +166,7 @@ def walks(draw):
     operation = st.one_of(
         st.tuples(st.just("step"), st.lists(ids, max_size=3)),
         st.tuples(st.just("step"), st.lists(ids, max_size=2 * num_experts)),
-        st.tuples(st.just("prefetch"), st.lists(ids, max_size=5), st.integers(-1, 4)),
+        st.tuples(st.just("prefetch"), st.lists(ids, max_size=5), st.integers(-1, 4), st.booleans()),
         st.tuples(st.just("settle"), st.lists(st.sampled_from(["land", "drop", "stay"]), max_size=4)),
     )
     operations = draw(st.lists(operation, min_size=1, max_size=40))

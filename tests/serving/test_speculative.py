@@ -57,9 +57,9 @@ def look_ahead_of(llm):
 def use(llm, predictor, speculated=None):
     """`predictor` from now on; `speculated` layers in place of the artifact's."""
     look_ahead = look_ahead_of(llm)
-    look_ahead.use([predictor])
     if speculated is not None:
         look_ahead.speculated_layers = frozenset(speculated)
+    look_ahead.use([predictor])
 
 
 def recorded(llm, run):

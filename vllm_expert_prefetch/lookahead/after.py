@@ -62,6 +62,7 @@ class LookAhead:
             else Budget(0.0, 0 if cache is None else cache.num_slots)
             for cache in caches.layers
         ]
+        self._budgets_set: list[tuple[int, int, bool] | None] = [None] * len(caches.layers)
         self.use(predictors)
         last = max(number for number, cache in enumerate(caches.layers) if cache is not None)
         self.recall = Recall(len(caches.layers), last, device, caches.on_device)
@@ -77,6 +78,14 @@ class LookAhead:
         self.predictors = predictors
         self._observers = [predictor for predictor in predictors if predictor.observes]
         self._ahead = [self._what_is_guessed_at(layer) for layer in range(len(self._caches.layers))]
+        """By layer, the nearest first."""
+        self._open = [[ahead for ahead in own if self._is_open(ahead)] for own in self._ahead]
+        """Of these, on the host, what valves let through."""
+
+    def _is_open(self, ahead: _Ahead) -> bool:
+        """Whether a guess may be fetched, or executed, which must not hang on valves: these follow the clock."""
+        is_executed = ahead.distance == 1 and ahead.target in self.speculated_layers
+        return is_executed or ahead.distance <= self.valves[ahead.target].depth
 
     def _what_is_guessed_at(self, layer: int) -> list[_Ahead]:
         found = []
@@ -108,6 +117,8 @@ class LookAhead:
         step with more routed ids than the target has experts needs most of them, and fetches none ahead.
         """
         if isinstance(rows, int):
+            if not self._open[layer] and not self._observers and self.recall.is_idle(layer):
+                return
             signals, routed = _first(signals, rows), None if routed is None else _first(routed, rows)
         self._guesses[layer] = None
         true = signals if routed is None else routed
@@ -123,8 +134,7 @@ class LookAhead:
                         self._guess(layer, ahead, signals, rows, True)
                 self._read = signals
             return
-        for ahead in self._ahead[layer]:
-            # What is executed must not hang on valves: these follow the clock, and the tokens must not.
+        for ahead in self._open[layer]:
             speculates = ahead.distance == 1 and self._speculates(ahead.target, rows)
             takes = num_ids <= ahead.cache.num_experts and ahead.cache.takes_guesses(ahead.distance)
             if takes or speculates:
@@ -170,12 +180,19 @@ class LookAhead:
         counters.set("gated_layers", sum(not valve.is_open for valve in self.valves))
 
     def _set_budgets(self) -> None:
+        changed = False
         for number, cache in enumerate(self._caches.layers):
-            if cache is None:
+            budget, depth = self.budgets[number], self.valves[number].depth
+            state = (depth, budget.num_records, budget.has_time)
+            if cache is None or self._budgets_set[number] == state:
                 continue
+            self._budgets_set[number] = state
+            changed = True
             for distance in range(1, self.depth + 1):
-                records = self.budgets[number].num_records if distance <= self.valves[number].depth else 0
+                records = budget.num_records if distance <= depth else 0
                 cache.set_budget(records, self._num_guesses(number, distance, False), distance)
+        if changed:
+            self._open = [[ahead for ahead in own if self._is_open(ahead)] for own in self._ahead]
 
     def _num_guesses(self, target: int, distance: int, speculates: bool) -> int:
         """Guesses for each token. On a GPU the graph holds all of them, and the budget says how many count."""

@@ -56,6 +56,10 @@ class Recall:
         """Hold the ids `guessed`, (T or 1, P) int64, against the routing of `layer`, later in this step."""
         self._guesses[layer] = guessed
 
+    def is_idle(self, layer: int) -> bool:
+        """Whether there is nothing to compare at `layer`, nor anything of this step to add up there."""
+        return layer not in self._guesses and not self._compared
+
     def compare(self, layer: int, true: Signals, rows: int | torch.Tensor) -> None:
         """The true routing of `layer` is known; `rows` as in `cache.base.Rows`."""
         if layer <= self._at:  # another step; what an unfinished one has left lies in memory that may be gone

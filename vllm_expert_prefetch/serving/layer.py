@@ -186,7 +186,7 @@ class CachedRoutedExperts(RoutedExperts):
         if isinstance(rows, int) and rows == 0:  # a dummy or profile run: the right shapes and load, nothing to serve
             return self._compute(x, topk_weights, topk_ids)
         look_ahead, routed = self.look_ahead, None
-        guess = None if look_ahead is None else look_ahead.to_execute(self.number, rows)
+        guess = look_ahead.to_execute(self.number, rows) if look_ahead and look_ahead.speculated_layers else None
         if guess is not None:
             routed = Signals(x, topk_ids, topk_weights)
             topk_weights, topk_ids = execute_instead(guess, topk_weights, topk_ids)

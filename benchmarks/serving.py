@@ -1,0 +1,239 @@
+"""Curves under load: a real server, `vllm bench serve` as the client, one to 64 requests at a time.
+
+Every variant is a server of its own: plain vLLM with every expert resident (the ceiling), and the plugin with a share
+of the experts in slots, look-ahead off and on, over an emulated link on which one expert takes `copy_compute` times as
+long as a layer of the plain model (its TPOT at one request, divided by its layers). Prompts are text of several
+domains, cut to lengths that spread as those of chats do; answers as well. Greedy, no answer ends early.
+
+Rows are kept in `--out` while it runs: a run that was interrupted goes on where it was; `--fresh` begins anew.
+
+`share_of_resident` is output tokens per second over plain vLLM's at the same concurrency: its least value over all rows
+with look-ahead at half residency and copy_compute 1. `worst_over_off`: the greatest TPOT (median) with look-ahead over
+that without it in the same cell. `worst_over_full_copy`: TPOT at 32 requests over that of computing and copying every
+absent expert of every layer in every step, one after the other.
+"""
+
+import json
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from harness import ROOT, TINY_MODEL, finish, parser
+
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "serving")]
+
+from servers import Server, serve, vllm_command  # noqa: E402
+
+from vllm_expert_prefetch.calibration.text import read_text  # noqa: E402
+
+SAMPLE = ROOT / "vllm_expert_prefetch" / "demo" / "data" / "calibration.jsonl.gz"
+CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64)
+SHARES, COPY_COMPUTE = (0.25, 0.5, 0.75), (0.5, 1.0, 2.0)
+LATENCY_US = 10.0
+PROMPT_WORDS, ANSWER_WORDS = (50, 0.8), (20, 0.6)
+"""Median, and standard deviation of the logarithm."""
+MOST_PROMPT_WORDS, MOST_ANSWER_WORDS = 90, 45
+"""The tiny model's context has 512 tokens, and a word takes two to three."""
+
+
+class Variant(NamedTuple):
+    """A server. `share` 0: plain vLLM."""
+
+    share: float
+    copy_compute: float
+    prefetch: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.share:.0%}, x{self.copy_compute:g}, {self.prefetch}" if self.share else "plain vLLM"
+
+
+PLAIN = Variant(0.0, 0.0, "off")
+
+
+def main() -> int:
+    """Serve, load, report."""
+    arguments = parser(__doc__)
+    arguments.add_argument("--kind", choices=["tiny", "smollm2-moe"], default="tiny", help="the latter made beforehand")
+    arguments.add_argument("--concurrency", default=",".join(map(str, CONCURRENCIES)))
+    arguments.add_argument(
+        "--out", type=Path, default=ROOT / "build" / "serving.json", help="rows of an unfinished run"
+    )
+    arguments.add_argument("--fresh", action="store_true")
+    arguments.add_argument("--pictures", type=Path, default=ROOT / "docs" / "pictures", help="folder for the plots")
+    options = arguments.parse_args()
+    variants = [
+        Variant(share, ratio, prefetch) for share in SHARES for ratio in COPY_COMPUTE for prefetch in ("off", "auto")
+    ]
+    variants = [variant for variant in variants if variant.share == 0.5 or variant.copy_compute == 1]
+    concurrencies = [int(number) for number in options.concurrency.split(",")]
+    if options.quick:
+        variants, concurrencies = [Variant(0.5, 1.0, "auto")], [1, 4]
+        options.out, options.fresh = ROOT / "build" / "serving-quick.json", True
+    rows = measure(options, [PLAIN, *variants], concurrencies)
+    result = {**summary(rows), "rows": rows}
+    if not options.quick:
+        from serving_plots import draw
+
+        draw(rows, options.pictures / f"serving-{options.kind}.png")
+    finish("serving" if options.kind == "tiny" else f"serving-{options.kind}", result, options)
+    return 0
+
+
+def measure(options: Any, variants: list[Variant], concurrencies: list[int]) -> list[dict[str, Any]]:
+    """All rows, those of an earlier run included."""
+    options.out.parent.mkdir(exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    if options.out.exists() and not options.fresh:
+        rows = [row for row in json.loads(options.out.read_text()) if row["kind"] == options.kind]
+    model = TINY_MODEL if options.kind == "tiny" else ROOT / ".demo" / options.kind
+    for variant in variants:
+        done = {row["concurrency"] for row in rows if row["variant"] == variant.name}
+        missing = [number for number in concurrencies if number not in done]
+        if not missing:
+            continue
+        with serve(*flags(variant, model, rows), model=model) as server:
+            server.wait_ready()
+            ask(server, 4, 4, options.out.parent)  # warm-up
+            for concurrency in missing:
+                row = one_row(server, variant, concurrency, options)
+                rows.append(row)
+                options.out.write_text(json.dumps(rows))
+                if not options.json:
+                    print(row, flush=True)
+    return rows
+
+
+def flags(variant: Variant, model: Path, rows: list[dict[str, Any]]) -> list[str]:
+    """Of `vllm serve`."""
+    common = ["--max-num-seqs", "64", "--no-enable-prefix-caching"]
+    if variant == PLAIN:
+        return common
+    shape = json.loads((model / "config.json").read_text())
+    record_bytes = 3 * 2 * shape["hidden_size"] * shape.get("moe_intermediate_size", shape["intermediate_size"])
+    config = {
+        "cache_fraction": variant.share,
+        "prefetch": variant.prefetch,
+        "emulated_link_gbps": record_bytes / (variant.copy_compute * layer_seconds(rows, shape)) / 1e9,
+        "emulated_link_latency_us": LATENCY_US,
+    }
+    return [*common, "--plugin", "expert_prefetch", "--additional-config", json.dumps({"expert_prefetch": config})]
+
+
+def layer_seconds(rows: list[dict[str, Any]], shape: dict[str, Any]) -> float:
+    """Of the plain model, one request at a time."""
+    (plain,) = [row for row in rows if row["variant"] == PLAIN.name and row["concurrency"] == 1]
+    return float(plain["tpot_ms_p50"]) / 1000 / int(shape["num_hidden_layers"])
+
+
+def one_row(server: Server, variant: Variant, concurrency: int, options: Any) -> dict[str, Any]:
+    """What a load gave, by the client and by the plugin's counters."""
+    num_requests = max(4, concurrency) if options.quick else max(12, 3 * concurrency)
+    before = totals(server)
+    found = ask(server, concurrency, num_requests, options.out.parent)
+    after = totals(server)
+    row = {
+        "kind": options.kind,
+        "variant": variant.name,
+        **variant._asdict(),
+        "concurrency": concurrency,
+        "requests": found["completed"],
+        "output_tokens_per_s": found["output_throughput"],
+        "ttft_ms_p50": found["p50_ttft_ms"],
+        "tpot_ms_p50": found["p50_tpot_ms"],
+        "tpot_ms_p99": found["p99_tpot_ms"],
+        "itl_ms_p99": found["p99_itl_ms"],
+    }
+    if variant != PLAIN:
+        grown = {name: after[name] - before.get(name, 0.0) for name in after}
+        lookups = sum(value for name, value in grown.items() if name.startswith("lookups_total"))
+        row |= {
+            "hit_rate": grown.get("lookups_total/hit", 0.0) / lookups,
+            "mb_per_token": sum(value for name, value in grown.items() if name.startswith("transfer_bytes_total"))
+            / 1e6
+            / found["total_output_tokens"],
+            "stall_share": grown["stall_seconds_total"] / found["duration"],
+            "record_mb": after["expert_record_bytes"] / 1e6,
+            "absent_records": after["experts"] - after["slots"],
+            "link_gbps": after["link_bytes_per_second"] / 1e9,
+        }
+    return {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
+
+
+def totals(server: Server) -> dict[str, float]:
+    """The plugin's series on /metrics, by name and outcome or kind."""
+    found: dict[str, float] = {}
+    for series, value in server.metrics().items():
+        name = series.partition("{")[0].removeprefix("vllm_expert_prefetch_")
+        outcome = re.search(r'(?:outcome|kind|cause)="(\w+)"', series)
+        key = f"{name}/{outcome[1]}" if outcome else name
+        found[key] = found.get(key, 0.0) + value
+    return found
+
+
+def ask(server: Server, concurrency: int, num_requests: int, folder: Path) -> dict[str, Any]:
+    """`vllm bench serve`, and what it writes."""
+    prompts, result = folder / "serving-prompts.json", folder / "serving-result.json"
+    prompts.write_text(json.dumps(conversations(num_requests, concurrency)))
+    result.unlink(missing_ok=True)
+    command = [vllm_command(), "bench", "serve", "--backend", "openai", "--base-url", server.url, "--model", "demo"]
+    command += ["--tokenizer", str(TINY_MODEL), "--dataset-name", "sharegpt", "--dataset-path", str(prompts)]
+    command += ["--ignore-eos", "--temperature", "0"]
+    command += ["--num-prompts", str(num_requests), "--max-concurrency", str(concurrency), "--disable-tqdm"]
+    command += ["--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "50,99", "--seed", "0"]
+    command += ["--save-result", "--result-dir", str(folder), "--result-filename", result.name, "--disable-shuffle"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800)
+    if done.returncode or not result.exists():
+        raise RuntimeError(f"vllm bench serve failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+    found: dict[str, Any] = json.loads(result.read_text())
+    if found["completed"] != num_requests:
+        raise RuntimeError(f"{num_requests - found['completed']} of {num_requests} requests failed: {server.log}")
+    return found
+
+
+def conversations(number: int, seed: int) -> list[dict[str, Any]]:
+    """Questions from passages of all domains in turn, and texts as long as the answers are to be."""
+    rng = random.Random(seed)
+    documents = [document.split() for document in read_text(SAMPLE).documents]
+    made = []
+    for index in range(number):
+        words = documents[index * 7 % len(documents)]
+        length = min(MOST_PROMPT_WORDS, max(4, round(rng.lognormvariate(0, PROMPT_WORDS[1]) * PROMPT_WORDS[0])))
+        start = rng.randrange(max(1, len(words) - length))
+        answer = min(MOST_ANSWER_WORDS, max(4, round(rng.lognormvariate(0, ANSWER_WORDS[1]) * ANSWER_WORDS[0])))
+        texts = words[start : start + length], (words * 2)[start + length : start + length + answer]
+        made.append({"conversations": [{"value": " ".join(text)} for text in texts]})
+    return made
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures that the curves are about."""
+    plain = {row["concurrency"]: row for row in rows if row["variant"] == PLAIN.name}
+    for row in rows:
+        ceiling = plain[row["concurrency"]]["output_tokens_per_s"]
+        row["share_of_resident"] = round(row["output_tokens_per_s"] / ceiling, 3)
+    ahead = [row for row in rows if row["prefetch"] == "auto"]
+    off = {(row["share"], row["copy_compute"], row["concurrency"]): row for row in rows if row["prefetch"] == "off"}
+    ratios = [
+        row["tpot_ms_p50"] / off[key]["tpot_ms_p50"]
+        for row in ahead
+        if (key := (row["share"], row["copy_compute"], row["concurrency"])) in off
+    ]
+    copying = [
+        row["tpot_ms_p50"] / (plain[32]["tpot_ms_p50"] + row["absent_records"] * row["record_mb"] / row["link_gbps"])
+        for row in rows
+        if row["concurrency"] == 32 and row["share"]
+    ]
+    half = [row["share_of_resident"] for row in ahead if (row["share"], row["copy_compute"]) == (0.5, 1.0)]
+    return {
+        "share_of_resident": min(half, default=None),
+        "worst_over_off": round(max(ratios), 3) if ratios else None,
+        "worst_over_full_copy": round(max(copying), 3) if copying else None,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -13,10 +13,11 @@ that without it in the same cell. `worst_over_full_copy`: TPOT at 32 requests ov
 absent expert of every layer in every step, one after the other.
 """
 
+import contextlib
+import io
 import json
 import random
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +26,7 @@ from harness import ROOT, TINY_MODEL, finish, parser
 
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "serving")]
 
-from servers import Server, serve, vllm_command  # noqa: E402
+from servers import Server, serve  # noqa: E402
 
 from vllm_expert_prefetch.calibration.text import read_text  # noqa: E402
 
@@ -71,7 +72,7 @@ def main() -> int:
     variants = [variant for variant in variants if variant.share == 0.5 or variant.copy_compute == 1]
     concurrencies = [int(number) for number in options.concurrency.split(",")]
     if options.quick:
-        variants, concurrencies = [Variant(0.5, 1.0, "auto")], [1, 4]
+        variants, concurrencies = [Variant(0.5, 1.0, "auto")], [1]
         options.out, options.fresh = ROOT / "build" / "serving-quick.json", True
     rows = measure(options, [PLAIN, *variants], concurrencies)
     result = {**summary(rows), "rows": rows}
@@ -97,7 +98,7 @@ def measure(options: Any, variants: list[Variant], concurrencies: list[int]) -> 
             continue
         with serve(*flags(variant, model, rows), model=model) as server:
             server.wait_ready()
-            ask(server, 4, 4, options.out.parent)  # warm-up
+            ask(server, 2, 2, options.out.parent)  # warm-up
             for concurrency in missing:
                 row = one_row(server, variant, concurrency, options)
                 rows.append(row)
@@ -160,7 +161,7 @@ def one_row(server: Server, variant: Variant, concurrency: int, options: Any) ->
             "absent_records": after["experts"] - after["slots"],
             "link_gbps": after["link_bytes_per_second"] / 1e9,
         }
-    return {name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()}
+    return {name: round(float(value), 4) if isinstance(value, float) else value for name, value in row.items()}
 
 
 def totals(server: Server) -> dict[str, float]:
@@ -175,22 +176,25 @@ def totals(server: Server) -> dict[str, float]:
 
 
 def ask(server: Server, concurrency: int, num_requests: int, folder: Path) -> dict[str, Any]:
-    """`vllm bench serve`, and what it writes."""
-    prompts, result = folder / "serving-prompts.json", folder / "serving-result.json"
+    """What `vllm bench serve` finds, which runs in this process: starting it takes as long as a load."""
+    from vllm.benchmarks import serve as client
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    prompts = folder / "serving-prompts.json"
     prompts.write_text(json.dumps(conversations(num_requests, concurrency)))
-    result.unlink(missing_ok=True)
-    command = [vllm_command(), "bench", "serve", "--backend", "openai", "--base-url", server.url, "--model", "demo"]
-    command += ["--tokenizer", str(TINY_MODEL), "--dataset-name", "sharegpt", "--dataset-path", str(prompts)]
-    command += ["--ignore-eos", "--temperature", "0"]
-    command += ["--num-prompts", str(num_requests), "--max-concurrency", str(concurrency), "--disable-tqdm"]
-    command += ["--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "50,99", "--seed", "0"]
-    command += ["--save-result", "--result-dir", str(folder), "--result-filename", result.name, "--disable-shuffle"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800)
-    if done.returncode or not result.exists():
-        raise RuntimeError(f"vllm bench serve failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
-    found: dict[str, Any] = json.loads(result.read_text())
+    command = ["--backend", "openai", "--base-url", server.url, "--model", "demo", "--tokenizer", str(TINY_MODEL)]
+    command += ["--dataset-name", "sharegpt", "--dataset-path", str(prompts), "--disable-shuffle"]
+    command += ["--ignore-eos", "--temperature", "0", "--disable-tqdm", "--seed", "0"]
+    command += ["--num-prompts", str(num_requests), "--max-concurrency", str(concurrency)]
+    command += ["--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "50,99"]
+    arguments = FlexibleArgumentParser()
+    client.add_cli_args(arguments)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        found: dict[str, Any] = client.main(arguments.parse_args(command))
     if found["completed"] != num_requests:
-        raise RuntimeError(f"{num_requests - found['completed']} of {num_requests} requests failed: {server.log}")
+        raise RuntimeError(
+            f"{num_requests - found['completed']} of {num_requests} requests failed: {printed.getvalue()}"
+        )
     return found
 
 

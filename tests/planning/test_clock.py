@@ -68,6 +68,7 @@ def test_the_bound_is_computing_or_copying():
 
 
 def test_belady_keeps_what_is_needed_soonest():
-    assert belady_hits([[0], [1], [2], [0], [1]], 2) == (2, 5)
-    assert belady_hits([[0], [1], [2], [2], [0], [1]], 1) == (1, 6)
+    assert belady_hits([[0], [1], [2], [0], [1]], 2) == (1, 5)  # 2 takes the slot of 1, which is needed last
+    assert belady_hits([[0], [1], [2], [0], [1]], 2, num_warm=3) == (1, 2)
+    assert belady_hits([[0], [1], [0], [2], [0], [1]], 2) == (2, 6)
     assert belady_hits([[0, 1]] * 3, 1) == (2, 6)

@@ -156,9 +156,9 @@ def bound(num_layers: int, num_misses: float, record_time: float) -> float:
 
 
 def belady_hits(steps: Sequence[Sequence[int]], num_slots: int, num_warm: int = 0) -> tuple[int, int]:
-    """(hits, lookups) of one layer whose cache knows the future: what is needed last leaves, or takes no slot.
+    """(hits, lookups) of one layer whose cache knows the future: what is needed last of all leaves.
 
-    `steps`: the experts that each step needs; the first `num_warm` are not counted.
+    `steps`: the experts that each step needs, which then have a slot; the first `num_warm` are not counted.
     """
     uses: dict[int, list[int]] = {}
     for number, ids in enumerate(steps):
@@ -177,6 +177,6 @@ def belady_hits(steps: Sequence[Sequence[int]], num_slots: int, num_warm: int = 
         if number >= num_warm:
             hits += len(needed & resident)
             lookups += len(needed)
-        kept = sorted(resident | needed, key=lambda expert: (uses[expert][-1], expert))
+        kept = sorted(resident | needed, key=lambda expert: (expert not in needed, uses[expert][-1], expert))
         resident = set(kept[:num_slots])
     return hits, lookups

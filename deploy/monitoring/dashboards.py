@@ -181,11 +181,11 @@ PREFETCH = (
         maximum=1,
     ),
     Panel(
-        "Gated layers",
+        "Layers that look ahead",
         "timeseries",
         "short",
-        "Layers that have turned their prefetch off because it did not pay.",
-        [(gauge("gated_layers"), "{{instance}}")],
+        "Layers whose experts are fetched by guesses from so many layers before. For the others it does not pay.",
+        [(gauge("lookahead_open_layers", by="instance, distance"), "{{instance}}, {{distance}} ahead")],
     ),
 )
 

@@ -1,5 +1,7 @@
 """Looking ahead, against caches that only note what they are asked: which layer's experts, how many, and when not."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from toy_moe import EXPERTS, TOP_K, make_gates, tokens
@@ -112,6 +114,15 @@ def test_a_valve_takes_distances_away():
     look_ahead.note([words()] * 4, None)
     a_step(look_ahead)
     assert caches.order == [(1, 1), (2, 2), (2, 1), (3, 1)]
+
+
+def test_how_many_layers_are_open_at_each_distance_is_published():
+    look_ahead, _ = make(depth=3)
+    look_ahead.valves[3].depth = 1
+    look_ahead.note([words()] * 4, None)
+    published = {}
+    look_ahead.publish(SimpleNamespace(set=published.__setitem__))
+    assert published == {f"lookahead_open_layers/{distance}": number for distance, number in ((1, 3), (2, 1), (3, 0))}
 
 
 def test_recall_is_that_of_the_nearest_guess():

@@ -215,6 +215,8 @@ def test_once_as_json_is_one_object_for_scripts(counters, page, capsys, suffix):
 
 
 def test_once_as_text_shows_every_line(counters, page, capsys):
+    counters.set("lookahead_open_layers/1", 7)
+    counters.set("lookahead_open_layers/2", 5)
     pages = iter([page(), None])
 
     def happening():
@@ -234,7 +236,7 @@ def test_once_as_text_shows_every_line(counters, page, capsys):
         "layers",
         "10  ",
         "61.1 % hits",
-        "2 ahead, recall 90.0 %",
+        "of the experts found; 7/5 layers, 1 to 2 ahead",
         "12.5 %",
     ):
         assert part in shown

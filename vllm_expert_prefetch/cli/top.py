@@ -150,7 +150,8 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("hit rate", _percent(summary["hit_ratio"]), f"planned {_percent(summary['planned_hit_ratio'])}"),
         ("stalls", _percent(summary["stall_ratio"]), "of the steps' time"),
         ("saved", _percent(summary["saved_ratio"]), "of the steps' time, by looking ahead"),
-        ("prefetch", _percent(summary["prefetch_precision"]), _prefetch(summary)),
+        ("prefetch", _percent(summary["prefetch_precision"]), "of its copies used"),
+        ("guesses", _percent(summary["prefetch_recall"]), f"of the experts found; {_open_layers(summary)}"),
         ("lookups", f"{sum(summary['lookups_per_second'].values()):.0f}/s", _bar(summary["lookups_per_second"])),
         ("copied", f"{_bytes(sum(copied.values()))}/s", _listed(copied, _bytes)),
         ("link", f"{_bytes(summary['link_bytes_per_second'])}/s", _at_start(summary)),
@@ -161,12 +162,12 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
-def _prefetch(summary: dict[str, Any]) -> str:
-    ahead = summary["servers"][0]["lookahead_layers"]
-    return (
-        f"of its copies used; {ahead} ahead, recall {_percent(summary['prefetch_recall'])}, "
-        f"{summary['gated_layers']:.0f} layers gated"
-    )
+def _open_layers(summary: dict[str, Any]) -> str:
+    depth = int(summary["servers"][0]["lookahead_layers"])
+    if not depth:
+        return "nothing looks ahead"
+    layers = "/".join(f"{number:.0f}" for number in list(summary["open_layers"].values())[:depth])
+    return f"{layers} layers, {'1' if depth == 1 else f'1 to {depth}'} ahead"
 
 
 def _at_start(summary: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Looking ahead while a layer computes: guess the experts of a later layer, and queue their copies."""
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -177,7 +178,9 @@ class LookAhead:
     def publish(self, counters: Counters) -> None:
         """Bring what the counters say of guesses up to date."""
         self.recall.publish(counters)
-        counters.set("gated_layers", sum(not valve.is_open for valve in self.valves))
+        open_at = Counter(ahead.distance for own in self._open for ahead in own)
+        for distance in range(1, self.depth + 1):
+            counters.set(f"lookahead_open_layers/{distance}", open_at[distance])
 
     def _set_budgets(self) -> None:
         changed = False

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
+from vllm_expert_prefetch.config import MOST_LOOKAHEAD_LAYERS
+
 PREFIX = "vllm_expert_prefetch_"
 COMMON_LABELS = ("model_name", "engine", "rank")
 
@@ -63,6 +65,7 @@ def histogram_series(stem: str, buckets: tuple[float, ...]) -> list[str]:
 OUTCOMES = ("hit", "late", "miss", "speculated")
 PREDICTED = ("used", "unused", "cancelled")
 AMONG = ("top_k", "fetched")
+DISTANCES = tuple(str(distance) for distance in range(1, MOST_LOOKAHEAD_LAYERS + 1))
 PHASES = ("prefill", "decode", "mixed")
 STEP_BUCKETS = (
     *(0.0005, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.005, 0.0075),
@@ -235,7 +238,15 @@ METRICS = (
         "Share of each of these tokens' gate weights that the first top-k guesses missed, summed.",
     ),
     Metric("lookahead_enabled", Kind.GAUGE, "workers", "1 where the worker looks ahead, 0 where it does not."),
-    Metric("gated_layers", Kind.GAUGE, "layers", "MoE layers whose prefetch is off because it does not pay."),
+    Metric(
+        "lookahead_open_layers",
+        Kind.GAUGE,
+        "layers",
+        "MoE layers whose experts are fetched by guesses from so many layers before; the others do without, as it does "
+        "not pay.",
+        "distance",
+        DISTANCES,
+    ),
     Metric("moe_layers", Kind.GAUGE, "layers", "MoE layers served from a slot cache."),
     Metric("experts", Kind.GAUGE, "experts", "Routed experts of all MoE layers."),
     Metric("slots", Kind.GAUGE, "slots", "Expert slots of all MoE layers."),

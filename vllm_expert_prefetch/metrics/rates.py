@@ -6,7 +6,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from vllm_expert_prefetch.metrics.definitions import LAYER_LABEL, PREFIX
+from vllm_expert_prefetch.metrics.definitions import DISTANCES, LAYER_LABEL, PREFIX
 
 Series = tuple[str, frozenset[tuple[str, str]]]
 
@@ -103,7 +103,7 @@ def summarise(before: Scrape, after: Scrape) -> dict[str, Any]:
         "tpot_seconds": share(gained("tpot_seconds_sum"), gained("tpot_seconds_count")),
         "prefetch_precision": share(gained("predictions_total", outcome="used"), gained("predictions_total")),
         "prefetch_recall": share(gained("recall_found_total", among="top_k"), gained("recall_routed_total")),
-        "gated_layers": after.total("gated_layers"),
+        "open_layers": {distance: after.total("lookahead_open_layers", distance=distance) for distance in DISTANCES},
         "lookups_per_second": both.rates("lookups_total", "outcome"),
         "transfer_bytes_per_second": both.rates("transfer_bytes_total", "kind"),
         # The times of prefetches are not in transfer_seconds_total.

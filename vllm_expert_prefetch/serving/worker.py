@@ -212,13 +212,17 @@ class Worker:
             f"{len(layers)} MoE layers x {span(experts)} experts, {span(slots)} slots each: {private / GB:.4g} GB "
             f"cache ({share:.0f} % of the experts), {shared / GB:.4g} GB overflow rows; on the host {store / GB:.4g} "
             f"GB, {'page-locked' if self._is_pinned() else 'pageable'}",
-            f"policy {self.config.policy}, execution {self.execution}, prefetch {self.prefetch}; kernel "
+            f"policy {self.config.policy}, execution {self.execution}, prefetch {self.prefetch}{self._depth()}; kernel "
             f"{self._kernels()} of {self._quant_methods()}, engine {self._engine_name()}, link "
             f"{self._link() or 'not emulated'}; sized by {self.sizes.description}",
             f"proved: all {len(layers)} MoE layers were taken over, {num_served} read their row spaces, no other copy "
             "of their experts can be reached" + (f", {self._proved()}" if num_served else ""),
             "look: vllm_expert_prefetch_* on the server's /metrics, or vllm-expert-prefetch top URL",
         ]
+
+    def _depth(self) -> str:
+        look_ahead = self.layers[0].look_ahead
+        return f", up to {look_ahead.depth} layers ahead" if look_ahead and look_ahead.depth > 1 else ""
 
     def _publish(self, look_ahead: LookAhead | None, link_rate: float) -> Publisher:
         layers = self.layers

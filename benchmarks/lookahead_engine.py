@@ -46,7 +46,7 @@ class Variant:
     predictor: str | None = None
     is_forced: bool = True
     depth: int = 1
-    """Layers ahead. Beyond the first, the router guesses; the oracle knows them all."""
+    """Layers ahead. Where an artifact does not reach, the router guesses."""
     speculates: str = ""
     """Empty: exact. `guard`: in the artifact's allow list. `published`: in every layer but the first and the last."""
 
@@ -168,7 +168,11 @@ class StudyEngine:
         if variant.predictor == "oracle":
             trace = self.trace(prompts)
             return [OraclePredictor(trace, distance) for distance in distances]
-        return [self._predictor(variant.predictor if d == 1 else "router", d) for d in distances]
+        artifact = self._ingredients.artifact
+        reach = artifact.card.depth if artifact else 1
+        within = variant.predictor.partition("+")[0]
+        names = [variant.predictor if d == 1 else within if d <= reach else "router" for d in distances]
+        return [self._predictor(name, distance) for name, distance in zip(names, distances, strict=True)]
 
     def _predictor(self, name: str, distance: int) -> Predictor:
         key = (name, distance)

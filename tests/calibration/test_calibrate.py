@@ -11,7 +11,7 @@ from vllm_expert_prefetch.calibration.calibrate import MEASURED, Calibration, Op
 from vllm_expert_prefetch.calibration.report import recall_table
 from vllm_expert_prefetch.calibration.text import Text
 from vllm_expert_prefetch.calibration.training import TrainingOptions
-from vllm_expert_prefetch.prediction import Ingredients, create_predictor, fingerprint, load_artifact
+from vllm_expert_prefetch.prediction import ArtifactError, Ingredients, create_predictor, fingerprint, load_artifact
 from vllm_expert_prefetch.prediction.truth import Quality
 
 TEXT = Text([f"document {number} " * 12 for number in range(40)], "ab" * 32)
@@ -51,7 +51,7 @@ def calibrate(engine, output, tell=lambda *_: None, **options):
 
 def recall(artifact, name):
     rows = [None if row is None else Quality(*row) for row in artifact.card.recall[name]]
-    return mean_quality(rows, artifact.card.distance).recall
+    return mean_quality(rows, 1).recall
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_constant_experts_make_default_vectors_right_and_the_estimator_uses_them
     made, _ = calibrated
     assert recall(made, "router_defaults") > max(0.95, recall(made, "router") + 0.1)
     assert made.card.estimator["default_vectors"] is True
-    assert set(made.card.hybrid) == {"router_defaults"}
+    assert made.card.hybrid[0] == ["router_defaults"] * (LAYERS - 1)
     assert made.card.guard == {"candidates": sorted(made.card.guard["candidates"])} == {"candidates": [1, 2]}
     assert made.card.allow_list == []
 
@@ -160,18 +160,35 @@ def test_a_directory_of_the_users_is_not_taken_for_recordings(tmp_path):
     assert (tmp_path / "artifact.work" / "thesis.txt").read_text() == "mine"
 
 
-@pytest.mark.parametrize("distance", [2, 3])
-def test_a_longer_look_ahead_leaves_the_first_layers_out(tmp_path, distance):
-    made = calibrate(ToyEngine(), tmp_path / "artifact", distance=distance)
-    assert [row is None for row in made.card.recall["estimator"]] == [layer < distance for layer in range(LAYERS)]
-    assert len(made.card.hybrid) == LAYERS - distance
-    assert f"layers {distance} to 3" in recall_table(made.card, TOP_K)
+def test_one_network_speaks_of_every_distance(calibrated):
+    made, _ = calibrated
+    assert made.card.depth == LAYERS - 1, "three layers, or as many as there are"
+    assert [len(own) for own in made.card.hybrid] == [3, 2, 1]
+    assert made.estimator.shape.num_sources == 3 + 2 + 1
+    assert {name: len(own) for name, own in made.card.recall_ahead.items()} == dict.fromkeys(
+        ("router", "router_defaults", "estimator", "hybrid"), 3
+    )
+    # What is constant in this model, default vectors tell exactly one layer ahead; the network learns it for all.
+    estimator, router = made.card.recall_ahead["estimator"], made.card.recall_ahead["router"]
+    assert all(own > other for own, other in zip(estimator[1:], router[1:], strict=True))
+    assert "3 layers ahead" in recall_table(made.card, TOP_K)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_how_far_it_speaks_can_be_chosen(tmp_path, depth):
+    made = calibrate(ToyEngine(), tmp_path / "artifact", depth=depth)
+    assert (made.card.depth, len(made.card.hybrid)) == (depth, depth)
+    gates = ToyEngine().gates
+    for distance in range(1, depth + 1):
+        assert create_predictor("hybrid", Ingredients(gates, made, distance)).target_of(0) == distance
+    with pytest.raises(ArtifactError, match=f"does not speak of {depth + 1} layers ahead"):
+        create_predictor("estimator", Ingredients(gates, made, depth + 1))
 
 
 def test_parts_can_be_left_out(tmp_path):
     made = calibrate(ToyEngine(), tmp_path / "artifact", estimator=False, defaults=False, keep_recordings=True)
     assert (made.estimator, made.defaults) == (None, None)
-    assert set(made.card.hybrid) == {"router"}
+    assert made.card.hybrid == [["router"] * 3, ["router"] * 2, ["router"]]
     assert "estimator" not in made.card.recall
     assert (tmp_path / "artifact.work" / "state.json").is_file()
 
@@ -191,4 +208,4 @@ def test_layers_of_different_shapes_are_refused(tmp_path):
 
 def test_a_look_ahead_beyond_the_model_is_refused(tmp_path):
     with pytest.raises(CalibrationError, match="1 to 3"):
-        calibrate(ToyEngine(), tmp_path / "artifact", distance=4)
+        calibrate(ToyEngine(), tmp_path / "artifact", depth=4)

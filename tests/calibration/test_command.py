@@ -98,6 +98,9 @@ def test_the_command_makes_a_usable_artifact(tmp_path, capsys):
     assert artifact.estimator is not None
     means = {name: sum(row[0] for row in rows[1:]) / 7 for name, rows in artifact.card.recall.items()}
     assert means["hybrid"] >= means["router"] - 0.01
+    assert (artifact.card.depth, [len(own) for own in artifact.card.hybrid]) == (3, [7, 6, 5])
+    ahead = artifact.card.recall_ahead["router"]
+    assert ahead[0] == pytest.approx(means["router"]) > ahead[1] > ahead[2] > 0.5
     assert means["router"] > means["transition"] > means["frequency"] > 1.5 * 2 / 16
     assert sum(artifact.card.data["tokens"].values()) == 4096
     guard = artifact.card.guard

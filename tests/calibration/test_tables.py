@@ -20,20 +20,20 @@ def window():
 
 
 def test_transitions_follow_the_layer_and_then_the_next_token():
-    _, transition = count_tables([window()], GATES, 1)
+    _, transition = count_tables([window()], GATES)
     assert transition[0].tolist() == torch.eye(EXPERTS).roll(1, 1).tolist(), "expert e of layer 0 leads to e + 1"
     assert transition[1].tolist() == torch.eye(EXPERTS).tolist(), "expert e of layer 1 leads to e, one token on"
 
 
 def test_experts_that_were_never_seen_lead_where_most_tokens_go():
     short = [Signals(*(value[:3] for value in own)) for own in window()]
-    frequency, transition = count_tables([short], GATES, 1)
+    frequency, transition = count_tables([short], GATES)
     torch.testing.assert_close(frequency[0], torch.tensor([1, 1, 1, 0, 0]) / 3)
     torch.testing.assert_close(transition[0, 4], frequency[1])
 
 
 def test_each_predictor_is_held_against_the_layer_it_speaks_of():
-    frequency, transition = count_tables([window()], GATES, 1)
+    frequency, transition = count_tables([window()], GATES)
     assert [one.recall for one in evaluate(TransitionPredictor(transition), [window()], 1)] == [1.0, 1.0]
     shares = [one.recall for one in evaluate(FrequencyPredictor(frequency), [window()], 2)]
     assert shares == [3 / (TOKENS - 1), 4 / TOKENS]

@@ -199,8 +199,8 @@ def test_without_the_library_torch_predicts(monkeypatch):
 
 def test_predictors_by_name_are_native():
     gates = make_gates()
-    card = Card(model="", fingerprint="", layers=[], distance=1, versions={}, data={}, over_fetch=0, recall={})
-    card = dataclasses.replace(card, hybrid=["router", "estimator"], estimator={"default_vectors": True})
+    card = Card(model="", fingerprint="", layers=[], depth=1, versions={}, data={}, over_fetch=0, recall={})
+    card = dataclasses.replace(card, hybrid=[["router", "estimator"]], estimator={"default_vectors": True})
     estimator = Estimator(EstimatorShape(45, EXPERTS, LAYERS))
     counts = torch.zeros(LAYERS, EXPERTS), torch.zeros(LAYERS, EXPERTS, EXPERTS)
     defaults = DefaultVectors(torch.zeros(LAYERS, EXPERTS, 45), torch.ones(LAYERS))

@@ -1,5 +1,6 @@
 """Artifacts: what is written comes back, and what cannot be trusted is refused with the reason."""
 
+import dataclasses
 import json
 
 import pytest
@@ -26,12 +27,13 @@ def make_artifact():
         model="toy",
         fingerprint=fingerprint(gates),
         layers=[gate.name for gate in gates],
-        distance=1,
+        depth=1,
         versions={"torch": torch.__version__},
         data={"sha256": "0" * 64},
         over_fetch=2,
         recall={"router": [None, [0.5, 0.7, 0.2], [0.6, 0.8, 0.1], [0.9, 1.0, 0.0]]},
-        hybrid=["router", "estimator", "router"],
+        recall_ahead={"router": [0.67]},
+        hybrid=[["router", "estimator", "router"]],
         allow_list=[1],
         estimator={"m": 2, "n": 3, "default_vectors": True},
     )
@@ -100,9 +102,28 @@ def test_a_missing_tensor_file_is_refused(saved):
         load_artifact(saved)
 
 
+def as_format_1(directory, distance):
+    values = json.loads((directory / CARD).read_text())
+    new = ("depth", "recall_ahead")
+    old = {name: value for name, value in values.items() if name not in new}
+    (directory / CARD).write_text(json.dumps(old | {"format": 1, "distance": distance, "hybrid": values["hybrid"][0]}))
+
+
+def test_the_format_before_is_read(saved):
+    as_format_1(saved, distance=1)
+    loaded = load_artifact(saved)
+    assert loaded.card == dataclasses.replace(make_artifact().card, recall_ahead={}, tensors=loaded.card.tensors)
+
+
+def test_the_format_before_is_refused_where_it_spoke_of_another_distance(saved):
+    as_format_1(saved, distance=2)
+    with pytest.raises(ArtifactError, match="speaks of 2 layers ahead alone: calibrate again"):
+        load_artifact(saved)
+
+
 def test_a_newer_format_is_refused(saved):
-    edit_card(saved, format=2, something_new=True)
-    with pytest.raises(ArtifactError, match="format 2, newer than the 1"):
+    edit_card(saved, format=3, something_new=True)
+    with pytest.raises(ArtifactError, match="format 3, newer than the 2"):
         load_artifact(saved)
 
 
@@ -110,11 +131,11 @@ def test_a_newer_format_is_refused(saved):
     ("content", "message"),
     [
         ("", "cannot be read"),
-        ('{"format": 1', "cannot be read"),
+        ('{"format": 2', "cannot be read"),
         ("[]", "no format number"),
         ("{}", "no format number"),
         ('{"format": "1"}', "no format number"),
-        ('{"format": 1}', "missing 8 required"),
+        ('{"format": 2}', "missing 8 required"),
     ],
 )
 def test_a_damaged_card_is_refused(saved, content, message):

@@ -168,11 +168,13 @@ def test_the_oracle_needs_a_trace():
         create("oracle", Ingredients(make_gates()))
 
 
-def test_an_artifact_for_another_distance_is_refused():
+@pytest.mark.parametrize(("name", "distance"), [("frequency", 3), ("transition", 2)])
+def test_an_artifact_that_does_not_reach_so_far_is_refused(name, distance):
     card = Card("m", "f", ["a"] * LAYERS, 2, {}, {}, 2, {})
     artifact = Artifact(card, None, torch.ones(LAYERS, EXPERTS), torch.ones(LAYERS, EXPERTS, EXPERTS))
-    with pytest.raises(ArtifactError, match="lookahead_layers 2"):
-        create("frequency", Ingredients(make_gates(), artifact, distance=1))
+    with pytest.raises(ArtifactError, match=f"{name}: the artifact does not speak of {distance} layers ahead"):
+        create(name, Ingredients(make_gates(), artifact, distance=distance))
+    assert create(name, Ingredients(make_gates(), artifact, distance=distance - 1)).distance == distance - 1
 
 
 @pytest.mark.parametrize("distance", [0, LAYERS])

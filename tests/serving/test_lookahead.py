@@ -103,7 +103,7 @@ def untrained(gates):
     names = [gate.name for gate in gates]
     choices = [("router", "router_defaults", "estimator")[layer % 3] for layer in range(num_layers - 1)]
     estimator = {"m": 2, "n": 2, "default_vectors": True}
-    card = Card("tiny", fingerprint(gates), names, 1, {}, {}, 1, {}, hybrid=choices, estimator=estimator)
+    card = Card("tiny", fingerprint(gates), names, 1, {}, {}, 1, {}, hybrid=[choices], estimator=estimator)
     network = Estimator(EstimatorShape(hidden, num_experts, num_layers - 1))
     defaults = DefaultVectors(torch.randn(num_layers, num_experts, hidden), torch.ones(num_layers))
     tables = torch.rand(num_layers, num_experts), torch.rand(num_layers, num_experts, num_experts)

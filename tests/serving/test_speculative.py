@@ -96,12 +96,12 @@ def artifact_for(model, allow_list):
         model="tiny",
         fingerprint=fingerprint(gates),
         layers=[gate.name for gate in gates],
-        distance=1,
+        depth=1,
         versions={},
         data={},
         over_fetch=1,
         recall={},
-        hybrid=["router"] * (NUM_LAYERS - 1),
+        hybrid=[["router"] * (NUM_LAYERS - 1)],
         allow_list=allow_list,
     )
     shape = (NUM_LAYERS, NUM_EXPERTS)

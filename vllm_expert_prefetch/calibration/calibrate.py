@@ -26,6 +26,7 @@ from vllm_expert_prefetch.prediction.truth import Quality
 
 MEASURED = ("router", "router_defaults", "estimator", "hybrid", "previous", "frequency", "transition")
 """Predictors in the recall table, in its order."""
+DEFAULT_DEPTH = 3
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class Options:
     window: int = 512
     max_tokens: int = 50_000
     over_fetch: int = 2
-    distance: int = 1
+    depth: int | None = None
+    """Layers ahead; None for DEFAULT_DEPTH, or as many as the model allows."""
     defaults: bool = True
     estimator: bool = True
     training: TrainingOptions = field(default_factory=TrainingOptions)
@@ -57,7 +59,7 @@ class Calibration:
     def run(self) -> Artifact:
         """Make the artifact, write it to `output`, return it. Intermediate results stay until the end."""
         options, gates = self.options, self.engine.gates
-        _check_gates(gates, options.distance)
+        _check_gates(gates, self._depth)
         windows = cut(self.text, self.engine.tokenize, options.window, options.max_tokens)
         recordings = Recordings(self._working_directory, self._key(gates))
         sums = DefaultSums(len(gates), gates[0].num_experts, gates[0].weight.shape[1]) if options.defaults else None
@@ -80,6 +82,11 @@ class Calibration:
     def _working_directory(self) -> Path:
         return self.output.with_name(self.output.name + ".work")
 
+    @property
+    def _depth(self) -> int:
+        most = len(self.engine.gates) - 1
+        return min(DEFAULT_DEPTH, max(1, most)) if self.options.depth is None else self.options.depth
+
     def _key(self, gates: Sequence[Gate]) -> dict[str, object]:
         options = self.options
         return {
@@ -94,7 +101,7 @@ class Calibration:
         self, gates: Sequence[Gate], training: Split, defaults: DefaultVectors | None, tokens: dict[str, int]
     ) -> Artifact:
         """Tables and default vectors; no estimator and no recall yet."""
-        frequency, transition = count_tables(training, gates, self.options.distance)
+        frequency, transition = count_tables(training, gates)
         data = {
             "sha256": self.text.sha256,
             "documents": len(self.text.documents),
@@ -106,7 +113,7 @@ class Calibration:
             model=self.model,
             fingerprint=fingerprint(gates),
             layers=[gate.name for gate in gates],
-            distance=self.options.distance,
+            depth=self._depth,
             versions=self.versions,
             data=data,
             over_fetch=self.options.over_fetch,
@@ -123,7 +130,7 @@ class Calibration:
         ) > self._mean_recall("router", artifact, gates, validation)
         defaults = artifact.defaults if use_defaults else None
         trained: Trained = train_estimator(
-            Samples(gates, defaults, self.options.distance),
+            Samples(gates, defaults, self._depth),
             gates,
             training,
             validation,
@@ -140,32 +147,45 @@ class Calibration:
         Speculative execution is allowed nowhere yet: `guard` chooses among the candidates.
         """
         candidates = [name for name in ("router", "router_defaults", "estimator") if _has(artifact, name)]
-        by_name = {name: self._qualities(name, artifact, gates, validation) for name in candidates}
-        hybrid, missing = [], {}
-        for target in range(self.options.distance, len(gates)):
-            recalls = {name: own[target] for name, own in by_name.items()}
-            hybrid.append(max(candidates, key=lambda name: recalls[name].recall))  # type: ignore[union-attr]
-            missing[target] = recalls[hybrid[-1]].missing_mass  # type: ignore[union-attr]
+        hybrid: list[list[str]] = []
+        missing: dict[int, float] = {}
+        for distance in range(1, self._depth + 1):
+            by_name = {name: self._qualities(name, artifact, gates, validation, distance) for name in candidates}
+            chosen = []
+            for target in range(distance, len(gates)):
+                recalls = {name: own[target] for name, own in by_name.items()}
+                chosen.append(max(candidates, key=lambda name: recalls[name].recall))  # type: ignore[union-attr]
+                if distance == 1:
+                    missing[target] = recalls[chosen[-1]].missing_mass  # type: ignore[union-attr]
+            hybrid.append(chosen)
         last = len(gates) - 1
         order = sorted((target for target in missing if target < last), key=lambda target: missing[target])
         artifact = artifact.with_card(hybrid=hybrid, guard={"candidates": order})
         table: dict[str, list[Quality | None]] = {}
+        ahead: dict[str, list[float]] = {}
         for number, name in enumerate(MEASURED):
             self.tell("measuring", number, len(MEASURED))
             if name == "hybrid" or _has(artifact, name):
                 table[name] = self._qualities(name, artifact, gates, test)
+            if name in ("hybrid", *candidates):
+                farther = [self._mean_recall(name, artifact, gates, test, d) for d in range(2, self._depth + 1)]
+                ahead[name] = [mean_quality(table[name], 1).recall, *farther]
         self.tell("measuring", len(MEASURED), len(MEASURED))
         recall = {name: [None if one is None else [*one] for one in own] for name, own in table.items()}
-        return artifact.with_card(recall=recall)
+        return artifact.with_card(recall=recall, recall_ahead=ahead)
 
-    def _qualities(self, name: str, artifact: Artifact, gates: Sequence[Gate], windows: Split) -> list[Quality | None]:
-        ingredients = Ingredients(gates, artifact, self.options.distance)
+    def _qualities(
+        self, name: str, artifact: Artifact, gates: Sequence[Gate], windows: Split, distance: int = 1
+    ) -> list[Quality | None]:
+        ingredients = Ingredients(gates, artifact, distance)
         count = gates[0].routing.top_k + self.options.over_fetch
         with torch.inference_mode():
             return evaluate(create_predictor(name, ingredients), windows, count)
 
-    def _mean_recall(self, name: str, artifact: Artifact, gates: Sequence[Gate], windows: Split) -> float:
-        return mean_quality(self._qualities(name, artifact, gates, windows)).recall
+    def _mean_recall(
+        self, name: str, artifact: Artifact, gates: Sequence[Gate], windows: Split, distance: int = 1
+    ) -> float:
+        return mean_quality(self._qualities(name, artifact, gates, windows, distance)).recall
 
 
 def mean_quality(qualities: Sequence[Quality | None], first: int = 0) -> Quality:
@@ -179,9 +199,9 @@ def _has(artifact: Artifact, name: str) -> bool:
     return missing.get(name, name) is not None
 
 
-def _check_gates(gates: Sequence[Gate], distance: int) -> None:
+def _check_gates(gates: Sequence[Gate], depth: int) -> None:
     shapes = {(gate.num_experts, gate.routing.top_k) for gate in gates}
     if len(shapes) > 1:
         raise CalibrationError(f"the MoE layers differ in (experts, top-k): {sorted(shapes)}; that is not supported")
-    if not 1 <= distance < len(gates):
+    if not 1 <= depth < len(gates):
         raise CalibrationError(f"lookahead_layers must be 1 to {len(gates) - 1} for {len(gates)} MoE layers")

@@ -16,11 +16,15 @@ def recall_table(card: Card, top_k: int) -> str:
         "layer   " + "".join(f"{name:>{width}}" for name in names),
     ]
     for target in range(len(card.layers)):
-        chosen = "" if target < card.distance else f"   {card.hybrid[target - card.distance]}"
+        chosen = f"   {card.hybrid[0][target - 1]}" if target else ""
         cells = "".join(f"{_cell(qualities[name][target]):>{width}}" for name in names)
         lines.append(f"{target:5}   {cells}{chosen}")
-    means = "".join(f"{_cell(mean_quality(qualities[name], card.distance)):>{width}}" for name in names)
-    lines.append(f" mean   {means}   layers {card.distance} to {len(card.layers) - 1}")
+    means = "".join(f"{_cell(mean_quality(qualities[name], 1)):>{width}}" for name in names)
+    lines.append(f" mean   {means}   layers 1 to {len(card.layers) - 1}")
+    for distance in range(2, card.depth + 1):
+        own = {name: f"{100 * recalls[distance - 1]:.1f}" for name, recalls in card.recall_ahead.items()}
+        cells = "".join(f"{own.get(name, '-'):>{width}}" for name in names)
+        lines.append(f" mean   {cells}   {distance} layers ahead, recall@{top_k}")
     return "\n".join(lines)
 
 

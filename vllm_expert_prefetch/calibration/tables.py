@@ -7,13 +7,11 @@ import torch
 from vllm_expert_prefetch.prediction import Gate, Signals
 
 
-def count_tables(
-    windows: Iterable[list[Signals]], gates: Sequence[Gate], distance: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`frequency` (L, E) and `transition` (L, E, E), float32, rows sum to 1; see `prediction.baselines`.
+def count_tables(windows: Iterable[list[Signals]], gates: Sequence[Gate]) -> tuple[torch.Tensor, torch.Tensor]:
+    """`frequency` (L, E) and `transition` (L, E, E), from each layer to the next, float32, rows sum to 1.
 
-    Targets beyond the last layer are layers of the next token. Source experts that were never used get the target's
-    frequency.
+    See `prediction.baselines`. The last layer's target is the first one of the next token. Source experts that were
+    never used get the target's frequency.
     """
     num_layers, num_experts = len(gates), gates[0].num_experts
     used = torch.zeros(num_layers, num_experts, dtype=torch.float64)
@@ -22,13 +20,12 @@ def count_tables(
         chosen = [_one_hot(own, num_experts) for own in signals]
         for layer, own in enumerate(chosen):
             used[layer] += own.sum(0)
-            target = layer + distance
-            if target < num_layers:
-                pairs[layer] += own.T @ chosen[target]
+            if layer + 1 < num_layers:
+                pairs[layer] += own.T @ chosen[layer + 1]
             else:
-                pairs[layer] += own[:-1].T @ chosen[target - num_layers][1:]
+                pairs[layer] += own[:-1].T @ chosen[0][1:]
     frequency = used / used.sum(-1, keepdim=True).clamp(min=1)
-    targets = [(layer + distance) % num_layers for layer in range(num_layers)]
+    targets = [(layer + 1) % num_layers for layer in range(num_layers)]
     totals = pairs.sum(-1, keepdim=True)
     transition = torch.where(totals > 0, pairs / totals.clamp(min=1), frequency[targets].unsqueeze(1))
     return frequency.float(), transition.float()

@@ -46,18 +46,20 @@ class Trained:
 class Samples:
     """Pairs of a quasi-hidden state and the true logits of the target layer, from recorded windows."""
 
-    def __init__(self, gates: Sequence[Gate], defaults: DefaultVectors | None, distance: int) -> None:
-        self._gates, self._distance = gates, distance
-        self._quasi_hidden = QuasiHidden(gates, defaults, distance)
-        self.num_sources = len(gates) - distance
+    def __init__(self, gates: Sequence[Gate], defaults: DefaultVectors | None, depth: int) -> None:
+        """Targets are 1 to `depth` layers ahead."""
+        self._gates = gates
+        self._quasi_hidden = [QuasiHidden(gates, defaults, distance) for distance in range(1, depth + 1)]
+        self._pairs = [(layer, distance) for distance in range(1, depth + 1) for layer in range(len(gates) - distance)]
+        self.num_sources = len(self._pairs)
+        """In the order of `estimator.source_number`."""
 
     def of(self, signals: list[Signals]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q (N, H) float32, sources (N,) int64, logits (N, E) float32 of one window; N = tokens * sources."""
         rows = signals[0].topk_ids.shape[0]
-        layers = range(self.num_sources)
-        q = torch.cat([self._quasi_hidden.at(source, signals[source]) for source in layers])
-        targets = [source + self._distance for source in layers]
-        logits = torch.cat([self._gates[target].logits(signals[target].hidden) for target in targets])
+        q = torch.cat([self._quasi_hidden[distance - 1].at(layer, signals[layer]) for layer, distance in self._pairs])
+        true = [gate.logits(own.hidden) for gate, own in zip(self._gates, signals, strict=True)]
+        logits = torch.cat([true[layer + distance] for layer, distance in self._pairs])
         return q, torch.arange(self.num_sources).repeat_interleave(rows), logits
 
 

@@ -32,7 +32,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--max-tokens", default=50_000, help="of text, in all (default: %(default)s)", **number)
     parser.add_argument("--window", default=512, help="tokens of one run (default: %(default)s)", **number)
     parser.add_argument("--over-fetch", default=2, help="guesses beyond top-k (default: %(default)s)", **number)
-    parser.add_argument("--lookahead-layers", default=1, help="how far ahead (default: %(default)s)", **number)
+    parser.add_argument("--lookahead-layers", help="how far ahead, at most (default: 3, or what there is)", **number)
     parser.add_argument(
         "--m", default=2, help="estimator: hidden size is divided by it (default: %(default)s)", **number
     )
@@ -79,7 +79,7 @@ def _check(args: argparse.Namespace) -> None:
     lowest = {"max_tokens": 64, "window": 16, "over_fetch": 0, "lookahead_layers": 1, "m": 1, "n": 1, "epochs": 1}
     lowest["guard_tokens"] = 0
     for name, low in lowest.items():
-        if getattr(args, name) < low:
+        if getattr(args, name) is not None and getattr(args, name) < low:
             raise CalibrationError(f"--{name.replace('_', '-')} must be at least {low}, got {getattr(args, name)}")
     if not isinstance(args.engine, dict):
         raise CalibrationError(f"--engine must be a JSON object, got {args.engine!r}")
@@ -102,7 +102,7 @@ def _calibrate(args: argparse.Namespace, text: Any) -> int:
         window=args.window,
         max_tokens=args.max_tokens,
         over_fetch=args.over_fetch,
-        distance=args.lookahead_layers,
+        depth=args.lookahead_layers,
         defaults=not args.no_defaults,
         estimator=not args.no_estimator,
         training=TrainingOptions(m=args.m, n=args.n, epochs=args.epochs),
@@ -131,7 +131,7 @@ def _guard(args: argparse.Namespace, text: Any, artifact: Any) -> None:
     from vllm_expert_prefetch.prediction import save_artifact
     from vllm_expert_prefetch.studies.forced_decoding import SHORTEST, CannotMeasure, open_forced_decoding
 
-    if not args.guard_tokens or args.lookahead_layers != 1:
+    if not args.guard_tokens:
         print("speculative execution is allowed in no layer: that was not measured")
         return
     try:

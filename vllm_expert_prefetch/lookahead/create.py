@@ -95,26 +95,19 @@ def choose_predictors(
     config: ExpertPrefetchConfig, gates: Sequence[Gate], depth: int
 ) -> tuple[list[Predictor], Artifact | None]:
     """The predictor that the configuration names, or the artifact found best, for distances 1 to `depth`, and the
-    artifact. Where the artifact is for another distance, and the predictor needs it, the router predicts."""
+    artifact. Farther ahead than a predictor reaches, the router predicts."""
     artifact = None
     if config.artifact:
         artifact = load_artifact(Path(config.artifact), fingerprint(gates)).on(gates[0].weight.device)
     name = config.predictor
     if name == AUTO:
         name = "hybrid" if artifact is not None and artifact.card.hybrid else "router"
-    needs_artifact = name not in ("router", "previous")
-    calibrated = artifact.card.distance if artifact is not None else 1
-    if needs_artifact and calibrated > depth:
-        raise ConfigError(
-            f"{CONFIG_KEY}: predictor {name}: the artifact was calibrated for layers {calibrated} ahead, and "
-            f"lookahead_layers is {depth}: set it to {calibrated}, or predictor to router"
-        )
+    reaches = {"router": depth, "previous": depth, "transition": 1}.get(name, artifact.card.depth if artifact else 1)
     predictors = []
     for distance in range(1, depth + 1):
         ingredients = Ingredients(gates, artifact, distance)
-        own = "router" if needs_artifact and distance != calibrated else name
-        predictor = create_predictor(own, ingredients)
-        if artifact is not None and distance == calibrated == 1 and not predictor.crosses_tokens:
+        predictor = create_predictor(name if distance <= reaches else "router", ingredients)
+        if artifact is not None and distance == 1 and not predictor.crosses_tokens:
             predictor = with_next_token(predictor, create_predictor("transition", ingredients))
         predictors.append(predictor)
     return predictors, artifact

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from vllm_expert_prefetch.prediction.defaults import DefaultVectors
 from vllm_expert_prefetch.prediction.estimator import Estimator, EstimatorShape
 
-FORMAT = 1
+FORMAT = 2
 TENSORS = "predictor.safetensors"
 CARD = "card.json"
 _ESTIMATOR = "estimator."
@@ -32,16 +32,19 @@ class Card:
     fingerprint: str
     """`gates.fingerprint` of the model that was calibrated."""
     layers: list[str]
-    distance: int
+    depth: int
+    """Guesses of 1 to so many layers ahead."""
     versions: dict[str, str]
     data: dict[str, Any]
     """Hash and size of the text, and how it was split."""
     over_fetch: int
     recall: dict[str, list[list[float] | None]]
-    """Predictor -> per target layer [recall@k, recall@(k + over_fetch), missing gate mass of the first k], or
-    None where it has no guess."""
-    hybrid: list[str] = field(default_factory=list)
-    """Per source layer, the predictor that the hybrid uses."""
+    """Predictor -> per target layer, one layer ahead, [recall@k, recall@(k + over_fetch), missing gate mass of the
+    first k], or None where it has no guess."""
+    recall_ahead: dict[str, list[float]] = field(default_factory=dict)
+    """Predictor -> mean recall@k, 1 to `depth` layers ahead."""
+    hybrid: list[list[str]] = field(default_factory=list)
+    """For 1 to `depth` layers ahead, and per source layer, the predictor that the hybrid uses."""
     allow_list: list[int] = field(default_factory=list)
     """Target layers that speculative execution may touch."""
     guard: dict[str, Any] | None = None
@@ -140,10 +143,23 @@ def load_card(directory: Path) -> Card:
             f"artifact {directory} has format {version}, newer than the {FORMAT} that this version of "
             "vllm-expert-prefetch reads: install a newer version, or calibrate again"
         )
+    if version == 1:
+        values = _of_format_1(directory, values)
     try:
         return Card(**values)
     except TypeError as error:
         raise ArtifactError(f"artifact {directory} is damaged: {CARD}: {error}") from error
+
+
+def _of_format_1(directory: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """What a card of format 1, which spoke of one distance, says in this one's words."""
+    if values.get("distance") != 1:
+        raise ArtifactError(
+            f"artifact {directory} has format 1 and speaks of {values.get('distance')} layers ahead alone: calibrate "
+            "again"
+        )
+    kept = {name: value for name, value in values.items() if name != "distance"}
+    return kept | {"depth": 1, "hybrid": [values["hybrid"]] if values.get("hybrid") else [], "format": FORMAT}
 
 
 def _estimator(card: Card, tensors: dict[str, torch.Tensor]) -> Estimator | None:

@@ -36,10 +36,10 @@ class Ingredients:
         """The artifact, for a predictor that needs one."""
         if self.artifact is None:
             raise ArtifactError(f"predictor {name} needs an artifact: run vllm-expert-prefetch calibrate")
-        if self.artifact.card.distance != self.distance:
+        if self.distance > (1 if name == "transition" else self.artifact.card.depth):
             raise ArtifactError(
-                f"predictor {name}: the artifact was calibrated for lookahead_layers {self.artifact.card.distance}, "
-                f"not {self.distance}"
+                f"predictor {name}: the artifact does not speak of {self.distance} layers ahead; calibrate with "
+                "--lookahead-layers"
             )
         return self.artifact
 
@@ -69,7 +69,7 @@ def _make_estimator(ingredients: Ingredients) -> Predictor:
 
 
 def _make_hybrid(ingredients: Ingredients) -> Predictor:
-    names = ingredients.calibrated("hybrid").card.hybrid
+    names = ingredients.calibrated("hybrid").card.hybrid[ingredients.distance - 1]
     made = {name: create_predictor(name, ingredients) for name in set(names)}
     across = [None] * (len(ingredients.gates) - len(names))
     return ComposedPredictor("hybrid", [*(made[name] for name in names), *across], ingredients.distance)

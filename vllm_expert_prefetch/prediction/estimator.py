@@ -21,13 +21,19 @@ class EstimatorShape:
     hidden_size: int
     num_experts: int
     num_sources: int
-    """How many layers predictions are made from."""
+    """Pairs of a distance and a layer that predictions are made from, see `source_number`."""
     m: int = 2
     n: int = 2
 
     @property
     def width(self) -> int:
         return max(self.hidden_size // self.m, 1)
+
+
+def source_number(num_layers: int, source: int, distance: int) -> int:
+    """The number of a layer that a guess of this distance is made from: nearer ones come first. With `source`
+    `num_layers - distance`, how many there are up to this distance."""
+    return sum(num_layers - nearer for nearer in range(1, distance)) + source
 
 
 class Estimator(nn.Module):
@@ -62,7 +68,9 @@ class EstimatorPredictor(Predictor):
         self._routing = [gate.routing for gate in gates]
         self._quasi_hidden = QuasiHidden(gates, defaults, distance)
         self._estimator = estimator.requires_grad_(False)
-        self._sources = torch.arange(len(gates), device=gates[0].weight.device).unsqueeze(1)
+        self._first = source_number(len(gates), 0, distance)
+        sources = torch.arange(self._first, self._first + len(gates), device=gates[0].weight.device)
+        self._sources = sources.unsqueeze(1)
 
     def predict(self, source: int, signals: Signals, count: int) -> Prediction | None:
         target = self.target_of(source)
@@ -74,5 +82,5 @@ class EstimatorPredictor(Predictor):
     def weights(self, source: int) -> PredictorWeights:
         """What a prediction from layer `source` is computed with; the layer's embedding is part of a bias."""
         tensors = self._estimator.state_dict()
-        tensors["reduce.bias"] = tensors["reduce.bias"] + tensors.pop("layer.weight")[source]
+        tensors["reduce.bias"] = tensors["reduce.bias"] + tensors.pop("layer.weight")[self._first + source]
         return self._quasi_hidden.weights(source).and_also(tensors, self._estimator.norm.eps)

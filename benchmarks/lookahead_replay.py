@@ -41,7 +41,7 @@ class Recording(NamedTuple):
     """`steps` of one token each, the first `num_warm` of which only warm the cache."""
 
     name: str
-    steps: list[Step]
+    steps: Sequence[Step]
     num_warm: int
     num_experts: int
     guess: Guess | None
@@ -123,7 +123,7 @@ def trace(path: Path, recall: Sequence[float]) -> Recording:
     return Recording(path.name.removesuffix(".route.csv"), steps, len(prompt), 128, guess)
 
 
-def drawn(steps: list[Step], recall: Sequence[float], seed: int = 0) -> Guess:
+def drawn(steps: Sequence[Step], recall: Sequence[float], seed: int = 0) -> Guess:
     """Guesses of which a share `recall` of each distance is right; what a far one finds, a nearer one finds as well."""
     used = [Counter(expert for step in steps for expert in step[layer]) for layer in range(len(steps[0]))]
 

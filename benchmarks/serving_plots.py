@@ -38,13 +38,13 @@ def draw(rows: list[Row], path: Path) -> None:
         axis.grid(alpha=0.3, which="both")
     axes[0].legend(fontsize=8)
     for concurrency in (1, 8, 32):
-        own = sorted(
+        shares = sorted(
             (100 * row["share"], 100 * row["share_of_resident"])
             for row in rows
             if (row["prefetch"], row["copy_compute"], row["concurrency"]) == ("auto", 1, concurrency)
         )
-        if own:
-            axes[2].plot(*zip(*[*own, (100, 100)], strict=True), marker="o", label=f"here, {concurrency} at a time")
+        if shares:
+            axes[2].plot(*zip(*[*shares, (100, 100)], strict=True), marker="o", label=f"here, {concurrency} at a time")
     for name, points in OTHERS.items():
         axes[2].plot(*zip(*points, strict=True), "x--", color="grey", alpha=0.7, label=f"other hardware: {name}")
     axes[2].set(

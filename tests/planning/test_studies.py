@@ -1,0 +1,75 @@
+"""What the studies of look-ahead and of serving compute around their measurements, on rows that are made up."""
+
+import random
+
+import pytest
+import serving
+import soak
+from lookahead_replay import drawn, summary
+
+
+def row(variant, share, prefetch, concurrency, tokens, tpot, **more):
+    known = {"variant": variant, "share": share, "copy_compute": 1.0 if share else 0.0, "prefetch": prefetch}
+    return {**known, "concurrency": concurrency, "output_tokens_per_s": tokens, "tpot_ms_p50": tpot, **more}
+
+
+def test_curves_are_held_against_the_same_concurrency_and_look_ahead_against_the_same_cache():
+    copied = {"absent_records": 100, "record_mb": 0.2, "link_gbps": 1.0}  # 20 ms for all of them
+    rows = [
+        row(serving.PLAIN.name, 0.0, "off", 1, 100.0, 10.0),
+        row(serving.PLAIN.name, 0.0, "off", 32, 800.0, 40.0),
+        row("a", 0.5, "off", 1, 50.0, 20.0, **copied),
+        row("b", 0.5, "auto", 1, 80.0, 12.0, **copied),
+        row("b", 0.5, "auto", 32, 400.0, 75.0, **copied),
+    ]
+    found = serving.summary(rows)
+    assert [one["share_of_resident"] for one in rows] == [1, 1, 0.5, 0.8, 0.5]
+    assert found == {"share_of_resident": 0.5, "worst_over_off": 0.6, "worst_over_full_copy": 1.25}
+
+
+def test_conversations_are_of_spread_lengths_and_the_same_each_time():
+    made = serving.conversations(40, 4)
+    assert made == serving.conversations(40, 4)
+    assert made != serving.conversations(40, 5)
+    lengths = [[len(text["value"].split()) for text in one["conversations"]] for one in made]
+    assert all(4 <= prompt <= 90 and 4 <= answer <= 45 for prompt, answer in lengths)
+    assert len({prompt for prompt, _ in lengths}) > 15
+
+
+def test_the_soak_asks_for_every_kind_of_request():
+    made = soak.requests(60)
+    assert sum(one.is_aborted for one in made) == 10
+    assert sum(one.body.get("n") == 2 for one in made) == 10
+    assert sum("seed" in one.body for one in made) == 20
+    starts = [one.body["prompt"][:400] for one in made]
+    assert max(map(starts.count, starts)) == 10, "a prefix that is shared"
+    assert max(len(one.body["prompt"]) for one in made) > 500
+
+
+@pytest.mark.parametrize("recall", [1.0, 0.8, 0.5])
+def test_drawn_guesses_are_right_as_often_as_asked_and_near_ones_know_what_far_ones_do(recall):
+    rng = random.Random(1)
+    steps = [[rng.sample(range(64), 6) for _ in range(4)] for _ in range(200)]
+    guess = drawn(steps, [recall, recall / 2])
+    right = 0
+    for step, layers in enumerate(steps):
+        for layer, true in enumerate(layers):
+            near, far = guess(step, layer, 1), guess(step, layer, 2)
+            assert len(set(near)) == len(near) == 6
+            assert set(far) & set(true) <= set(near)
+            right += len(set(near) & set(true))
+    assert right / (200 * 4 * 6) == pytest.approx(recall, abs=0.03)
+
+
+def test_the_replays_figures_are_the_worst_of_the_traces_and_the_spread_of_the_policies():
+    rows = [
+        {"recording": name, "share": 0.5, "record_time": 1.0, "depth": depth, "over_bound": over}
+        for name, overs in (("tiny", (1.5, 1.6)), ("one", (1.4, 1.1)), ("two", (1.3, 1.2)))
+        for depth, over in zip((0, 4), overs, strict=True)
+    ]
+    policies = [{"lru": 50.0, "lfu": 40.0, "lfru": 51.0, "ewma": 53.0}, {"lru": 60, "lfu": 61, "lfru": 60, "ewma": 60}]
+    found = summary(rows, policies, {"one", "two"})
+    assert found["over_bound"]["0.5, 1"] == 1.2
+    assert found["over_bound"]["0.25, 1"] is None
+    assert found["worse_than_off"] == 1
+    assert found["policy_gain"] == {"lfu": [-10, -4.5, 1], "lfru": [0, 0.5, 1], "ewma": [0, 1.5, 3]}

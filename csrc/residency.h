@@ -468,8 +468,8 @@ VEP_HD StepCounts plan_step(Team& team, const Layer& layer, CopyLane& lane, cons
   team.sync();
   order_misses(team, scratch, step.num_misses, step.is_wide, loads);
   const int64_t num_free = layer.header[kNumFree];
-  step.num_evictions = choose_victims(team, layer, scratch, step.num_misses - num_free,
-                                      step.is_wide ? kStaleRounds : 0);
+  step.num_evictions =
+      choose_victims(team, layer, scratch, step.num_misses - num_free, step.is_wide ? kStaleRounds : 0);
   const int64_t num_places = num_free + step.num_evictions;
   const int num_in_slots = static_cast<int>(step.num_misses < num_places ? step.num_misses : num_places);
   step.num_overflow = step.num_misses - num_in_slots;

@@ -76,7 +76,8 @@ int64_t PlanPrefetch(TensorView state, TensorView slot_words, TensorView predict
   const auto plan_as = [&](auto id) {
     Alone team;
     return plan_prefetch(team, layer, lane, cpu_data<decltype(id)>(predicted, 0, "predicted"),
-                         static_cast<int>(predicted.numel()), static_cast<int>(budget), is_far, work.scratch, work.loads);
+                         static_cast<int>(predicted.numel()), static_cast<int>(budget), is_far, work.scratch,
+                         work.loads);
   };
   return write_loads(work, is_int64(predicted) ? plan_as(int64_t{}) : plan_as(int32_t{}), loads);
 }

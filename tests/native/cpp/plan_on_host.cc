@@ -84,8 +84,8 @@ struct TestLayer {
   }
   bool same(const TestLayer& other) const { return state == other.state && words == other.words; }
   int32_t count_queued() const {
-    return static_cast<int32_t>(std::count_if(words.begin(), words.end(),
-                                              [](int32_t word) { return state_of(word) == SlotState::kQueued; }));
+    return static_cast<int32_t>(
+        std::count_if(words.begin(), words.end(), [](int32_t word) { return state_of(word) == SlotState::kQueued; }));
   }
 
   std::vector<int64_t> state;

@@ -100,7 +100,8 @@ def test_the_command_makes_a_usable_artifact(tmp_path, capsys):
     assert means["hybrid"] >= means["router"] - 0.01
     assert (artifact.card.depth, [len(own) for own in artifact.card.hybrid]) == (3, [7, 6, 5])
     ahead = artifact.card.recall_ahead["router"]
-    assert ahead[0] == pytest.approx(means["router"]) > ahead[1] > ahead[2] > 0.5
+    assert ahead[0] == pytest.approx(means["router"])
+    assert ahead[0] > ahead[1] > ahead[2] > 0.5
     assert means["router"] > means["transition"] > means["frequency"] > 1.5 * 2 / 16
     assert sum(artifact.card.data["tokens"].values()) == 4096
     guard = artifact.card.guard

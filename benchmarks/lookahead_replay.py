@@ -30,7 +30,6 @@ from vllm_expert_prefetch.config import MOST_LOOKAHEAD_LAYERS, ExpertPrefetchCon
 from vllm_expert_prefetch.planning.replay import Guess, Replay, Step, belady_hits, bound
 from vllm_expert_prefetch.residency import POLICIES
 
-SAMPLE = ROOT / "vllm_expert_prefetch" / "demo" / "data" / "calibration.jsonl.gz"
 SHARES, RECORD_TIMES = (0.25, 0.5, 0.75), (0.5, 1.0, 2.0)
 DISTANCES = range(1, MOST_LOOKAHEAD_LAYERS + 1)
 WINDOW, WARM_UP = 160, 40
@@ -78,13 +77,13 @@ def main() -> int:
 
 def record(model: str, num_windows: int) -> dict[str, Any]:
     """In the child: routing of text, what the router guesses from each layer, and how much of it is right."""
-    from vllm_expert_prefetch.calibration.text import read_text
+    from vllm_expert_prefetch.demo.text import load_documents
     from vllm_expert_prefetch.prediction.router import RouterPredictor
     from vllm_expert_prefetch.studies.recording import open_recording_engine
 
-    documents = read_text(SAMPLE).documents
+    documents = [document.text for document in load_documents()]
     with open_recording_engine(model, WINDOW) as engine:
-        windows = [engine.tokenize(text)[:WINDOW] for text in documents[:: max(1, len(documents) // (2 * num_windows))]]
+        windows = [engine.tokenize(text)[:WINDOW] for text in documents]
         windows = [window for window in windows if len(window) == WINDOW][:num_windows]
         gates = engine.gates
         predictors = [RouterPredictor(gates, distance) for distance in DISTANCES]

@@ -28,9 +28,8 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "serving")]
 
 from servers import Server, serve  # noqa: E402
 
-from vllm_expert_prefetch.calibration.text import read_text  # noqa: E402
+from vllm_expert_prefetch.demo.text import load_documents  # noqa: E402
 
-SAMPLE = ROOT / "vllm_expert_prefetch" / "demo" / "data" / "calibration.jsonl.gz"
 CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64)
 SHARES, COPY_COMPUTE = (0.25, 0.5, 0.75), (0.5, 1.0, 2.0)
 LATENCY_US = 10.0
@@ -201,7 +200,7 @@ def ask(server: Server, concurrency: int, num_requests: int, folder: Path) -> di
 def conversations(number: int, seed: int) -> list[dict[str, Any]]:
     """Questions from passages of all domains in turn, and texts as long as the answers are to be."""
     rng = random.Random(seed)
-    documents = [document.split() for document in read_text(SAMPLE).documents]
+    documents = [document.text.split() for document in load_documents()]
     made = []
     for index in range(number):
         words = documents[index * 7 % len(documents)]

@@ -54,8 +54,8 @@ def run_timed(valve, cost_open, cost_closed, num_steps=NUM_STEPS):
     """How many of the steps the valve was open, when steps cost so much with prefetch and so much without."""
     num_open = 0
     for _ in range(num_steps):
-        num_open += valve.is_open
-        cost = cost_open if valve.is_open else cost_closed
+        num_open += valve.depth > 0
+        cost = cost_open if valve.depth > 0 else cost_closed
         valve.note(words(steps=1, stall_ns=int(0.5e9 * cost)), 0.5 * cost)
     return num_open
 
@@ -76,8 +76,8 @@ def test_where_prefetch_saves_no_time_it_is_nearly_always_off(cost_open):
 def test_time_spent_on_guessing_counts():
     valve, num_open = timed(), 0
     for _ in range(NUM_STEPS):
-        num_open += valve.is_open
-        valve.note(words(steps=1, stall_ns=10**9), 0.5 if valve.is_open else 0.0)
+        num_open += valve.depth > 0
+        valve.note(words(steps=1, stall_ns=10**9), 0.5 if valve.depth > 0 else 0.0)
     assert num_open < 0.1 * NUM_STEPS
 
 
@@ -94,15 +94,15 @@ def test_wide_steps_do_not_count():
     valve = timed()
     for _ in range(1000):
         valve.note(words(steps=1, wide_steps=1, stall_ns=10**9), 0.0)
-    assert valve.is_open
+    assert valve.depth > 0
 
 
 def run_counted(valve, when_open, num_windows=4000):
     """The share of the windows in which the valve was open."""
     num_open = 0
     for _ in range(num_windows):
-        num_open += valve.is_open
-        valve.note(when_open if valve.is_open else NOTHING, 0.0)
+        num_open += valve.depth > 0
+        valve.note(when_open if valve.depth > 0 else NOTHING, 0.0)
     return num_open / num_windows
 
 
@@ -123,9 +123,9 @@ def test_where_prefetch_saves_no_misses_it_is_nearly_always_off(delta):
 def test_a_counting_valve_is_tried_again_at_growing_intervals():
     valve, opened = counted(), []
     for step in range(3000):
-        was_open = valve.is_open
+        was_open = valve.depth > 0
         valve.note(DOES_NOT if was_open else NOTHING, 0.0)
-        if valve.is_open and not was_open:
+        if valve.depth > 0 and not was_open:
             opened.append(step)
     gaps = [later - earlier for earlier, later in pairwise(opened)]
     assert gaps == sorted(gaps)
@@ -148,7 +148,7 @@ def test_a_forced_valve_never_closes(is_timed):
     valve = Valve(forced=True, is_timed=is_timed)
     for _ in range(1000):
         valve.note(DOES_NOT._replace(stall_ns=10**12), 1.0)
-        assert valve.is_open
+        assert valve.depth > 0
 
 
 def run_deep(valve, costs, num_steps):

@@ -171,8 +171,9 @@ class LookAhead:
         if decode_step_seconds is not None:
             num_steps = max(delta.steps for delta in deltas)
             stalls = sum(delta.stall_ns for delta in deltas) * 1e-9 / max(num_steps, 1)
+            window = max(0.0, decode_step_seconds - stalls) / len(deltas)
             for budget in self.budgets:
-                budget.note(max(0.0, decode_step_seconds - stalls) / len(deltas))
+                budget.note(window)
         self._set_budgets()
 
     def publish(self, counters: Counters) -> None:

@@ -39,10 +39,6 @@ class Valve:
         self._next_hold = _FIRST_HOLD
         self._next_trial = 0
 
-    @property
-    def is_open(self) -> bool:
-        return self.depth > 0
-
     def note(self, delta: Words, spent_seconds: float) -> None:
         """What the layer did since the last call, and what was spent on predicting for it. Wide steps do not count."""
         num_steps = delta.steps - delta.wide_steps

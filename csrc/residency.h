@@ -37,6 +37,7 @@ enum class Policy : int64_t { kLru, kLfu, kLfru, kEwma, kNumPolicies };  // as i
   WORD(kColdTick, cold_tick) /* minus the number of experts that came cold */                      \
   WORD(kNumFree, num_free)                                                                         \
   WORD(kNumInFlight, num_in_flight)                                                                \
+  WORD(kNumPreloaded, num_preloaded) /* of these or landed, those in overflow rows */              \
   /* Totals since the start. */                                                                    \
   WORD(kSteps, steps)          /* that needed an expert */                                         \
   WORD(kWideSteps, wide_steps) /* of these, those that needed more experts than slots */           \
@@ -82,17 +83,26 @@ struct Layer {
   VEP_HD Layer(int64_t* state) : header(state), experts(state[kNumExperts]), slots(state[kNumSlots]) {}
 
   VEP_HD static int64_t words(int64_t num_experts, int64_t num_slots) {
-    return kHeaderWords + 4 * num_experts + 2 * num_slots;
+    return kHeaderWords + 5 * num_experts + num_slots;
   }
   VEP_HD int num_experts() const { return static_cast<int>(experts); }
   VEP_HD int num_slots() const { return static_cast<int>(slots); }
   VEP_HD Policy policy() const { return static_cast<Policy>(header[kPolicy]); }
-  VEP_HD int64_t* slot_of() const { return header + kHeaderWords; }   // (E): slot or -1
-  VEP_HD int64_t* flags() const { return slot_of() + experts; }       // (E): bits of Flag
-  VEP_HD int64_t* last() const { return flags() + experts; }          // (E): tick of the last touch
-  VEP_HD int64_t* count() const { return last() + experts; }          // (E): touches, kept after eviction; see faded
-  VEP_HD int64_t* expert_in() const { return count() + experts; }     // (C): expert or -1
-  VEP_HD int64_t* free_slots() const { return expert_in() + slots; }  // (C): a stack of num_free slots
+  VEP_HD int64_t* row_of() const { return header + kHeaderWords; }      // (E): row or -1
+  VEP_HD int64_t* flags() const { return row_of() + experts; }          // (E): bits of Flag
+  VEP_HD int64_t* last() const { return flags() + experts; }            // (E): tick of the last touch
+  VEP_HD int64_t* count() const { return last() + experts; }            // (E): touches, kept after eviction; see faded
+  VEP_HD int64_t* expert_in() const { return count() + experts; }       // (E): expert or -1
+  VEP_HD int64_t* free_slots() const { return expert_in() + experts; }  // (C): a stack of num_free slots
+
+  // Rows that may hold an expert now.
+  VEP_HD int num_rows() const { return static_cast<int>(header[kNumPreloaded] ? experts : slots); }
+  VEP_HD bool is_coming(int64_t expert) const { return (flags()[expert] & kInFlight) != 0; }
+  VEP_HD bool is_here(int64_t expert) const { return row_of()[expert] != kNone && !is_coming(expert); }
+  VEP_HD void put(int64_t expert, int64_t row) const {
+    row_of()[expert] = row;
+    expert_in()[row] = expert;
+  }
 
   // The order-th of several experts that come cold at once.
   VEP_HD void rank_cold(int64_t expert, int64_t order) const {
@@ -167,22 +177,22 @@ VEP_HD inline int power_of_two_from(int value) {
 // What a step works with: on the GPU, shared memory. `keys` has room for power_of_two_from(C).
 struct Scratch {
   int32_t* first;    // (E): index of the first entry that asks for the expert, or kNever
-  int32_t* last;     // (E): index of the last one; then the overflow row of an expert that has no slot
+  int32_t* last;     // (E): index of the last one; then the overflow row of a needed expert that has no slot
   int32_t* missing;  // (E): experts without a slot, in order of first appearance
-  int32_t* late;     // (E): needed experts whose prefetch has not landed
-  int32_t* settled;  // (C): what became of the prefetch in that slot
+  int32_t* late;     // (E): experts whose prefetch has not landed: needed ones, then others in overflow rows
+  int32_t* settled;  // (E): what became of the prefetch in that row; then the overflow rows that hold nothing
   int32_t* entry;    // (1): index of the first entry that asks for any expert, or kNever
   VictimKey* keys;
 
   VEP_HD static int64_t bytes(int num_experts, int num_slots) {
     return static_cast<int64_t>(sizeof(VictimKey)) * power_of_two_from(num_slots) +
-           static_cast<int64_t>(sizeof(int32_t)) * (4 * num_experts + num_slots + 1);
+           static_cast<int64_t>(sizeof(int32_t)) * (5 * num_experts + 1);
   }
   VEP_HD static Scratch at(void* memory, int num_experts, int num_slots) {
     auto* keys = static_cast<VictimKey*>(memory);
     auto* ints = reinterpret_cast<int32_t*>(keys + power_of_two_from(num_slots));
     int32_t* settled = ints + 4 * num_experts;
-    return {ints, ints + num_experts, ints + 2 * num_experts, ints + 3 * num_experts, settled, settled + num_slots,
+    return {ints, ints + num_experts, ints + 2 * num_experts, ints + 3 * num_experts, settled, settled + num_experts,
             keys};
   }
 };
@@ -191,6 +201,7 @@ struct StepCounts {
   int num_needed = 0;
   int num_hits = 0;
   int num_late = 0;
+  int num_awaited = 0;  // records that are not needed and on their way into an overflow row
   int num_misses = 0;
   int num_overflow = 0;
   int num_evictions = 0;
@@ -251,10 +262,11 @@ inline void smallest_first(Alone&, VictimKey* keys, int count, int wanted) {
 }
 #endif
 
-// Notes in `scratch` which experts are asked for, and where first. `ids` here and below: a pointer to
-// integers, or whatever else has []; negative ids are padding.
+// Notes in `scratch` which experts are asked for, and where first; counts stray ids where they are routed ones. `ids`
+// here and below: a pointer to integers, or whatever else has []; negative ids are padding.
 template <class Team, class Ids>
-VEP_HD void find_first(Team& team, const Layer& layer, const Ids& ids, int num_ids, const Scratch& scratch) {
+VEP_HD void find_first(Team& team, const Layer& layer, const Ids& ids, int num_ids, bool are_routed,
+                       const Scratch& scratch) {
   const int num_experts = layer.num_experts();
   for (int expert = team.rank(); expert < num_experts; expert += team.size()) scratch.first[expert] = kNever;
   if (team.rank() == 0) *scratch.entry = kNever;
@@ -269,9 +281,11 @@ VEP_HD void find_first(Team& team, const Layer& layer, const Ids& ids, int num_i
       team.lower(scratch.entry, i);
     }
   }
-  int64_t total = 0;
-  team.sum(out_of_range, &total);
-  if (team.rank() == 0) layer.header[kOutOfRange] += total;
+  if (are_routed) {
+    int64_t total = 0;
+    team.sum(out_of_range, &total);
+    if (team.rank() == 0) layer.header[kOutOfRange] += total;
+  }
   team.sync();
 }
 
@@ -295,47 +309,58 @@ VEP_HD bool is_first(const Layer& layer, const Ids& ids, int i, const Scratch& s
 }
 
 // Prefetches that have landed become RESIDENT (cold), and those that are not asked for and whose copy has not started
-// are cancelled. `lane`: landed(slot), drop(slot) -> whether it was in time. Needs `scratch.first`.
+// are cancelled. `lane`: landed(row), drop(row) -> whether it was in time. Needs `scratch.first`.
 template <class Team, class CopyLane>
 VEP_HD void settle(Team& team, const Layer& layer, CopyLane& lane, const Scratch& scratch) {
   if (layer.header[kNumInFlight] == 0) return;
-  constexpr int64_t kDropped = 1ll << 32;
+  constexpr int64_t kLanded = 1, kDropped = 1ll << 16;
+  constexpr int kPreloaded = 32;  // in the same way, above the fields of slots
+  constexpr int64_t kField = kDropped - 1;
   int begin, end;
-  share_of(team, layer.num_slots(), &begin, &end);
+  share_of(team, layer.num_rows(), &begin, &end);
   int64_t mine = 0;
-  for (int slot = begin; slot < end; ++slot) {
-    const int64_t expert = layer.expert_in()[slot];
-    scratch.settled[slot] = 0;
-    if (expert == kNone || !(layer.flags()[expert] & kInFlight)) continue;
-    if (lane.landed(slot)) {
-      scratch.settled[slot] = 1;
-      mine += 1;
-    } else if (scratch.first[expert] == kNever && lane.drop(slot)) {
-      scratch.settled[slot] = 2;
-      mine += kDropped;
+  for (int row = begin; row < end; ++row) {
+    const int64_t expert = layer.expert_in()[row];
+    int64_t outcome = 0;
+    if (expert != kNone && layer.is_coming(expert)) {
+      if (lane.landed(row)) {
+        outcome = kLanded;
+      } else if (scratch.first[expert] == kNever && lane.drop(row)) {
+        outcome = kDropped;
+      }
     }
+    scratch.settled[row] = static_cast<int32_t>(outcome);
+    mine += row < layer.num_slots() ? outcome : outcome << kPreloaded;
   }
   int64_t total = 0;
   int64_t before = team.sum(mine, &total);
-  for (int slot = begin; slot < end; ++slot) {
-    const int64_t expert = layer.expert_in()[slot];
-    if (scratch.settled[slot] == 1) {
-      layer.rank_cold(expert, before % kDropped);
-      before += 1;
-    } else if (scratch.settled[slot] == 2) {
-      layer.slot_of()[expert] = kNone;
-      layer.expert_in()[slot] = kNone;
+  for (int row = begin; row < end; ++row) {
+    const int64_t expert = layer.expert_in()[row];
+    const int64_t outcome = scratch.settled[row];
+    const bool is_slot = row < layer.num_slots();
+    if (outcome == kLanded) {
+      if (is_slot) {
+        layer.rank_cold(expert, before & kField);
+      } else {
+        layer.flags()[expert] &= ~static_cast<int64_t>(kInFlight);
+      }
+    } else if (outcome == kDropped) {
+      layer.row_of()[expert] = kNone;
+      layer.expert_in()[row] = kNone;
       layer.flags()[expert] = 0;
-      layer.free_slots()[layer.header[kNumFree] + before / kDropped] = slot;
-      before += kDropped;
+      if (is_slot) layer.free_slots()[layer.header[kNumFree] + (before / kDropped & kField)] = row;
     }
+    if (is_slot) before += outcome;
   }
   team.sync();
   if (team.rank() == 0) {
-    layer.header[kColdTick] -= total % kDropped;
-    layer.header[kNumFree] += total / kDropped;
-    layer.header[kCancelled] += total / kDropped;
-    layer.header[kNumInFlight] -= total % kDropped + total / kDropped;
+    const int64_t others = total >> kPreloaded;
+    const int64_t num_dropped = (total / kDropped & kField) + others / kDropped;
+    layer.header[kColdTick] -= total & kField;
+    layer.header[kNumFree] += total / kDropped & kField;
+    layer.header[kCancelled] += num_dropped;
+    layer.header[kNumInFlight] -= num_dropped + (total & kField) + (others & kField);
+    layer.header[kNumPreloaded] -= others / kDropped;
   }
   team.sync();
 }
@@ -377,13 +402,27 @@ VEP_HD inline bool place(const Layer& layer, const Scratch& scratch, int32_t* lo
     slot = scratch.keys[m - num_free].slot;
     const int64_t victim = layer.expert_in()[slot];
     unused = (layer.flags()[victim] & kUntouched) != 0;
-    layer.slot_of()[victim] = kNone;
+    layer.row_of()[victim] = kNone;
     layer.flags()[victim] = evicted;
   }
-  layer.slot_of()[expert] = slot;
-  layer.expert_in()[slot] = expert;
+  layer.put(expert, slot);
   loads[2 * m + 1] = static_cast<int32_t>(slot);
   return unused;
+}
+
+// Notes in `scratch.settled` the overflow rows that hold nothing, in their order.
+template <class Team>
+VEP_HD void list_overflow_rows(Team& team, const Layer& layer, const Scratch& scratch) {
+  const int num_slots = layer.num_slots();
+  int begin, end;
+  share_of(team, layer.num_experts() - num_slots, &begin, &end);
+  int64_t mine = 0, total = 0;
+  for (int i = begin; i < end; ++i) mine += layer.expert_in()[num_slots + i] == kNone;
+  int64_t before = team.sum(mine, &total);
+  for (int i = begin; i < end; ++i) {
+    if (layer.expert_in()[num_slots + i] == kNone) scratch.settled[before++] = num_slots + i;
+  }
+  team.sync();
 }
 
 // Writes the `num_misses` experts of `scratch.missing` into `loads`, those first that get a slot first: a wide step's
@@ -404,13 +443,48 @@ VEP_HD void order_misses(Team& team, const Scratch& scratch, int num_misses, boo
   team.sync();
 }
 
+// After this step overflow rows hold nothing that the layer knows of. What the step does not need and what is on its
+// way there must have landed all the same, before the row is another layer's.
+template <class Team>
+VEP_HD void give_back(Team& team, const Layer& layer, const Scratch& scratch, StepCounts& step) {
+  constexpr int64_t kUnneeded = 1ll << 32;
+  const int num_slots = layer.num_slots();
+  int begin, end;
+  share_of(team, layer.num_experts() - num_slots, &begin, &end);
+  const auto is_needed = [&](int64_t expert) { return scratch.first[expert] != kNever; };
+  int64_t mine = 0, total = 0;
+  for (int row = num_slots + begin; row < num_slots + end; ++row) {
+    const int64_t expert = layer.expert_in()[row];
+    if (expert != kNone && !is_needed(expert)) mine += kUnneeded + layer.is_coming(expert);
+  }
+  int64_t before = step.num_late + (team.sum(mine, &total) % kUnneeded);
+  for (int row = num_slots + begin; row < num_slots + end; ++row) {
+    const int64_t expert = layer.expert_in()[row];
+    if (expert == kNone) continue;
+    if (!is_needed(expert) && layer.is_coming(expert)) scratch.late[before++] = static_cast<int32_t>(expert);
+    scratch.last[expert] = row;
+    layer.row_of()[expert] = kNone;
+    layer.expert_in()[row] = kNone;
+    layer.flags()[expert] = 0;
+  }
+  step.num_awaited = static_cast<int>(total % kUnneeded);
+  step.num_unused += static_cast<int>(total / kUnneeded);
+  team.sync();
+  if (team.rank() == 0) {
+    layer.header[kNumInFlight] -= step.num_awaited;
+    layer.header[kNumPreloaded] = 0;
+  }
+  team.sync();
+}
+
 // Plans one step, and does its bookkeeping as if its copies had landed: whoever runs the step makes sure of it before
 // the kernel. `ids`: `num_ids` routed ids. `loads`: room for min(num_ids, E) pairs (expert, row), written; rows below C
-// are slots, the others overflow rows. `scratch.late` receives the needed experts whose prefetch has not landed.
+// are slots, the others overflow rows. `scratch.late` receives the needed experts whose prefetch has not landed, then
+// those that are on their way into an overflow row and not needed: `row_after` says where.
 template <class Team, class Ids, class CopyLane>
 VEP_HD StepCounts plan_step(Team& team, const Layer& layer, CopyLane& lane, const Ids& ids, int num_ids,
                             const Scratch& scratch, int32_t* loads) {
-  find_first(team, layer, ids, num_ids, scratch);
+  find_first(team, layer, ids, num_ids, true, scratch);
   settle(team, layer, lane, scratch);
   constexpr int64_t kMiss = 1ll << 15, kWait = 1ll << 30, kUse = 1ll << 45, kField = kMiss - 1;
   int begin, end;
@@ -418,9 +492,9 @@ VEP_HD StepCounts plan_step(Team& team, const Layer& layer, CopyLane& lane, cons
   int64_t mine = 0;
   for (int i = begin; i < end; ++i) {
     if (!is_first(layer, ids, i, scratch)) continue;
-    const int64_t flags = layer.flags()[ids[i]];
-    mine += flags & kRanked ? 1 : flags & kInFlight ? kWait : kMiss;
-    mine += flags & kUntouched ? kUse : 0;
+    const int64_t expert = ids[i];
+    mine += layer.is_here(expert) ? 1 : layer.is_coming(expert) ? kWait : kMiss;
+    mine += layer.flags()[expert] & kUntouched ? kUse : 0;
   }
   int64_t total = 0;
   int64_t before = team.sum(mine, &total);
@@ -438,15 +512,14 @@ VEP_HD StepCounts plan_step(Team& team, const Layer& layer, CopyLane& lane, cons
   for (int i = begin; i < end; ++i) {
     if (!is_first(layer, ids, i, scratch)) continue;
     const int expert = static_cast<int>(ids[i]);
-    const int64_t flags = layer.flags()[expert];
-    if (flags & kRanked) {
+    if (layer.is_here(expert)) {
       if (step.is_wide) {
         layer.keep_hot(expert, step.num_needed);
       } else {
         layer.rank_hot(expert, before & kField);
       }
       before += 1;
-    } else if (flags & kInFlight) {
+    } else if (layer.is_coming(expert)) {
       const int64_t wait = before / kWait & kField;
       scratch.late[wait] = expert;
       if (step.is_wide) {
@@ -457,7 +530,7 @@ VEP_HD StepCounts plan_step(Team& team, const Layer& layer, CopyLane& lane, cons
       before += kWait;
     } else {
       scratch.missing[before / kMiss & kField] = expert;
-      unused += flags & kWasDisplaced ? kDisplacedOne : 0;
+      unused += layer.flags()[expert] & kWasDisplaced ? kDisplacedOne : 0;
       layer.flags()[expert] = 0;
       before += kMiss;
     }
@@ -473,12 +546,13 @@ VEP_HD StepCounts plan_step(Team& team, const Layer& layer, CopyLane& lane, cons
   const int64_t num_places = num_free + step.num_evictions;
   const int num_in_slots = static_cast<int>(step.num_misses < num_places ? step.num_misses : num_places);
   step.num_overflow = step.num_misses - num_in_slots;
+  if (step.num_overflow) list_overflow_rows(team, layer, scratch);
   team.sync();
   for (int m = team.rank(); m < step.num_misses; m += team.size()) {
     if (m < num_in_slots) {
       unused += place(layer, scratch, loads, m);
     } else {
-      const int row = layer.num_slots() + m - num_in_slots;
+      const int row = scratch.settled[m - num_in_slots];
       loads[2 * m + 1] = row;
       scratch.last[loads[2 * m]] = row;
     }
@@ -500,7 +574,14 @@ VEP_HD StepCounts plan_step(Team& team, const Layer& layer, CopyLane& lane, cons
     layer.header[kNumInFlight] -= step.num_late;
   }
   team.sync();
+  if (layer.header[kNumPreloaded]) give_back(team, layer, scratch, step);
   return step;
+}
+
+// Where the step that was planned has `expert`, needed or awaited.
+VEP_HD inline int32_t row_after(const Layer& layer, const Scratch& scratch, int64_t expert) {
+  const int64_t row = layer.row_of()[expert];
+  return row != kNone ? static_cast<int32_t>(row) : scratch.last[expert];
 }
 
 // The rows of a planned step: `ids` as they were planned, `routed` the same with the ids of padding. A negative routed
@@ -509,10 +590,7 @@ VEP_HD StepCounts plan_step(Team& team, const Layer& layer, CopyLane& lane, cons
 template <class Team, class Ids, class Id>
 VEP_HD void write_rows(Team& team, const Layer& layer, const Ids& ids, const Id* routed, int num_ids, Id* rows,
                        const Scratch& scratch) {
-  const auto row_of = [&](int64_t expert) {
-    const int64_t slot = layer.slot_of()[expert];
-    return static_cast<Id>(slot != kNone ? slot : scratch.last[expert]);
-  };
+  const auto row_of = [&](int64_t expert) { return static_cast<Id>(row_after(layer, scratch, expert)); };
   const int32_t entry = *scratch.entry;
   const Id spare = entry == kNever ? Id{0} : row_of(static_cast<int64_t>(ids[entry]));
   for (int i = team.rank(); i < num_ids; i += team.size()) {
@@ -541,6 +619,32 @@ VEP_HD inline void count_step(const Layer& layer, const StepCounts& step, bool i
   layer.header[kDisplaced] += step.num_displaced;
 }
 
+// Gives the experts of `loads` their rows, of which the first `num_in_slots` are slots, and marks them in flight.
+template <class Team>
+VEP_HD void book_prefetch(Team& team, const Layer& layer, const Scratch& scratch, int num_loads, int num_in_slots,
+                          int num_evictions, int32_t* loads) {
+  int64_t unused = 0, total = 0;
+  for (int m = team.rank(); m < num_loads; m += team.size()) {
+    if (m < num_in_slots) {
+      unused += place(layer, scratch, loads, m, kWasDisplaced);
+    } else {
+      loads[2 * m + 1] = scratch.settled[m - num_in_slots];
+      layer.put(loads[2 * m], loads[2 * m + 1]);
+    }
+    layer.flags()[loads[2 * m]] = kInFlight | kUntouched;
+  }
+  team.sum(unused, &total);
+  if (team.rank() == 0) {
+    layer.header[kNumFree] -= num_in_slots - num_evictions;
+    layer.header[kNumInFlight] += num_loads;
+    layer.header[kNumPreloaded] += num_loads - num_in_slots;
+    layer.header[kIssued] += num_loads;
+    layer.header[kEvictions] += num_evictions;
+    layer.header[kUnused] += total;
+  }
+  team.sync();
+}
+
 // Plans copies for `predicted` experts, most wanted first, at most `budget` of them, and marks them in flight.
 // Prefetches that have landed are settled first, and those that are predicted no more and have not started are
 // cancelled. `is_far`: a guess from more than one layer away, which spares what was needed within a round. `loads`:
@@ -548,13 +652,13 @@ VEP_HD inline void count_step(const Layer& layer, const StepCounts& step, bool i
 template <class Team, class Ids, class CopyLane>
 VEP_HD int plan_prefetch(Team& team, const Layer& layer, CopyLane& lane, const Ids& predicted, int num_predicted,
                          int budget, bool is_far, const Scratch& scratch, int32_t* loads) {
-  find_first(team, layer, predicted, num_predicted, scratch);
+  find_first(team, layer, predicted, num_predicted, false, scratch);
   settle(team, layer, lane, scratch);
   int begin, end;
   share_of(team, num_predicted, &begin, &end);
   int64_t mine = 0;
   for (int i = begin; i < end; ++i) {
-    mine += is_first(layer, predicted, i, scratch) && layer.slot_of()[predicted[i]] == kNone;
+    mine += is_first(layer, predicted, i, scratch) && layer.row_of()[predicted[i]] == kNone;
   }
   int64_t num_absent = 0;
   int64_t before = team.sum(mine, &num_absent);
@@ -564,26 +668,66 @@ VEP_HD int plan_prefetch(Team& team, const Layer& layer, CopyLane& lane, const I
   const int64_t num_places = num_free + num_evictions;
   const int64_t num_loads = num_wanted < num_places ? num_wanted : num_places;
   for (int i = begin; i < end && before < num_loads; ++i) {
-    if (is_first(layer, predicted, i, scratch) && layer.slot_of()[predicted[i]] == kNone) {
+    if (is_first(layer, predicted, i, scratch) && layer.row_of()[predicted[i]] == kNone) {
       loads[2 * before++] = static_cast<int32_t>(predicted[i]);
     }
   }
   team.sync();
-  int64_t unused = 0, total = 0;
-  for (int m = team.rank(); m < num_loads; m += team.size()) {
-    unused += place(layer, scratch, loads, m, kWasDisplaced);
-    layer.flags()[loads[2 * m]] = kInFlight | kUntouched;
+  book_prefetch(team, layer, scratch, static_cast<int>(num_loads), static_cast<int>(num_loads), num_evictions, loads);
+  return static_cast<int>(num_loads);
+}
+
+// Predicted ids, `per_token` of each token, read column by column: what each token wants most comes before what any of
+// them wants less.
+template <class Id>
+struct MostWantedFirst {
+  const Id* ids;
+  int per_token;
+  int num_tokens;
+  VEP_HD Id operator[](int i) const { return ids[i % num_tokens * per_token + i / num_tokens]; }
+};
+
+// How many distinct experts `find_first` has found.
+template <class Team>
+VEP_HD int count_needed(Team& team, const Layer& layer, const Scratch& scratch) {
+  int64_t mine = 0, total = 0;
+  for (int expert = team.rank(); expert < layer.num_experts(); expert += team.size()) {
+    mine += scratch.first[expert] != kNever;
   }
-  team.sum(unused, &total);
-  if (team.rank() == 0) {
-    layer.header[kNumFree] -= num_loads - num_evictions;
-    layer.header[kNumInFlight] += num_loads;
-    layer.header[kIssued] += num_loads;
-    layer.header[kEvictions] += num_evictions;
-    layer.header[kUnused] += total;
+  team.sum(mine, &total);
+  return static_cast<int>(total);
+}
+
+// Plans copies for all `predicted` experts, in the order of their tokens, ahead of a wide step. What the last tokens
+// want takes slots as in such a step, the others take overflow rows, until the layer's next step gives them back.
+// Settles and returns as `plan_prefetch` does.
+template <class Team, class Ids, class CopyLane>
+VEP_HD int plan_preload(Team& team, const Layer& layer, CopyLane& lane, const Ids& predicted, int num_predicted,
+                        const Scratch& scratch, int32_t* loads) {
+  find_first(team, layer, predicted, num_predicted, false, scratch);
+  settle(team, layer, lane, scratch);
+  find_last(team, layer, predicted, num_predicted, scratch);
+  int begin, end;
+  share_of(team, num_predicted, &begin, &end);
+  const auto is_absent = [&](int i) {
+    return is_first(layer, predicted, i, scratch) && layer.row_of()[predicted[i]] == kNone;
+  };
+  int64_t mine = 0, num_absent = 0;
+  for (int i = begin; i < end; ++i) mine += is_absent(i);
+  int64_t before = team.sum(mine, &num_absent);
+  for (int i = begin; i < end; ++i) {
+    if (is_absent(i)) scratch.missing[before++] = static_cast<int32_t>(predicted[i]);
   }
   team.sync();
-  return static_cast<int>(num_loads);
+  const int num_loads = static_cast<int>(num_absent);
+  order_misses(team, scratch, num_loads, true, loads);
+  const int64_t num_free = layer.header[kNumFree];
+  const int num_evictions = choose_victims(team, layer, scratch, num_loads - num_free, kStaleRounds);
+  const int64_t num_places = num_free + num_evictions;
+  list_overflow_rows(team, layer, scratch);
+  book_prefetch(team, layer, scratch, num_loads, static_cast<int>(num_loads < num_places ? num_loads : num_places),
+                num_evictions, loads);
+  return num_loads;
 }
 
 }  // namespace vep

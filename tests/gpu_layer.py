@@ -29,7 +29,9 @@ def word(state, ticket=1):
 class GpuLayer:
     """`row_bytes`: the length of each expert tensor's row. Rows start as POISON, which no record is."""
 
-    def __init__(self, row_bytes, num_experts, num_slots, caches=None, shared=None, top_k=1, policy="lru", **options):
+    def __init__(
+        self, row_bytes, num_experts, num_slots, caches=None, shared=None, top_k=1, policy="lru", areas=1, **options
+    ):
         self.caches = make_caches(**options) if caches is None else caches
         number = self.caches.layers.index(None)
         generator = torch.Generator().manual_seed(num_experts * 1000 + num_slots + number)
@@ -40,8 +42,8 @@ class GpuLayer:
         self.num_experts, self.num_slots = num_experts, num_slots
         self.truth = {name: tensor.to(device()) for name, tensor in tensors.items()}
         store = HostStore(tensors, HostMemoryOptions(pin=True, cuda=True))
-        self.shared = shared or DeviceSharedRows(store.views, num_slots, 1, device())
-        self.cache = self.caches.add(number, store, self.shared.row_space(0), num_slots, top_k, policy)
+        self.shared = shared or DeviceSharedRows(store.views, num_slots, areas, device())
+        self.cache = self.caches.add(number, store, self.shared.row_space(number % areas), num_slots, top_k, policy)
         self.tensors, self.words = self.cache.tensors, self.cache.row_words
         self.num_expected_errors = 0
         for tensor in self.tensors.values():

@@ -16,12 +16,14 @@ ROW_BYTES = (256 * 1024, 48)
 class Model:
     """`run` is one forward pass, `route` gives it new routing, guesses and padding, `check` judges what it saw."""
 
-    def __init__(self, policy="lru", depth=2):
+    def __init__(self, policy="lru", depth=2, areas=1):
+        """With two `areas`, the next layer is looked ahead to as for a wide step."""
         self.caches = make_caches(depth)
+        self.areas = areas
         self.layers: list[GpuLayer] = []
         for _ in range(NUM_LAYERS):
             shared = self.layers[0].shared if self.layers else None
-            layer = GpuLayer(ROW_BYTES, NUM_EXPERTS, NUM_SLOTS, self.caches, shared, TOP_K, policy)
+            layer = GpuLayer(ROW_BYTES, NUM_EXPERTS, NUM_SLOTS, self.caches, shared, TOP_K, policy, areas)
             self.layers.append(layer)
         self.generator = torch.Generator(device()).manual_seed(11)
         shape = (NUM_LAYERS, NUM_TOKENS)
@@ -54,8 +56,11 @@ class Model:
             with self.caches.aside():
                 for distance in range(1, self.caches.depth + 1) if ahead else ():
                     if number + distance < NUM_LAYERS:
-                        guess = self.guesses[number + distance]
-                        self.layers[number + distance].cache.prefetch(guess, self.rows, distance)
+                        guess, cache = self.guesses[number + distance], self.layers[number + distance].cache
+                        if self.areas > 1 and distance == 1:
+                            cache.preload(guess, self.rows)
+                        else:
+                            cache.prefetch(guess, self.rows, distance)
             self.row_ids[number].copy_(row_ids)
             chosen = row_ids.flatten().clamp(min=0)
             for name, tensor in layer.tensors.items():

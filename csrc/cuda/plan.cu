@@ -16,8 +16,8 @@ using tvm::ffi::String;
 using tvm::ffi::TensorView;
 
 #ifdef __CUDACC__
-constexpr int kFewThreads = 256, kManyThreads = 1024;
-#else  // tests/device/shim: a block is one thread
+constexpr int kFewThreads = 256, kManyThreads = 768;  // more would leave too few registers
+#else                                                 // tests/device/shim: a block is one thread
 constexpr int kFewThreads = 1, kManyThreads = 1;
 #endif
 constexpr int64_t kFewIds = 1024;
@@ -30,7 +30,7 @@ String WordNames() {
 struct PlannedLayer {
   PlannedLayer(const TensorView& state, const TensorView& rows, const TensorView& lane, int64_t mirror)
       : num_experts(rows.numel()),
-        num_slots((state.numel() - kHeaderWords - 4 * num_experts) / 2),
+        num_slots(state.numel() - kHeaderWords - 5 * num_experts),
         shared(shared_bytes(num_experts, num_slots)) {
     TVM_FFI_CHECK(num_slots > 0 && num_slots <= num_experts && num_experts <= kMaxExperts &&
                       state.numel() == Layer::words(num_experts, num_slots),
@@ -92,25 +92,31 @@ void PlanStep(TensorView state, TensorView rows, TensorView lane, TensorView ids
 // `predicted` (T, P): P expert ids of each token, most wanted first; negative ones are skipped. `budget`: the address,
 // as the GPU sees it, of two int32: how many loads there may be, and how many guesses of each token count. Every run of
 // the kernel reads them, so that the host can change them while graphs are replayed; the room in the lists limits it.
-// `is_far`: predicted from more than one layer away.
+// `is_far`: predicted from more than one layer away. `preloads`: ahead of a step with more routed ids than experts; the
+// lists must have room for all experts.
 void PlanPrefetch(TensorView state, TensorView rows, TensorView lane, TensorView predicted, TensorView real,
-                  int64_t budget, bool is_far, TensorView loads, TensorView num_loads, TensorView tickets,
-                  int64_t stream) {
+                  int64_t budget, bool is_far, bool preloads, TensorView loads, TensorView num_loads,
+                  TensorView tickets, int64_t stream) {
   const PlannedLayer layer(state, rows, lane, 0);
   const int64_t num_tokens = check_tokens(predicted, real), num_ids = predicted.numel();
   TVM_FFI_CHECK(budget != 0, ValueError) << "budget must be an address that the GPU can read, it is 0";
   const int64_t most = std::min({layer.num_slots, loads.numel() / 2, tickets.numel()});
-  const Orders orders{cuda_data<int32_t>(loads, 0, "loads"), cuda_data<int32_t>(num_loads, 1, "num_loads"),
-                      cuda_data<int32_t>(tickets, 0, "tickets"), nullptr};
+  const int64_t room = preloads ? layer.num_experts : 0;
+  TVM_FFI_CHECK(!preloads || num_ids > layer.num_experts, ValueError)
+      << num_ids << " predicted ids for " << layer.num_experts << " experts are not preloaded";
+  const Orders orders{cuda_data<int32_t>(loads, 2 * room, "loads"), cuda_data<int32_t>(num_loads, 1, "num_loads"),
+                      cuda_data<int32_t>(tickets, room, "tickets"), nullptr};
   const auto plan_as = [&](auto id) {
     using Id = decltype(id);
-    const PredictedIds<Id> ids{cuda_data<Id>(predicted, 0, "predicted"), cuda_data<int64_t>(real, 0, "real"),
-                               static_cast<int>(predicted.size(1)), static_cast<int>(num_tokens)};
+    const PredictedIds<Id> ids{{cuda_data<Id>(predicted, 0, "predicted"), cuda_data<int64_t>(real, 0, "real"),
+                                static_cast<int>(predicted.size(1))},
+                               static_cast<int>(num_tokens)};
     tvm::ffi::CUDADeviceGuard guard(state.device().device_id);
     start_for(num_ids, plan_prefetch_kernel<kFewThreads, Id>, plan_prefetch_kernel<kManyThreads, Id>,
               [&](auto kernel, int threads) {
                 launch(kernel, 1, threads, layer.shared, stream, layer.memory, ids, static_cast<int>(num_ids),
-                       reinterpret_cast<const volatile int32_t*>(budget), static_cast<int>(most), is_far, orders);
+                       reinterpret_cast<const volatile int32_t*>(budget), static_cast<int>(most), is_far, preloads,
+                       orders);
               });
     check_launch("plan_prefetch");
   };

@@ -85,25 +85,19 @@ struct TokenIds {
   __device__ Id operator[](int i) const { return real[i / per_token] < 0 ? Id{-1} : ids[i]; }
 };
 
-// Predicted ids, laid out in the same way and read column by column: what each token wants most comes before what any
-// of them wants less.
+// Predicted ids, laid out in the same way and read column by column, as in MostWantedFirst.
 template <class Id>
 struct PredictedIds {
-  const Id* ids;
-  const int64_t* real;
-  int per_token;
+  TokenIds<Id> tokens;
   int num_tokens;
-  __device__ Id operator[](int i) const {
-    const int token = i % num_tokens;
-    return real[token] < 0 ? Id{-1} : ids[token * per_token + i / num_tokens];
-  }
+  __device__ Id operator[](int i) const { return tokens[i % num_tokens * tokens.per_token + i / num_tokens]; }
 };
 
 // What a plan leaves for the kernels that copy. `loads` has room for E pairs (expert, row).
 struct Orders {
   int32_t* loads;
   int32_t* num_loads;  // (1)
-  int32_t* extra;      // (E) demand: late slots to wait for; prefetch: the tickets of `loads`
+  int32_t* extra;      // (E) demand: late rows to wait for; prefetch: the tickets of `loads`
   int32_t* num_extra;  // (1), demand only
 };
 
@@ -149,10 +143,11 @@ inline int64_t shared_bytes(int64_t num_experts, int64_t num_slots) {
 }
 
 // Puts what is to be planned into desk.ids, and returns how many: the ids as they are, or, where these are more than
-// experts, each needed expert once, in the order that decides: that of first appearance, or, in a step that has too few
-// slots, of last appearance. `entry` then receives the index of the first id that asks for any expert, else kNever.
+// experts, each needed expert once, in the order that decides: that of first appearance, or, where there are too few
+// slots and it `may_be_wide`, of last appearance. `entry` then receives the index of the first id that asks for any
+// expert, else kNever.
 template <class Desk, class Ids>
-__device__ int list_ids(Desk& desk, const Ids& ids, int num_ids, bool is_step, int32_t* entry) {
+__device__ int list_ids(Desk& desk, const Ids& ids, int num_ids, bool is_step, bool may_be_wide, int32_t* entry) {
   auto& team = desk.team;
   const Layer& layer = desk.layer;
   const int num_experts = layer.num_experts();
@@ -165,40 +160,36 @@ __device__ int list_ids(Desk& desk, const Ids& ids, int num_ids, bool is_step, i
     team.sync();
     return num_ids;
   }
-  find_first(team, layer, ids, num_ids, desk.scratch);
+  find_first(team, layer, ids, num_ids, is_step, desk.scratch);
   *entry = *desk.scratch.entry;
-  int64_t mine = 0, num_needed = 0;
-  for (int expert = team.rank(); expert < num_experts; expert += team.size()) {
-    mine += desk.scratch.first[expert] != kNever;
-  }
-  team.sum(mine, &num_needed);
-  const bool by_last = is_step && num_needed > layer.num_slots();
+  const int num_needed = count_needed(team, layer, desk.scratch);
+  const bool by_last = may_be_wide && num_needed > layer.num_slots();
   if (by_last) find_last(team, layer, ids, num_ids, desk.scratch);
   const int32_t* at = by_last ? desk.scratch.last : desk.scratch.first;
   for (int expert = team.rank(); expert < num_experts; expert += team.size()) {
     if (desk.scratch.first[expert] == kNever) continue;
-    int place = by_last ? static_cast<int>(num_needed) - num_experts : 0;  // the others' last is before all
+    int place = by_last ? num_needed - num_experts : 0;  // the others' last is before all
     for (int other = 0; other < num_experts; ++other) place += at[other] < at[expert];
     desk.ids[place] = expert;
   }
   team.sync();
-  return static_cast<int>(num_needed);
+  return num_needed;
 }
 
-// Records that the plan needs and that a prefetch brings: one that has not started becomes a load of ours, any other
-// is waited for. `num_misses` loads stand in the list already. Returns how many there are then.
+// Records that a prefetch brings and that must be there before the kernel: one that has not started becomes a load of
+// ours, any other is waited for. `num_misses` loads stand in the list already. Returns how many there are then.
 template <class Desk>
 __device__ int take_over_late(Desk& desk, int32_t* rows, const StepCounts& step, const Orders& orders) {
   constexpr int64_t kWaits = 1ll << 32;
   auto& team = desk.team;
   const Layer& layer = desk.layer;
   int begin, end;
-  share_of(team, step.num_late, &begin, &end);
+  share_of(team, step.num_late + step.num_awaited, &begin, &end);
   int64_t mine = 0;
   for (int i = begin; i < end; ++i) {
-    const int64_t slot = layer.slot_of()[desk.scratch.late[i]];
-    const bool ours = claim(&rows[slot]);
-    if (!ours) request(&rows[slot]);
+    const int32_t row = row_after(layer, desk.scratch, desk.scratch.late[i]);
+    const bool ours = claim(&rows[row]);
+    if (!ours) request(&rows[row]);
     desk.scratch.settled[i] = ours;
     mine += ours ? 1 : kWaits;
   }
@@ -206,14 +197,14 @@ __device__ int take_over_late(Desk& desk, int32_t* rows, const StepCounts& step,
   int64_t before = team.sum(mine, &total);
   for (int i = begin; i < end; ++i) {
     const int32_t expert = desk.scratch.late[i];
-    const auto slot = static_cast<int32_t>(layer.slot_of()[expert]);
+    const int32_t row = row_after(layer, desk.scratch, expert);
     if (desk.scratch.settled[i]) {
       const int64_t m = step.num_misses + before % kWaits;
       desk.loads[2 * m] = expert;
-      desk.loads[2 * m + 1] = slot;
+      desk.loads[2 * m + 1] = row;
       before += 1;
     } else {
-      orders.extra[before / kWaits] = slot;
+      orders.extra[before / kWaits] = row;
       before += kWaits;
     }
   }
@@ -244,7 +235,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   SlotWords lane{memory.rows};
   const int64_t taken_back_before = desk.num_taken_back();
   int32_t entry;
-  const int num_listed = list_ids(desk, ids, num_ids, true, &entry);
+  const int num_listed = list_ids(desk, ids, num_ids, true, true, &entry);
   const StepCounts step =
       plan_step(team, layer, lane, const_cast<const int32_t*>(desk.ids), num_listed, desk.scratch, desk.loads);
   if (team.rank() == 0 && entry != kNever) *desk.scratch.entry = entry;
@@ -257,11 +248,13 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 // At most `wanted[0]` and at most `most` loads, of the first `wanted[1]` guesses of each token. `is_far`: as in
-// residency.h, and what is queued already counts towards wanted[0].
+// residency.h, and what is queued already counts towards wanted[0]. `preloads`, for more ids than experts: where more
+// experts are predicted than there are slots, plan_preload instead, whatever is wanted.
 template <int kThreads, class Id>
 __global__ void __launch_bounds__(kThreads, 1)
     plan_prefetch_kernel(const LayerMemory memory, const PredictedIds<Id> ids, const int num_ids,
-                         const volatile int32_t* wanted, const int most, const bool is_far, const Orders orders) {
+                         const volatile int32_t* wanted, const int most, const bool is_far, const bool preloads,
+                         const Orders orders) {
   VEP_DYNAMIC_SHARED(shared);
   if (threadIdx.x == 0) {  // by one thread, once: the host may change them in between
     shared[0] = wanted[0] - (is_far ? max(0, load_relaxed(memory.queued)) : 0);
@@ -273,10 +266,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int num_counting = min(num_ids, max(0, static_cast<int>(shared[1])) * ids.num_tokens);
   SlotWords lane{memory.rows};
   const int64_t taken_back_before = desk.num_taken_back();
+  const auto* listed = const_cast<const int32_t*>(desk.ids);
   int32_t entry;
-  const int num_listed = list_ids(desk, ids, num_counting, false, &entry);
-  const int num_loads = plan_prefetch(team, desk.layer, lane, const_cast<const int32_t*>(desk.ids), num_listed, budget,
-                                      is_far, desk.scratch, desk.loads);
+  int num_loads;
+  const int num_needed = preloads ? list_ids(desk, ids.tokens, num_ids, false, true, &entry) : 0;
+  if (num_needed > desk.layer.num_slots()) {
+    num_loads = plan_preload(team, desk.layer, lane, listed, num_needed, desk.scratch, desk.loads);
+  } else {
+    const int num_listed = list_ids(desk, ids, num_counting, false, false, &entry);
+    num_loads = plan_prefetch(team, desk.layer, lane, listed, num_listed, budget, is_far, desk.scratch, desk.loads);
+  }
   for (int m = team.rank(); m < num_loads; m += team.size()) {
     orders.extra[m] = static_cast<int32_t>(enqueue(&memory.rows[desk.loads[2 * m + 1]]));
   }

@@ -118,10 +118,11 @@ void serve_as(CacheObj& cache, const TensorView& ids, int64_t num_real, const Te
   const Id* routed = cpu_data<Id>(ids, num_real, "ids");
   const StepCounts step = plan_on_host(cache.layer, cache.lane(), routed, num_ids, static_cast<int>(num_real),
                                        cpu_data<Id>(rows, num_ids, "rows"), is_speculated, work);
-  if (step.num_misses + step.num_late > 0) {
-    int32_t* late = work.scratch.late;  // experts, turned into their slots
-    for (int i = 0; i < step.num_late; ++i) late[i] = static_cast<int32_t>(cache.layer.slot_of()[late[i]]);
-    const DemandResult done = cache.engine.demand(cache.index, work.loads, step.num_misses, late, step.num_late);
+  const int num_late = step.num_late + step.num_awaited;
+  if (step.num_misses + num_late > 0) {
+    int32_t* late = work.scratch.late;  // experts, turned into their rows
+    for (int i = 0; i < num_late; ++i) late[i] = row_after(cache.layer, work.scratch, late[i]);
+    const DemandResult done = cache.engine.demand(cache.index, work.loads, step.num_misses, late, num_late);
     int64_t* header = cache.layer.header;
     header[kClaimed] += done.num_claimed;
     header[kDemanded] += done.num_claimed;
@@ -164,6 +165,40 @@ void Prefetch(CacheRef cache, TensorView predicted, int64_t budget, bool is_far)
   });
 }
 
+template <class Id>
+void preload_as(CacheObj& cache, const TensorView& predicted, int64_t budget) {
+  cache.engine.check_usable();
+  Workspace& work = Workspace::of_this_thread();
+  work.fit(cache.layer);
+  Alone team;
+  SlotWords lane = cache.lane();
+  const Layer& layer = cache.layer;
+  const Id* ids = cpu_data<Id>(predicted, 0, "predicted");
+  const int num_ids = static_cast<int>(predicted.numel());
+  find_first(team, layer, ids, num_ids, false, work.scratch);
+  int num_loads;
+  if (count_needed(team, layer, work.scratch) > layer.num_slots()) {
+    num_loads = plan_preload(team, layer, lane, ids, num_ids, work.scratch, work.loads);
+  } else {
+    const MostWantedFirst<Id> wanted{ids, static_cast<int>(predicted.size(1)), static_cast<int>(predicted.size(0))};
+    const int limit = static_cast<int>(std::clamp<int64_t>(budget, 0, layer.num_slots()));
+    num_loads = plan_prefetch(team, layer, lane, wanted, num_ids, limit, false, work.scratch, work.loads);
+  }
+  if (num_loads > 0) cache.engine.prefetch(cache.index, work.loads, num_loads);
+  cache.show();
+}
+
+// Plans and queues copies of all `predicted` experts, (tokens, P) int32 or int64, behind what is queued already: into
+// slots and overflow rows. The next step of this layer must come before its area is used otherwise. Where these are at
+// most as many as slots, it is a prefetch of at most `budget`.
+void Preload(CacheRef cache, TensorView predicted, int64_t budget) {
+  TVM_FFI_CHECK(predicted.ndim() == 2, ValueError) << "predicted must have shape (tokens, P)";
+  translated([&] {
+    is_int64(predicted) ? preload_as<int64_t>(*cache.operator->(), predicted, budget)
+                        : preload_as<int32_t>(*cache.operator->(), predicted, budget);
+  });
+}
+
 // Records that wait for the lane, of all layers.
 int64_t NumQueued(EngineRef ref) {
   return ref->engine.num_queued();
@@ -196,4 +231,5 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(engine_num_queued, vep::NumQueued);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cache_create, vep::Create);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cache_serve, vep::Serve);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cache_prefetch, vep::Prefetch);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(cache_preload, vep::Preload);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cache_copy, vep::Copy);

@@ -29,11 +29,9 @@ inline void init_layer(int64_t* words, int64_t num_experts, int64_t num_slots, i
   words[kPolicy] = policy;
   words[kNumFree] = num_slots;
   const Layer layer(words);
-  for (int64_t expert = 0; expert < num_experts; ++expert) layer.slot_of()[expert] = kNone;
-  for (int64_t slot = 0; slot < num_slots; ++slot) {
-    layer.expert_in()[slot] = kNone;
-    layer.free_slots()[slot] = num_slots - 1 - slot;
-  }
+  for (int64_t expert = 0; expert < num_experts; ++expert) layer.row_of()[expert] = kNone;
+  for (int64_t row = 0; row < num_experts; ++row) layer.expert_in()[row] = kNone;
+  for (int64_t slot = 0; slot < num_slots; ++slot) layer.free_slots()[slot] = num_slots - 1 - slot;
 }
 
 // Buffers of one thread, reused from step to step.

@@ -48,13 +48,13 @@ int64_t write_loads(const Workspace& work, int64_t num_loads, const TensorView& 
 }
 
 // `ids`: int32 or int64, of which the first `num_real` are those of tokens; `rows`: of the same type and length,
-// written. `slot_words`: int32, one per slot, as slot_state.h has them. `loads`: int32 (n, 2), receives (expert, row)
+// written. `row_words`: int32, one per row, as slot_state.h has them. `loads`: int32 (n, 2), receives (expert, row)
 // of what is to be copied, if it is given. Returns how many these are.
-int64_t Plan(TensorView state, TensorView slot_words, TensorView ids, int64_t num_real, TensorView rows,
+int64_t Plan(TensorView state, TensorView row_words, TensorView ids, int64_t num_real, TensorView rows,
              Optional<TensorView> loads) {
   const Layer layer = layer_in(state);
   Workspace& work = Workspace::of_this_thread();
-  const SlotWords lane{cpu_data<int32_t>(slot_words, layer.num_slots(), "slot_words")};
+  const SlotWords lane{cpu_data<int32_t>(row_words, layer.num_experts(), "row_words")};
   const auto plan_as = [&](auto id) {
     using Id = decltype(id);
     const Id* routed = cpu_data<Id>(ids, num_real, "ids");
@@ -66,13 +66,27 @@ int64_t Plan(TensorView state, TensorView slot_words, TensorView ids, int64_t nu
   return loads ? write_loads(work, step.num_misses, *loads) : step.num_misses;
 }
 
+// Plans copies for all `predicted` (int32 or int64), in the order of their tokens; `loads` as above.
+int64_t PlanPreload(TensorView state, TensorView row_words, TensorView predicted, TensorView loads) {
+  const Layer layer = layer_in(state);
+  Workspace& work = Workspace::of_this_thread();
+  work.fit(layer);
+  SlotWords lane{cpu_data<int32_t>(row_words, layer.num_experts(), "row_words")};
+  const auto plan_as = [&](auto id) {
+    Alone team;
+    return plan_preload(team, layer, lane, cpu_data<decltype(id)>(predicted, 0, "predicted"),
+                        static_cast<int>(predicted.numel()), work.scratch, work.loads);
+  };
+  return write_loads(work, is_int64(predicted) ? plan_as(int64_t{}) : plan_as(int32_t{}), loads);
+}
+
 // Plans copies for `predicted` (int32 or int64), most wanted first; `loads` as above.
-int64_t PlanPrefetch(TensorView state, TensorView slot_words, TensorView predicted, int64_t budget, bool is_far,
+int64_t PlanPrefetch(TensorView state, TensorView row_words, TensorView predicted, int64_t budget, bool is_far,
                      TensorView loads) {
   const Layer layer = layer_in(state);
   Workspace& work = Workspace::of_this_thread();
   work.fit(layer);
-  SlotWords lane{cpu_data<int32_t>(slot_words, layer.num_slots(), "slot_words")};
+  SlotWords lane{cpu_data<int32_t>(row_words, layer.num_experts(), "row_words")};
   const auto plan_as = [&](auto id) {
     Alone team;
     return plan_prefetch(team, layer, lane, cpu_data<decltype(id)>(predicted, 0, "predicted"),
@@ -90,3 +104,4 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(planner_words, vep::Words);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(planner_init, vep::Init);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(planner_plan, vep::Plan);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(planner_plan_prefetch, vep::PlanPrefetch);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(planner_plan_preload, vep::PlanPreload);

@@ -63,12 +63,34 @@ def test_each_prefetch_is_planned_with_the_layers_own_budget_word_and_then_copie
     look_ahead(caches, [0, 1])
     look_ahead(caches, [1], distance=2)
     assert names(calls) == ["plan_prefetch", "side waits", "prefetch_records"] * 3
-    assert [arguments[5:7] for name, arguments in calls if name == "plan_prefetch"] == [
-        (caches.budgets[0, 0:].data_ptr(), False),
-        (caches.budgets[1, 0:].data_ptr(), False),
-        (caches.budgets[1, 1:].data_ptr(), True),
+    assert [arguments[5:8] for name, arguments in calls if name == "plan_prefetch"] == [
+        (caches.budgets[0, 0:].data_ptr(), False, False),
+        (caches.budgets[1, 0:].data_ptr(), False, False),
+        (caches.budgets[1, 1:].data_ptr(), True, False),
     ]
     assert [arguments[-1] for name, arguments in calls if name == "prefetch_records"] == ["side"] * 3
+
+
+def test_a_preload_is_a_plan_of_its_own_kind(made):
+    calls, caches = made
+    caches.layers[1].preload(torch.tensor([[1, 2]]).expand(len(ROWS), -1), ROWS)
+    assert names(calls) == ["plan_prefetch", "side waits", "prefetch_records"]
+    assert calls[0][1][5:8] == (caches.budgets[1, 0:].data_ptr(), False, True)
+
+
+def test_a_layer_that_something_was_preloaded_for_and_that_is_not_next_plans_a_step_of_nothing(made):
+    calls, caches = made
+    ids = torch.zeros(5, TOP_K, dtype=torch.int32)
+    for number in (1, 2):
+        caches.layers[1].preload(torch.tensor([[1, 2]]).expand(len(ROWS), -1), ROWS)
+        calls.clear()
+        caches.layers[number].serve(ids, ROWS)
+        steps = [
+            (arguments[0] is caches.layers[1].state, len(arguments[3]))
+            for name, arguments in calls
+            if name == "plan_step"
+        ]
+        assert steps == ([(True, 5)] if number == 1 else [(True, 0), (False, 5)])
 
 
 def test_in_eager_steps_the_first_layer_joins_for_all(made):

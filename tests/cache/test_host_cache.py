@@ -275,7 +275,7 @@ def test_segments_that_make_no_sense_are_refused(make_model, column, value, mess
 @pytest.mark.parametrize(
     ("table", "index", "value", "message"),
     [
-        ("slot_of", 5, 0, "not inverse"),
+        ("row_of", 5, 0, "not inverse"),
         ("expert_in", 0, -1, "not inverse"),
         ("flags", 1, 0, "ranked or in flight are"),
         ("flags", 9, 1, "ranked or in flight are"),
@@ -290,7 +290,7 @@ def test_check_state_sees_and_names_every_corruption(make_model, table, index, v
     (cache,) = model.layers
     state = cache.state.clone()
     check_state(state)
-    starts = {"slot_of": 0, "flags": 16, "last": 32, "count": 48, "expert_in": 64, "free": 68}
+    starts = {"row_of": 0, "flags": 16, "last": 32, "count": 48, "expert_in": 64, "free": 80}
     state[len(cache.words()) + starts[table] + index] = value
     with pytest.raises(AssertionError, match=message):
         check_state(state)

@@ -34,7 +34,7 @@ class Walk:
         self.words, self.lane = zeros(num_experts), zeros(cuda_library().lane_ints())
         self.loads, self.num_loads = zeros(num_experts, 2), zeros(1)
         self.extra, self.num_extra = zeros(num_experts), zeros(1)
-        names = "wide_steps hits late misses overflow evictions used unused displaced issued cancelled claimed demanded"
+        names = "wide_steps hits late misses overflow evictions used unused displaced issued cancelled claimed demanded preloads"
         self.totals = dict.fromkeys(names.split(), 0)
         cuda_library().load_plan_kernels(num_experts, num_slots, torch.cuda.current_device())
 
@@ -67,21 +67,27 @@ class Walk:
         predicted = [expert for column in columns for expert, at in zip(column, real, strict=True) if at >= 0]
         budget = self.rng.randrange(-1, self.top_k + 1)
         is_far = self.rng.random() < 0.5
-        self.settle(set(predicted))
+        in_order = [expert for row, at in zip(rows, real, strict=True) for expert in row if at >= 0 <= expert]
+        preloads = num_tokens * count > self.num_experts and self.rng.random() < 0.7
+        is_wide = preloads and len(set(in_order)) > self.num_slots
+        self.settle(set(in_order if is_wide else predicted))
         num_queued = sum(word & 7 == QUEUED for word in self.words.tolist())
         self.lane[2] = num_queued
-        plan = self.cache.plan_prefetch(predicted, budget - num_queued * is_far, is_far)
+        if is_wide:
+            plan = self.cache.plan_preload(in_order)
+        else:
+            plan = self.cache.plan_prefetch(predicted, budget - num_queued * is_far, is_far)
         budget_words = torch.tensor([budget, counting], dtype=torch.int32).cuda()
         cuda_library().plan_prefetch(
             *(self.state, self.words, self.lane),
             *(torch.tensor(rows, dtype=torch.int64).cuda(), torch.tensor(real).cuda()),
-            *(budget_words.data_ptr(), is_far, self.loads, self.num_loads, self.extra, stream()),
+            *(budget_words.data_ptr(), is_far, preloads, self.loads, self.num_loads, self.extra, stream()),
         )
         assert self.listed() == [(load.expert, load.row) for load in plan.loads]
         words = self.words.tolist()
         assert all(words[load.row] >> 3 == self.extra[i].item() for i, load in enumerate(plan.loads))
         evictions = sum(load.victim >= 0 for load in plan.loads)
-        self.add(issued=len(plan.loads), evictions=evictions, unused=plan.num_unused)
+        self.add(issued=len(plan.loads), evictions=evictions, unused=plan.num_unused, preloads=is_wide)
 
     def play_lane(self):
         """Some queued copies start, some running ones land."""
@@ -97,17 +103,17 @@ class Walk:
         ids = [expert if real[i // self.top_k] >= 0 else -1 for i, expert in enumerate(routed)]
         needed = {expert for expert in ids if expert >= 0}
         self.settle(needed)
-        late_slots = [self.cache.slot_of[expert] for expert in needed if expert in self.cache.in_flight]
+        late_rows = {self.cache.row_of[e]: e for e in needed if e in self.cache.in_flight}
         before = self.states()
         plan = self.cache.plan(ids)
         row_ids = self.run_kernel(routed, real)
-        claimed = {(self.cache.expert_in[slot], slot) for slot in late_slots if before[slot] == QUEUED}
+        claimed = {(expert, row) for row, expert in late_rows.items() if before[row] == QUEUED}
         loads = [(load.expert, load.row) for load in plan.loads]
         listed = self.listed()
         assert listed[: len(loads)] == loads
         assert set(listed[len(loads) :]) == claimed
         waited = set(self.extra[: self.num_extra.item()].tolist())
-        assert waited == set(late_slots) - {slot for _, slot in claimed}
+        assert waited == {*late_rows, *plan.awaited} - {row for _, row in claimed}
         spare = next(iter(plan.rows.values()), 0)
         assert row_ids == [
             -1 if expert < 0 else plan.rows[expert] if real[i // self.top_k] >= 0 else spare
@@ -146,8 +152,8 @@ class Walk:
     def check(self):
         self.cache.check_integrity()
         state = self.state.tolist()
-        assert state[NUM_WORDS : NUM_WORDS + self.num_experts] == self.cache.slot_of
-        words = Words._make(state[:NUM_WORDS])._asdict()
+        assert state[NUM_WORDS : NUM_WORDS + self.num_experts] == self.cache.row_of
+        words = Words._make(state[:NUM_WORDS])._asdict() | {"preloads": self.totals["preloads"]}
         assert {name: words[name] for name in self.totals} == self.totals
 
 
@@ -164,6 +170,7 @@ def test_every_plan_is_the_specified_one(num_experts, num_slots, top_k, policy):
     assert walk.totals["wide_steps"] > 0
     assert walk.totals["overflow"] > 0
     assert walk.totals["claimed"] > 0
+    assert walk.totals["preloads"] > 0
 
 
 @pytest.mark.parametrize("num_topics", [8, 100, 128])

@@ -21,6 +21,34 @@ def test_replays_with_other_routing_fetch_their_own_experts_in_every_layer(polic
         assert words.used > 0 or number == 0, "no prefetch was of use"
 
 
+@pytest.mark.parametrize("is_captured", [True, False])
+def test_what_the_next_layers_wide_step_needs_comes_to_rows_that_this_layer_does_not_read(is_captured):
+    """More experts are guessed than there are slots, and as few: a preload and a prefetch, in one graph."""
+    model = Model("ewma", areas=2)
+    model.route()
+    graph = model.capture() if is_captured else None
+    for number in range(300):
+        model.step(graph, num_experts=NUM_SLOTS if number % 3 == 0 else NUM_EXPERTS, share_real=(number % 8) / 7)
+    found = model.finish()
+    assert all(words.num_preloaded == 0 for words in found)
+    for words in found[1:]:
+        assert words.used > words.num_slots * 10
+        assert words.overflow < found[0].overflow / 2, "overflow rows were filled by the step itself"
+
+
+def test_a_step_that_broke_off_leaves_nothing_on_its_way_to_rows_of_other_layers():
+    model = Model(areas=2)
+    for _ in range(50):
+        model.step()
+        model.route(share_real=1)
+        model.layers[0].cache.serve(model.ids[0], model.rows)
+        with model.caches.aside():
+            model.layers[1].cache.preload(model.guesses[1], model.rows)
+        model.layers[3].cache.serve(model.ids[3], model.rows)
+        assert model.words()[1].num_preloaded == 0
+    model.finish()
+
+
 def test_layers_keep_their_slots_while_others_use_the_overflow_rows():
     """Without look-ahead, so that a wide step leaves the slots as they are: what comes next hits in them."""
     model = Model()

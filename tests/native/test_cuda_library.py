@@ -136,18 +136,18 @@ def test_grids_out_of_range_are_refused(library, num_blocks):
         gather(library, num_blocks)
 
 
-def plan(library, state_words=NUM_WORDS + 20, ids=(1, 3), num_real=1, budget=4096):
+def plan(library, state_words=NUM_WORDS + 22, ids=(1, 3), num_real=1, budget=4096):
     """A prefetch of a layer of 4 experts and 2 slots; every tensor on the CPU."""
     state, real = torch.zeros(state_words, dtype=torch.int64), torch.zeros(num_real, dtype=torch.int64)
     lane = ints(library.lane_ints())
-    library.plan_prefetch(state, ints(4), lane, ints(*ids), real, budget, False, ints(4), ints(1), ints(2), 0)
+    library.plan_prefetch(state, ints(4), lane, ints(*ids), real, budget, False, False, ints(4), ints(1), ints(2), 0)
 
 
 @pytest.mark.parametrize(
     ("bad", "text"),
     [
-        ({"state_words": NUM_WORDS + 19}, "not a layer of at most 1024 experts"),
-        ({"state_words": NUM_WORDS + 26}, "not a layer of at most 1024 experts"),
+        ({"state_words": NUM_WORDS + 20}, "not a layer of at most 1024 experts"),
+        ({"state_words": NUM_WORDS + 25}, "not a layer of at most 1024 experts"),
         ({}, "must lie on a GPU"),
     ],
 )

@@ -37,13 +37,16 @@ class NativePlanner:
         number = self.library.planner_plan_prefetch(self.state, words, predicted, budget, is_far, self.loads)
         return self.loads[:number].tolist()
 
+    def plan_preload(self, predicted, words):
+        return self.loads[: self.library.planner_plan_preload(self.state, words, predicted, self.loads)].tolist()
+
     @property
     def words(self):
         return Words._make(self.state[: len(Words._fields)].tolist())
 
     def table(self, number):
-        """slot_of, flags, last, count (E each), expert_in, free slots (C each)."""
-        sizes = [self.num_experts] * 4 + [self.num_slots] * 2
+        """row_of, flags, last, count, expert_in (E each), free slots (C)."""
+        sizes = [*[self.num_experts] * 5, self.num_slots]
         start = len(Words._fields) + sum(sizes[:number])
         return self.state[start : start + sizes[number]].tolist()
 
@@ -56,7 +59,7 @@ class Twins:
         self.num_experts, self.num_slots, self.top_k = num_experts, num_slots, top_k
         self.cache = ExpertCache(num_experts, num_slots, POLICIES[policy])
         self.native = NativePlanner(num_experts, num_slots, top_k, policy)
-        self.words = array("i", [LANDED] * num_slots)
+        self.words = array("i", [LANDED] * num_experts)
         self.word_tensor = torch.frombuffer(self.words, dtype=torch.int32)
         self.totals = dict.fromkeys(
             (
@@ -82,6 +85,16 @@ class Twins:
         self.settle(set(predicted))
         plan = self.cache.plan_prefetch(predicted, budget, is_far)
         loads = self.native.plan_prefetch(torch.tensor(predicted, dtype=torch.int64), budget, is_far, self.word_tensor)
+        self.count_prefetch(plan, loads)
+
+    def preload(self, predicted):
+        self.settle(set(predicted))
+        plan = self.cache.plan_preload(predicted)
+        self.count_prefetch(
+            plan, self.native.plan_preload(torch.tensor(predicted, dtype=torch.int32), self.word_tensor)
+        )
+
+    def count_prefetch(self, plan, loads):
         assert loads == [[load.expert, load.row] for load in plan.loads]
         for load in plan.loads:
             self.words[load.row] = QUEUED
@@ -91,12 +104,12 @@ class Twins:
 
     def copies_advance(self):
         for expert in self.cache.in_flight:
-            self.words[self.cache.slot_of[expert]] = self.rng.choice([LANDED, QUEUED, COPYING])
+            self.words[self.cache.row_of[expert]] = self.rng.choice([LANDED, QUEUED, COPYING])
 
     def settle(self, needed):
         """Tell the specification what the native planner sees by itself."""
-        in_flight = sorted(self.cache.in_flight, key=self.cache.slot_of.__getitem__)
-        state = {expert: self.words[self.cache.slot_of[expert]] for expert in in_flight}
+        in_flight = sorted(self.cache.in_flight, key=self.cache.row_of.__getitem__)
+        state = {expert: self.words[self.cache.row_of[expert]] for expert in in_flight}
         landed = [expert for expert in in_flight if state[expert] == LANDED]
         dropped = [e for e in in_flight if state[e] == QUEUED and e not in needed]
         self.cache.settle(landed, dropped)
@@ -130,7 +143,7 @@ class Twins:
     def check(self):
         cache, native, words = self.cache, self.native, self.native.words
         cache.check_integrity()
-        assert native.table(0) == cache.slot_of
+        assert native.table(0) == cache.row_of
         assert native.table(4) == cache.expert_in
         assert native.table(5)[: words.num_free] == cache.free
         flags = [
@@ -148,7 +161,7 @@ class Twins:
         faded = [step << 32 | weight for step, weight in zip(ranking.weighed_at, ranking.weight, strict=True)]
         assert native.table(3) == (faded if cache.policy is POLICIES["ewma"] else ranking.count)
         assert (words.tick, words.cold_tick) == (cache.ranking.tick, cache.ranking.cold_tick)
-        assert words.num_in_flight == len(cache.in_flight)
+        assert (words.num_in_flight, words.num_preloaded) == (len(cache.in_flight), len(cache.preloaded))
         assert {name: getattr(words, name) for name in self.totals} == self.totals
 
 
@@ -188,9 +201,17 @@ def walk_part(part):
                 predicted = [rng.randrange(-1, twins.num_experts) for _ in range(rng.randint(0, 8))]
                 twins.prefetch(predicted, budget=rng.randint(0, 4), is_far=rng.random() < 0.5)
                 twins.copies_advance()
+            if rng.random() < 0.2:
+                twins.preload(random_ids(rng, twins))
+                preloads = bool(twins.cache.preloaded)
+                twins.check()
+                twins.copies_advance()
+            else:
+                preloads = False
             plan = twins.step(random_ids(rng, twins), rng.choice([torch.int32, torch.int64]))
             overflows = any(load.row >= twins.num_slots for load in plan.loads)
-            seen.add((policy, plan.is_wide, overflows, bool(plan.late), plan.num_used > 0, plan.num_unused > 0))
+            kinds = bool(plan.late), plan.num_used > 0, plan.num_unused > 0, preloads and overflows
+            seen.add((policy, plan.is_wide, overflows, *kinds, bool(plan.awaited)))
         twins.check()
     for policy in POLICIES:
         for is_wide in (False, True):
@@ -237,7 +258,7 @@ def test_a_routed_id_beyond_the_experts_is_ignored_and_counted():
     native = planner()
     ids = torch.tensor([3, 8, 1_000_000], dtype=torch.int32)
     rows = torch.empty_like(ids)
-    assert native.plan(ids, 3, rows, torch.zeros(4, dtype=torch.int32)) == [[3, 0]]
+    assert native.plan(ids, 3, rows, torch.zeros(8, dtype=torch.int32)) == [[3, 0]]
     assert rows.tolist() == [0, 0, 0]
     assert native.words.out_of_range == 2
 
@@ -260,7 +281,7 @@ def test_tensors_of_the_wrong_kind_are_refused_before_anything_changes():
     native = planner()
     ids = torch.zeros(4, dtype=torch.int32)
     words = torch.zeros(4, dtype=torch.int32)
-    with pytest.raises(ValueError, match="slot_words has 3 items, needs 4"):
+    with pytest.raises(ValueError, match="row_words has 3 items, needs 8"):
         native.plan(ids, 4, torch.empty_like(ids), words[:3].clone())
     with pytest.raises(ValueError, match="ids has 4 items, needs 5"):
         native.plan(ids, 5, torch.empty_like(ids), words)

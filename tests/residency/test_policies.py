@@ -77,7 +77,7 @@ def test_cold_experts_leave_first_and_the_newest_of_them_before_the_others(polic
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_cold_expert_leaves_first_however_often_it_was_used_before(policy):
     ranking = ranked(hot=[1, *[0] * 20, 2])
-    ranking.remove(0)
+    ranking.discard(0)
     ranking.add_cold(0)
     assert order_of(policy, ranking)[0] == 0
 
@@ -101,6 +101,6 @@ def test_no_two_experts_are_wanted_alike(policy):
 
 def test_what_was_removed_is_no_longer_ranked_and_its_touches_are_kept():
     ranking = ranked(hot=[0, 0], cold=[1])
-    ranking.remove(0)
-    ranking.remove(1)
+    ranking.discard(0)
+    ranking.discard(1)
     assert (ranking.ranked, ranking.cold, ranking.count[0]) == (set(), set(), 2)

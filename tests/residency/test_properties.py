@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_expert_prefetch.residency import POLICIES, ExpertCache, Load, Plan, PrefetchPlan
-from vllm_expert_prefetch.residency.types import NO_EXPERT, NO_SLOT
+from vllm_expert_prefetch.residency.types import NO_EXPERT, NO_ROW
 
 
 class Ages:
@@ -69,15 +69,19 @@ class CheckedCache:
         self.cache = ExpertCache(num_experts, num_slots, POLICIES[policy])
         self.ages = Ages()
         self.untouched, self.displaced = set(), set()
+        self.preloaded = {}  # expert -> overflow row
 
     def step(self, ids):
         cache, ages = self.cache, self.ages
         needed = list(dict.fromkeys(expert for expert in ids if 0 <= expert < cache.num_experts))
         is_wide = len(needed) > cache.num_slots
-        missing = [expert for expert in needed if cache.slot_of[expert] == NO_SLOT]
+        missing = [expert for expert in needed if cache.row_of[expert] == NO_ROW]
         late = [expert for expert in needed if expert in cache.in_flight]
         hits = [expert for expert in needed if expert not in missing and expert not in late]
-        slots = {expert: cache.slot_of[expert] for expert in needed}
+        slots = {expert: cache.row_of[expert] for expert in needed}
+        unneeded = self.preloaded.keys() - set(needed)
+        awaited = sorted(self.preloaded[expert] for expert in unneeded & cache.in_flight)
+        overflow = [row for row in range(cache.num_slots, cache.num_experts) if row not in self.preloaded.values()]
         if is_wide:
             missing.sort(key=lambda expert: ids[::-1].index(expert))
             ages.keep([*hits, *late], len(needed))
@@ -90,8 +94,8 @@ class CheckedCache:
             if not is_wide or expert in ages.cold or ages.hot[expert] > 8 * cache.num_slots
         ]
         loads, num_unused = self.place(missing, leaving)
-        for index, expert in enumerate(missing[len(loads) :]):
-            loads.append(Load(expert, cache.num_slots + index, NO_EXPERT))
+        for expert, row in zip(missing[len(loads) :], overflow, strict=False):
+            loads.append(Load(expert, row, NO_EXPERT))
         for expert in [] if is_wide else late:
             ages.touch(expert)
         for expert in [load.expert for load in loads if load.row < cache.num_slots]:
@@ -99,11 +103,16 @@ class CheckedCache:
         ages.num_steps += bool(needed)
         rows = slots | {load.expert: load.row for load in loads}
         num_used, num_displaced = len(self.untouched & set(needed)), len(self.displaced & set(needed))
-        self.untouched -= set(needed)
+        self.untouched -= set(needed) | unneeded
         self.displaced -= set(needed)
+        for expert in self.preloaded:
+            ages.forget(expert)
+        self.preloaded = {}
 
         plan = cache.plan(ids)
-        assert plan == Plan(is_wide, rows, tuple(loads), tuple(late), num_used, num_unused, num_displaced)
+        counts = num_used, num_unused + len(unneeded), num_displaced
+        assert plan == Plan(is_wide, rows, tuple(loads), tuple(late), *counts, tuple(awaited))
+        assert not set(plan.awaited) & set(plan.rows.values())
         assert list(plan.rows) == needed
         assert len(set(plan.rows.values())) == len(needed), "two experts in one row"
         assert all(0 <= row < cache.num_experts for row in plan.rows.values())
@@ -117,7 +126,7 @@ class CheckedCache:
         leaving = (self.ages.cold.keys() | self.ages.hot.keys()) - set(wanted)
         if is_far:
             leaving = {e for e in leaving if e in self.ages.cold or self.ages.hot[e] > cache.num_slots}
-        loads, num_unused = self.place([e for e in wanted if cache.slot_of[e] == NO_SLOT][: max(0, budget)], leaving)
+        loads, num_unused = self.place([e for e in wanted if cache.row_of[e] == NO_ROW][: max(0, budget)], leaving)
         brought = {load.expert for load in loads}
         self.untouched |= brought
         self.displaced = (self.displaced | {load.victim for load in loads}) - brought - {NO_EXPERT}
@@ -126,12 +135,33 @@ class CheckedCache:
         assert brought <= cache.in_flight
         self.check()
 
+    def preload(self, predicted):
+        cache, ages = self.cache, self.ages
+        wanted = [expert for expert in predicted if 0 <= expert < cache.num_experts]
+        wanted = list(dict.fromkeys(reversed(wanted)))
+        missing = [expert for expert in wanted if cache.row_of[expert] == NO_ROW]
+        leaving = [e for e in ages.hot if ages.hot[e] > 8 * cache.num_slots]
+        loads, num_unused = self.place(missing, {*leaving, *ages.cold} - set(wanted))
+        overflow = [row for row in range(cache.num_slots, cache.num_experts) if row not in self.preloaded.values()]
+        for expert, row in zip(missing[len(loads) :], overflow, strict=False):
+            loads.append(Load(expert, row, NO_EXPERT))
+            self.preloaded[expert] = row
+        self.untouched |= set(missing)
+        self.displaced = (self.displaced | {load.victim for load in loads}) - set(missing) - {NO_EXPERT}
+
+        assert cache.plan_preload(predicted) == PrefetchPlan(tuple(loads), num_unused)
+        assert len(loads) == len(missing), "there is a row for every expert"
+        assert set(missing) <= cache.in_flight
+        self.check()
+
     def settle(self, choices):
         in_flight = sorted(self.cache.in_flight)
         landed = [expert for expert, choice in zip(in_flight, choices, strict=False) if choice == "land"]
         dropped = [expert for expert, choice in zip(in_flight, choices, strict=False) if choice == "drop"]
         for expert in landed:
-            self.ages.add_cold(expert)
+            if expert not in self.preloaded:
+                self.ages.add_cold(expert)
+        self.preloaded = {expert: row for expert, row in self.preloaded.items() if expert not in dropped}
         self.untouched -= set(dropped)
         self.cache.settle(landed, dropped)
         self.check()
@@ -140,7 +170,7 @@ class CheckedCache:
         """Loads of `experts` into free slots and those of `leaving`, as many as there are; and the unused victims."""
         cache = self.cache
         places = [(slot, NO_EXPERT) for slot in reversed(cache.free)]
-        places += [(cache.slot_of[e], e) for e in self.ages.first_to_leave_first(self.policy, leaving)]
+        places += [(cache.row_of[e], e) for e in self.ages.first_to_leave_first(self.policy, leaving)]
         loads = [Load(expert, *place) for expert, place in zip(experts, places, strict=False)]
         victims = {load.victim for load in loads}
         for expert in victims:
@@ -152,7 +182,8 @@ class CheckedCache:
     def check(self):
         cache = self.cache
         cache.check_integrity()
-        assert cache.num_slots == len(cache.free) + cache.num_resident + len(cache.in_flight)
+        assert cache.num_slots == len(cache.free) + cache.num_resident + len(cache.in_flight - self.preloaded.keys())
+        assert cache.preloaded == sorted(self.preloaded, key=self.preloaded.__getitem__)
         assert cache.ranking.ranked == self.ages.hot.keys() | self.ages.cold.keys()
         assert cache.ranking.cold == self.ages.cold.keys()
         assert (cache.untouched, cache.displaced) == (self.untouched, self.displaced)
@@ -167,6 +198,7 @@ def walks(draw):
         st.tuples(st.just("step"), st.lists(ids, max_size=3)),
         st.tuples(st.just("step"), st.lists(ids, max_size=2 * num_experts)),
         st.tuples(st.just("prefetch"), st.lists(ids, max_size=5), st.integers(-1, 4), st.booleans()),
+        st.tuples(st.just("preload"), st.lists(ids, max_size=2 * num_experts)),
         st.tuples(st.just("settle"), st.lists(st.sampled_from(["land", "drop", "stay"]), max_size=4)),
     )
     operations = draw(st.lists(operation, min_size=1, max_size=40))

@@ -3,6 +3,7 @@
 * `serve`: one step of a layer; every record it needs is there before a kernel that is launched next.
 * `prefetch`: copies that a guess asks for, behind what is queued already. A guess has a distance: how many layers ahead
   of the one that computes its layer is. A far guess, of a distance above 1, is only for a link that would idle.
+* `preload`: the same for a wide step of the layer that comes next, overflow rows included.
 * `set_budget`: how many records one prefetch may bring, for each distance.
 * `words`: what happened so far, as last written; reading it waits for nothing.
 * `check_integrity`: the books against each other.
@@ -58,6 +59,16 @@ class LayerCache(ABC):
         """
 
     @abstractmethod
+    def preload(self, predicted: torch.Tensor, rows: Rows) -> None:
+        """Queue copies of all `predicted` experts, neither resident nor on their way, ahead of a step of this layer,
+        the next to be served.
+
+        `predicted` (R, P) int32 or int64, of the step's tokens in their order, each token's most wanted first, negative
+        for none. Where these are at most C experts, it is a `prefetch`. Else what the last tokens want takes slots as
+        in a wide step, and the others take overflow rows: in an area that the layer being served now does not use.
+        """
+
+    @abstractmethod
     def set_budget(self, num_records: int, num_guesses: int, distance: int = 1) -> None:
         """From now on one prefetch may bring so many records, 0 for none, of the first `num_guesses` of each row of a
         guess: also in graphs that were captured before."""
@@ -102,6 +113,8 @@ class Caches(ABC):
         self.mirror = mirror
         self.link = link
         self.depth = depth
+        self.preloaded: LayerCache | None = None
+        """The layer that is next, if copies for it may be on their way to overflow rows."""
 
     @abstractmethod
     def add(
@@ -122,6 +135,15 @@ class Caches(ABC):
         seconds = min(sum(cache.measure_copy() for cache in caches) for _ in range(2)) if caches else 0.0
         return sum(cache.record_bytes for cache in caches) / seconds if seconds else 0.0
 
+    def begin_step(self, cache: LayerCache, topk_ids: torch.Tensor, rows: Rows) -> None:
+        """Called by each layer before it plans a step: nothing is on its way to overflow rows but for this layer.
+
+        Only a step that broke off can have left something behind. One of no token, for that layer, ends it.
+        """
+        preloaded, self.preloaded = self.preloaded, None
+        if preloaded is not None and preloaded is not cache:
+            preloaded.serve(topk_ids[:0], 0 if isinstance(rows, int) else rows[:0])
+
     @abstractmethod
     def join(self) -> None:
         """Order what is launched next after every prefetch so far; nothing to do on the host."""
@@ -131,26 +153,28 @@ class Caches(ABC):
         """End the prefetch lane and drop what is queued; later calls raise RuntimeError."""
 
 
-def check_tables(slot_of: list[int], expert_in: list[int], flags: list[int], free: list[int], words: Words) -> None:
+def check_tables(row_of: list[int], expert_in: list[int], flags: list[int], free: list[int], words: Words) -> None:
     """Raise AssertionError when the tables behind the words (csrc/residency.h) contradict each other."""
     ranked, in_flight = 1, 4
-    placed = {expert: slot for expert, slot in enumerate(slot_of) if slot >= 0}
-    inverse = {expert: slot for slot, expert in enumerate(expert_in) if expert >= 0}
-    assert placed == inverse, f"slot_of and expert_in are not inverse: {placed} and {inverse}"
+    placed = {expert: row for expert, row in enumerate(row_of) if row >= 0}
+    inverse = {expert: row for row, expert in enumerate(expert_in) if expert >= 0}
+    assert placed == inverse, f"row_of and expert_in are not inverse: {placed} and {inverse}"
+    preloaded = {expert for expert, row in placed.items() if row >= words.num_slots}
+    assert words.num_preloaded == len(preloaded), f"{words.num_preloaded} counted, preloaded are {preloaded}"
     states = {expert: flag & (ranked | in_flight) for expert, flag in enumerate(flags) if flag & (ranked | in_flight)}
-    assert states.keys() == placed.keys(), f"ranked or in flight are {states.keys()}, placed are {placed.keys()}"
+    assert states.keys() | preloaded == placed.keys(), f"ranked or in flight are {states.keys()}, placed {placed.keys()}"
     assert set(states.values()) <= {ranked, in_flight}, f"both ranked and in flight: {states}"
     assert words.num_in_flight == list(states.values()).count(in_flight), f"{words.num_in_flight} counted: {states}"
-    empty = [slot for slot, expert in enumerate(expert_in) if expert < 0]
+    empty = [slot for slot, expert in enumerate(expert_in[: words.num_slots]) if expert < 0]
     assert sorted(free[: words.num_free]) == empty, f"free list {free[: words.num_free]}, empty slots {empty}"
 
 
 def tables_of(state: torch.Tensor) -> tuple[Words, list[list[int]]]:
-    """A planner's whole state, an int64 tensor: its words; slot_of, flags, last, count, expert_in and free slots."""
+    """A planner's whole state, an int64 tensor: its words; row_of, flags, last, count, expert_in and free slots."""
     numbers = state.tolist()
     words = Words._make(numbers[: len(Words._fields)])
     tables, start = [], len(Words._fields)
-    for size in [words.num_experts] * 4 + [words.num_slots] * 2:
+    for size in [*[words.num_experts] * 5, words.num_slots]:
         tables.append(numbers[start : start + size])
         start += size
     return words, tables
@@ -158,5 +182,5 @@ def tables_of(state: torch.Tensor) -> tuple[Words, list[list[int]]]:
 
 def check_state(state: torch.Tensor) -> None:
     """`check_tables` of a planner's whole state."""
-    words, (slot_of, flags, _, _, expert_in, free) = tables_of(state)
-    check_tables(slot_of, expert_in, flags, free, words)
+    words, (row_of, flags, _, _, expert_in, free) = tables_of(state)
+    check_tables(row_of, expert_in, flags, free, words)

@@ -34,7 +34,7 @@ class DeviceOptions:
 
 class Orders:
     """What a plan leaves for the kernel that copies. All int32 on the GPU: `loads` (room, 2) of (expert, row),
-    `num_loads` (1); `late` (room): slots that a step waits for, or the tickets of a prefetch's loads; `num_late` (1).
+    `num_loads` (1); `late` (room): rows that a step waits for, or the tickets of a prefetch's loads; `num_late` (1).
     """
 
     def __init__(self, room: int, device: torch.device) -> None:
@@ -73,7 +73,7 @@ class DeviceCache(LayerCache):
         self._board = torch.zeros(library.board_ints(self.num_experts), dtype=torch.int32, device=device)
         self.row_words = self._board[: self.num_experts]
         self.demand = Orders(self.num_experts, device)
-        self.ahead = [Orders(num_slots, device) for _ in range(caches.depth)]
+        self.ahead = [Orders(self.num_experts, device) for _ in range(caches.depth)]
         """By distance, the nearest first."""
         self._mirror, self._mirror_address = caches.mirror[number], caches.mirror_address(number)
         self._mirror.copy_(state[: len(self._mirror)])
@@ -81,6 +81,7 @@ class DeviceCache(LayerCache):
             self.set_budget(num_slots, self.num_experts, distance)
 
     def serve(self, topk_ids: torch.Tensor, rows: Rows, speculated: bool = False) -> torch.Tensor:
+        self._caches.begin_step(self, topk_ids, rows)
         topk_ids, orders = topk_ids.contiguous(), self.demand
         row_ids = torch.empty_like(topk_ids)
         self._caches.await_plans()
@@ -102,6 +103,13 @@ class DeviceCache(LayerCache):
         )
 
     def prefetch(self, predicted: torch.Tensor, rows: Rows, distance: int = 1) -> None:
+        self._plan_ahead(predicted, rows, distance, False)
+
+    def preload(self, predicted: torch.Tensor, rows: Rows) -> None:
+        self._caches.preloaded = self
+        self._plan_ahead(predicted, rows, 1, True)
+
+    def _plan_ahead(self, predicted: torch.Tensor, rows: Rows, distance: int, preloads: bool) -> None:
         assert isinstance(rows, torch.Tensor)
         if predicted.dim() == 1:
             predicted = predicted.unsqueeze(0)
@@ -111,7 +119,7 @@ class DeviceCache(LayerCache):
         caches.join_if_busy(self.number, distance)
         self._library.plan_prefetch(
             *(self.state, self.row_words, caches.lane, predicted.contiguous(), rows),
-            *(caches.budget_address(self.number, distance), distance > 1),
+            *(caches.budget_address(self.number, distance), distance > 1, preloads),
             *(orders.loads, orders.num_loads, orders.late, caches.current_stream()),
         )
         self.copy_ahead(distance)

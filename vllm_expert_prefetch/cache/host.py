@@ -43,9 +43,11 @@ class HostCache(LayerCache):
         segments = _segment_table(store, space)
         self._native = library.cache_create(caches.engine, segments, *numbers, self.state, self._mirror)
         self._serve, self._prefetch, self._copy = library.cache_serve, library.cache_prefetch, library.cache_copy
-        self._num_queued, self._engine = library.engine_num_queued, caches.engine
+        self._preload, self._num_queued, self._engine = library.cache_preload, library.engine_num_queued, caches.engine
+        self._caches = caches
 
     def serve(self, topk_ids: torch.Tensor, rows: Rows, speculated: bool = False) -> torch.Tensor:
+        self._caches.begin_step(self, topk_ids, rows)
         topk_ids = topk_ids.contiguous()
         row_ids = torch.empty_like(topk_ids)
         self._serve(self._native, topk_ids, rows * topk_ids.shape[1], row_ids, speculated)
@@ -54,6 +56,10 @@ class HostCache(LayerCache):
     def prefetch(self, predicted: torch.Tensor, rows: Rows, distance: int = 1) -> None:
         if self._budgets[distance] > 0:
             self._prefetch(self._native, predicted.contiguous(), self._budgets[distance], distance > 1)
+
+    def preload(self, predicted: torch.Tensor, rows: Rows) -> None:
+        self._caches.preloaded = self
+        self._preload(self._native, predicted.contiguous(), self._budgets[1])
 
     def set_budget(self, num_records: int, num_guesses: int, distance: int = 1) -> None:
         self._budgets[distance] = num_records  # whoever guesses on the host guesses no more than counts

@@ -14,6 +14,8 @@ class Words(NamedTuple):
     cold_tick: int
     num_free: int
     num_in_flight: int
+    num_preloaded: int
+    """Experts in overflow rows, on their way or landed; 0 between steps."""
     steps: int
     """Totals from here on. Steps that needed an expert."""
     wide_steps: int

@@ -74,9 +74,9 @@ class Ranking:
         num_halvings, rest = divmod(self.step - self.weighed_at[expert], HALF_LIFE)
         return self.weight[expert] * (2 * HALF_LIFE - rest) // (2 * HALF_LIFE) >> num_halvings
 
-    def remove(self, expert: int) -> None:
-        """`expert` is not resident any more."""
-        self.ranked.remove(expert)
+    def discard(self, expert: int) -> None:
+        """`expert` is not in a slot any more."""
+        self.ranked.discard(expert)
         self.cold.discard(expert)
 
 

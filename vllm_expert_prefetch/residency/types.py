@@ -15,7 +15,7 @@ class Residency(IntEnum):
 ABSENT, IN_FLIGHT, RESIDENT = Residency.ABSENT, Residency.IN_FLIGHT, Residency.RESIDENT
 
 NO_EXPERT = -1
-NO_SLOT = -1
+NO_ROW = -1
 PADDING_ROW = -1
 
 
@@ -38,6 +38,8 @@ class Plan(NamedTuple):
     are waited for or taken over, and never made twice. Every other needed expert is a hit.
     `num_used` counts prefetched experts that are needed for the first time, `num_unused` those that were evicted
     without having been needed, `num_displaced` needed experts that a prefetch had evicted since they were needed last.
+    `awaited` are overflow rows that a copy runs into although the step does not need it: it must have ended as well,
+    before the row is another layer's.
     """
 
     is_wide: bool
@@ -47,6 +49,7 @@ class Plan(NamedTuple):
     num_used: int = 0
     num_unused: int = 0
     num_displaced: int = 0
+    awaited: tuple[int, ...] = ()
 
     @property
     def num_hits(self) -> int:

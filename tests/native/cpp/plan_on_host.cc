@@ -72,11 +72,8 @@ struct TestLayer {
     state[kNumSlots] = state[kNumFree] = num_slots;
     state[kTopK] = top_k;
     state[kPolicy] = policy;
-    for (int expert = 0; expert < num_experts; ++expert) layer().slot_of()[expert] = kNone;
-    for (int slot = 0; slot < num_slots; ++slot) {
-      layer().expert_in()[slot] = kNone;
-      layer().free_slots()[slot] = num_slots - 1 - slot;
-    }
+    for (int expert = 0; expert < num_experts; ++expert) layer().row_of()[expert] = layer().expert_in()[expert] = kNone;
+    for (int slot = 0; slot < num_slots; ++slot) layer().free_slots()[slot] = num_slots - 1 - slot;
   }
   Layer layer() { return {state.data()}; }
   LayerMemory memory(int64_t* mirror) {
@@ -110,18 +107,18 @@ struct Reference {
     out.num_loads = counts.num_misses;
     out.num_extra = 0;
     for (int m = 0; m < counts.num_misses; ++m) begin_load(&made.words[static_cast<size_t>(loads[2 * m + 1])]);
-    for (int i = 0; i < counts.num_late; ++i) {
+    for (int i = 0; i < counts.num_late + counts.num_awaited; ++i) {
       const int32_t expert = scratch.late[i];
-      const auto slot = static_cast<int32_t>(layer.slot_of()[expert]);
-      int32_t* word = &made.words[static_cast<size_t>(slot)];
+      const int32_t row = row_after(layer, scratch, expert);
+      int32_t* word = &made.words[static_cast<size_t>(row)];
       if (claim(word)) {
         loads[2 * out.num_loads] = expert;
-        loads[2 * out.num_loads++ + 1] = slot;
+        loads[2 * out.num_loads++ + 1] = row;
         layer.header[kClaimed] += 1;
         layer.header[kDemanded] += 1;
       } else {
         request(word);
-        out.extra[static_cast<size_t>(out.num_extra++)] = slot;
+        out.extra[static_cast<size_t>(out.num_extra++)] = row;
       }
     }
     write_rows(team, layer, ids, ids.ids, num_ids, out.rows.data(), scratch);
@@ -129,10 +126,17 @@ struct Reference {
     std::copy_n(loads.begin(), 2 * out.num_loads, out.loads.begin());
   }
 
-  void prefetch(const PredictedIds<int32_t>& ids, int num_ids, int budget, bool is_far, Outcome& out) {
+  // `num_preloaded`: of how many ids, if they ask for more experts than slots, a plan_preload is made.
+  void prefetch(const PredictedIds<int32_t>& ids, int num_ids, int budget, bool is_far, int num_preloaded,
+                Outcome& out) {
     Alone team;
     SlotWords lane{made.words.data()};
-    out.num_loads = plan_prefetch(team, layer, lane, ids, num_ids, budget, is_far, scratch, loads.data());
+    find_first(team, layer, ids.tokens, num_preloaded, false, scratch);
+    if (count_needed(team, layer, scratch) > layer.num_slots()) {
+      out.num_loads = plan_preload(team, layer, lane, ids.tokens, num_preloaded, scratch, loads.data());
+    } else {
+      out.num_loads = plan_prefetch(team, layer, lane, ids, num_ids, budget, is_far, scratch, loads.data());
+    }
     for (int m = 0; m < out.num_loads; ++m) {
       const auto slot = static_cast<size_t>(loads[2 * m + 1]);
       out.extra[static_cast<size_t>(m)] = static_cast<int32_t>(enqueue(&made.words[slot]));
@@ -162,7 +166,8 @@ void play_lane(TestLayer& layer) {
 }
 
 struct Totals {
-  int64_t wide = 0, overflow = 0, claimed = 0, late = 0, cancelled = 0, used = 0, many_ids = 0, held_back = 0;
+  int64_t wide = 0, overflow = 0, claimed = 0, late = 0, cancelled = 0, used = 0, many_ids = 0, held_back = 0,
+          preloaded = 0;
 };
 
 void walk(Totals& totals) {
@@ -183,16 +188,19 @@ void walk(Totals& totals) {
     Outcome expected(num_experts, ids.size()), found(num_experts, ids.size());
     Reference reference(one, num_ids);
     if (pick(0, 2) == 0) {
-      const PredictedIds<int32_t> predicted{ids.data(), real.data(), per_token, num_tokens};
+      const PredictedIds<int32_t> predicted{{ids.data(), real.data(), per_token}, num_tokens};
+      const bool preloads = num_ids > num_experts;
       const int32_t wanted[] = {pick(-1, 6), pick(0, per_token + 1)};
       const int num_counting = std::min(wanted[1], per_token) * num_tokens;
       const bool is_far = pick(0, 1);
       const int budget = wanted[0] - (is_far ? one.queued : 0);
       totals.held_back += budget != wanted[0];
-      reference.prefetch(predicted, num_counting, std::min(budget, one.layer().num_slots()), is_far, expected);
+      reference.prefetch(predicted, num_counting, std::min(budget, one.layer().num_slots()), is_far,
+                         preloads ? num_ids : 0, expected);
+      totals.preloaded += one.state[kNumPreloaded];
       launch(shared, [&] {
         plan_prefetch_kernel<kThreads, int32_t>(other.memory(nullptr), predicted, num_ids, wanted,
-                                                other.layer().num_slots(), is_far, found.orders());
+                                                other.layer().num_slots(), is_far, preloads, found.orders());
       });
       found.num_extra = expected.num_extra;
     } else {
@@ -233,5 +241,6 @@ int main() {
   for (int i = 0; i < 60; ++i) walk(totals);
   REQUIRE(totals.wide > 0 && totals.overflow > 0 && totals.late > totals.claimed && totals.claimed > 0);
   REQUIRE(totals.cancelled > 0 && totals.used > 0 && totals.many_ids > 0 && totals.held_back > 0);
+  REQUIRE(totals.preloaded > 0);
   return 0;
 }

@@ -31,6 +31,7 @@ GOOD = {
     "predictor": ["auto", "router", "hybrid", "previous"],
     "over_fetch": [0, 1, 8],
     "lookahead_layers": [1, 2],
+    "areas": ["auto", 1, 2],
     "artifact": [None, "folder"],
     "pin_memory": ["auto", "on", "off"],
     "numa_node": [None, 0, 3],
@@ -53,6 +54,7 @@ BAD = {
     "predictor": ["oracle", "none", "", None, 1],
     "over_fetch": [-1, 1.5, "one", None, True],
     "lookahead_layers": [0, -1, 1.5, None],
+    "areas": [0, 3, 1.5, "two", None],
     "artifact": [1, True],
     "pin_memory": ["yes", 0, None],
     "numa_node": [-1, 0.5, "node 0", True],
@@ -96,7 +98,9 @@ SWITCHES = ("prefetch", "pin_memory", "huge_pages", "self_check", "metrics_per_l
 
 @pytest.mark.parametrize("key", [key for key in KEYS if key not in SWITCHES])
 def test_true_is_not_a_number_and_not_a_name(key):
-    with pytest.raises(ConfigError, match=rf"{key} must be (a number|a valid string|auto, or 1 to 4), got True"):
+    with pytest.raises(
+        ConfigError, match=rf"{key} must be (a number|a valid string|auto, or 1 to 4|auto, 1 or 2), got True"
+    ):
         ExpertPrefetchConfig.from_mapping({key: True})
 
 

@@ -15,7 +15,7 @@ from vllm_expert_prefetch.memory import host_memory
 from vllm_expert_prefetch.memory.host_memory import HostMemory, HostMemoryOptions
 from vllm_expert_prefetch.memory.host_store import HostStore
 from vllm_expert_prefetch.native.library import host_library, why_not_host
-from vllm_expert_prefetch.planning.sizing import LayerShape, size_cache
+from vllm_expert_prefetch.planning.sizing import LayerShape, areas_asked, size_cache
 from vllm_expert_prefetch.prediction import ArtifactError
 from vllm_expert_prefetch.residency import POLICIES
 from vllm_expert_prefetch.serving import compat, worker
@@ -103,6 +103,10 @@ def distance(monkeypatch, tmp_path, config):
     return depth_of(config, LAYERS, False)
 
 
+def areas(monkeypatch, tmp_path, config):
+    return areas_asked(config, on_gpu=True), size_cache(config, SHAPES, 4096, areas=areas_asked(config, on_gpu=True))
+
+
 def artifact(monkeypatch, tmp_path, config):
     try:
         return choose_predictors(config, make_gates(), 1)[1]
@@ -171,6 +175,7 @@ TABLE = {
     "predictor": (predictor, {"predictor": "router"}, {"predictor": "previous"}),
     "over_fetch": (over_fetch, {"over_fetch": 0}, {"over_fetch": 3}),
     "lookahead_layers": (distance, {"lookahead_layers": 1}, {"lookahead_layers": 2}),
+    "areas": (areas, {"areas": 1, "cache_gb": 0.0002}, {"areas": 2, "cache_gb": 0.0002}),
     "artifact": (artifact, {}, {"artifact": "/nowhere"}),
     "pin_memory": (pinned, {"pin_memory": "off"}, {"pin_memory": "on"}),
     "numa_node": (numa_node, {}, {"numa_node": 0}),

@@ -85,6 +85,13 @@ def _layers_ahead(value: Any) -> Any:
     return number
 
 
+def _areas(value: Any) -> Any:
+    number = int(value) if re.fullmatch(r"\s*[12]\s*", str(value)) else value
+    if number != AUTO and (isinstance(number, bool) or number not in (1, 2)):
+        raise ValueError(f"must be {AUTO}, 1 or 2")
+    return number
+
+
 _Count = Annotated[int, BeforeValidator(_plain)]
 _Number = Annotated[float, BeforeValidator(_plain), Field(allow_inf_nan=False)]
 _Positive = Annotated[_Number, Field(gt=0)]
@@ -144,6 +151,11 @@ class ExpertPrefetchConfig:
         AUTO,
         "How many MoE layers ahead to predict, 1 to 4, the nearest first; a farther one is fetched for only while the "
         "link would idle. `auto`: 4 on the CPU platform, 2 on a GPU; each layer goes as far as it pays.",
+    )
+    areas: Annotated[int | str, BeforeValidator(_areas)] = _key(
+        AUTO,
+        "Areas of overflow rows: with 2, what a prompt needs of the next layer is copied while a layer computes. "
+        "`auto`: 2 where look-ahead is on and the second one costs at most 5 % of the cache.",
     )
     artifact: StrictStr | None = _key(None, "Folder that `vllm-expert-prefetch calibrate` has written for this model.")
     pin_memory: _Switch = _key(

@@ -75,8 +75,8 @@ void PlanStep(TensorView state, TensorView rows, TensorView lane, TensorView ids
                       cuda_data<int32_t>(late, layer.num_experts, "late"), cuda_data<int32_t>(num_late, 1, "num_late")};
   const auto plan_as = [&](auto id) {
     using Id = decltype(id);
-    const TokenIds<Id> tokens{cuda_data<Id>(ids, 0, "ids"), cuda_data<int64_t>(real, 0, "real"),
-                              static_cast<int>(ids.size(1))};
+    const int per_token = static_cast<int>(ids.size(1));
+    const TokenIds<Id> tokens{cuda_data<Id>(ids, 0, "ids"), cuda_data<int64_t>(real, 0, "real"), per_token, per_token};
     Id* out = cuda_data<Id>(row_ids, num_ids, "row_ids");
     tvm::ffi::CUDADeviceGuard guard(state.device().device_id);
     start_for(num_ids, plan_step_kernel<kFewThreads, Id>, plan_step_kernel<kManyThreads, Id>,
@@ -92,8 +92,8 @@ void PlanStep(TensorView state, TensorView rows, TensorView lane, TensorView ids
 // `predicted` (T, P): P expert ids of each token, most wanted first; negative ones are skipped. `budget`: the address,
 // as the GPU sees it, of two int32: how many loads there may be, and how many guesses of each token count. Every run of
 // the kernel reads them, so that the host can change them while graphs are replayed; the room in the lists limits it.
-// `is_far`: predicted from more than one layer away. `preloads`: ahead of a step with more routed ids than experts; the
-// lists must have room for all experts.
+// `is_far`: predicted from more than one layer away. `preloads`: ahead of a step that may need more experts than there
+// are slots; the lists must have room for all experts.
 void PlanPrefetch(TensorView state, TensorView rows, TensorView lane, TensorView predicted, TensorView real,
                   int64_t budget, bool is_far, bool preloads, TensorView loads, TensorView num_loads,
                   TensorView tickets, int64_t stream) {
@@ -102,15 +102,14 @@ void PlanPrefetch(TensorView state, TensorView rows, TensorView lane, TensorView
   TVM_FFI_CHECK(budget != 0, ValueError) << "budget must be an address that the GPU can read, it is 0";
   const int64_t most = std::min({layer.num_slots, loads.numel() / 2, tickets.numel()});
   const int64_t room = preloads ? layer.num_experts : 0;
-  TVM_FFI_CHECK(!preloads || num_ids > layer.num_experts, ValueError)
-      << num_ids << " predicted ids for " << layer.num_experts << " experts are not preloaded";
   const Orders orders{cuda_data<int32_t>(loads, 2 * room, "loads"), cuda_data<int32_t>(num_loads, 1, "num_loads"),
                       cuda_data<int32_t>(tickets, room, "tickets"), nullptr};
   const auto plan_as = [&](auto id) {
     using Id = decltype(id);
-    const PredictedIds<Id> ids{{cuda_data<Id>(predicted, 0, "predicted"), cuda_data<int64_t>(real, 0, "real"),
-                                static_cast<int>(predicted.size(1))},
-                               static_cast<int>(num_tokens)};
+    const int per_token = static_cast<int>(predicted.size(1));
+    const PredictedIds<Id> ids{
+        {cuda_data<Id>(predicted, 0, "predicted"), cuda_data<int64_t>(real, 0, "real"), per_token, per_token},
+        static_cast<int>(num_tokens)};
     tvm::ffi::CUDADeviceGuard guard(state.device().device_id);
     start_for(num_ids, plan_prefetch_kernel<kFewThreads, Id>, plan_prefetch_kernel<kManyThreads, Id>,
               [&](auto kernel, int threads) {

@@ -75,14 +75,18 @@ struct LayerMemory {
   int64_t* mirror;
 };
 
-// Routed ids, `per_token` of each token; those of padding tokens count as -1. `real` is negative for padding: vLLM's
-// slot mapping, which is on the device, also while a graph with more tokens than requests is replayed.
+// Routed ids, `per_token` of each token, of which the first `num_counting` count; those of padding tokens are as -1.
+// `real` is negative for padding: vLLM's slot mapping, which is on the device, also while a graph with more tokens than
+// requests is replayed.
 template <class Id>
 struct TokenIds {
   const Id* ids;
   const int64_t* real;  // (tokens)
   int per_token;
-  __device__ Id operator[](int i) const { return real[i / per_token] < 0 ? Id{-1} : ids[i]; }
+  int num_counting;
+  __device__ Id operator[](int i) const {
+    return real[i / per_token] < 0 || i % per_token >= num_counting ? Id{-1} : ids[i];
+  }
 };
 
 // Predicted ids, laid out in the same way and read column by column, as in MostWantedFirst.
@@ -248,8 +252,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 }
 
 // At most `wanted[0]` and at most `most` loads, of the first `wanted[1]` guesses of each token. `is_far`: as in
-// residency.h, and what is queued already counts towards wanted[0]. `preloads`, for more ids than experts: where more
-// experts are predicted than there are slots, plan_preload instead, whatever is wanted.
+// residency.h, and what is queued already counts towards wanted[0]. `preloads`: where the first top-k guesses are more
+// experts than there are slots, plan_preload of these instead, whatever is wanted.
 template <int kThreads, class Id>
 __global__ void __launch_bounds__(kThreads, 1)
     plan_prefetch_kernel(const LayerMemory memory, const PredictedIds<Id> ids, const int num_ids,
@@ -269,9 +273,16 @@ __global__ void __launch_bounds__(kThreads, 1)
   const auto* listed = const_cast<const int32_t*>(desk.ids);
   int32_t entry;
   int num_loads;
-  const int num_needed = preloads ? list_ids(desk, ids.tokens, num_ids, false, true, &entry) : 0;
+  int num_needed = 0, num_preloaded = 0;
+  if (preloads) {
+    TokenIds<Id> tokens = ids.tokens;
+    tokens.num_counting = static_cast<int>(desk.layer.header[kTopK]);
+    num_preloaded = list_ids(desk, tokens, num_ids, false, true, &entry);
+    find_first(team, desk.layer, listed, num_preloaded, false, desk.scratch);
+    num_needed = count_needed(team, desk.layer, desk.scratch);
+  }
   if (num_needed > desk.layer.num_slots()) {
-    num_loads = plan_preload(team, desk.layer, lane, listed, num_needed, desk.scratch, desk.loads);
+    num_loads = plan_preload(team, desk.layer, lane, listed, num_preloaded, desk.scratch, desk.loads);
   } else {
     const int num_listed = list_ids(desk, ids, num_counting, false, false, &entry);
     num_loads = plan_prefetch(team, desk.layer, lane, listed, num_listed, budget, is_far, desk.scratch, desk.loads);

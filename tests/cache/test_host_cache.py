@@ -39,7 +39,7 @@ def until(condition, seconds=20):
 
 @pytest.mark.parametrize("areas", [1, 2])
 @pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("link", [None, EmulatedLink(1.0, 20.0)], ids=["no link", "link"])
+@pytest.mark.parametrize("link", [None, EmulatedLink(0.2, 20.0)], ids=["no link", "link"])
 def test_every_step_of_every_layer_reads_its_own_experts(make_model, areas, policy, link):
     rng = random.Random(7)
     torch.manual_seed(7)
@@ -174,6 +174,59 @@ def test_guesses_of_any_shape_are_taken(make_model, guess):
     assert model.layers[0].words().issued == 2
     model.serve(0, ids(4, 5), 1)
     assert model.layers[0].words().used == 2
+
+
+@pytest.mark.parametrize("link", [None, EmulatedLink(0.2, 20.0)], ids=["no link", "link"])
+def test_what_was_preloaded_is_read_by_the_next_layer_while_this_one_keeps_its_overflow_rows(make_model, link):
+    torch.manual_seed(3)
+    model = make_model(3, 6, large_tensors, 2, link)
+    for number in range(120):
+        num_tokens = 2 if number % 4 == 3 else 20
+        for layer, cache in enumerate(model.layers):
+            topk_ids = torch.stack([torch.randperm(16)[:2] for _ in range(num_tokens)])
+            row_ids = model.serve(layer, topk_ids, num_tokens)
+            if layer < 2:
+                guess = torch.stack([torch.randperm(16 if number % 3 else 12)[:2] for _ in range(20)])
+                model.layers[layer + 1].preload(guess, 20)
+                model.layers[layer + 1].check_integrity()
+            if number % 2:  # else the next layer comes while the copies run
+                until(lambda: host_library().engine_num_queued(model.caches.engine) < 4)
+                read = zip(row_ids.flatten().tolist(), topk_ids.flatten().tolist(), strict=True)
+                assert all(model.holds(layer, row, expert) for row, expert in read), "overwritten before it was read"
+            cache.check_integrity()
+    first, *others = (cache.words() for cache in model.layers)
+    assert first.issued == 0 < first.overflow
+    for words in others:
+        assert words.num_preloaded == words.num_in_flight == 0
+        assert words.issued == words.used + words.unused + words.cancelled > 120 * 4
+        assert min(words.unused, words.used) > 0
+        assert words.overflow < first.overflow / 2
+    if link:
+        assert min(sum(words.late for words in others), sum(words.cancelled for words in others)) > 0
+
+
+def test_a_guess_of_no_more_experts_than_slots_is_a_prefetch_with_its_budget(make_model):
+    model = make_model(1, 6, large_tensors)
+    (cache,) = model.layers
+    cache.set_budget(2, 16)
+    cache.preload(torch.tensor([[1, 3], [2, 4], [1, 5]]), 3)
+    words = cache.words()
+    assert (words.issued, words.num_preloaded) == (2, 0)
+    until(lambda: model.holds(0, 0, 1) and model.holds(0, 1, 2))
+
+
+def test_a_step_that_broke_off_leaves_nothing_on_its_way_to_overflow_rows(make_model):
+    """Its next layer was preloaded for, and the next step begins with another one of the same area."""
+    model = make_model(4, 6, large_tensors, 2, EmulatedLink(0.05, 0.0))
+    every = torch.arange(16).view(8, 2)
+    for _ in range(5):
+        model.serve(0, every, 8)
+        model.layers[1].preload(every, 8)
+        row_ids = model.serve(3, every, 8)
+        assert model.layers[1].words().num_preloaded == 0
+        time.sleep(0.002)
+        read = zip(row_ids.flatten().tolist(), range(16), strict=True)
+        assert all(model.holds(3, row, expert) for row, expert in read)
 
 
 SLOW = EmulatedLink(1e-4, 0.0)

@@ -34,8 +34,8 @@ class Walk:
         self.words, self.lane = zeros(num_experts), zeros(cuda_library().lane_ints())
         self.loads, self.num_loads = zeros(num_experts, 2), zeros(1)
         self.extra, self.num_extra = zeros(num_experts), zeros(1)
-        names = "wide_steps hits late misses overflow evictions used unused displaced issued cancelled claimed demanded preloads"
-        self.totals = dict.fromkeys(names.split(), 0)
+        names = "wide_steps hits late misses overflow evictions used unused displaced issued cancelled claimed demanded"
+        self.totals = dict.fromkeys([*names.split(), "preloads"], 0)
         cuda_library().load_plan_kernels(num_experts, num_slots, torch.cuda.current_device())
 
     def states(self):
@@ -67,8 +67,9 @@ class Walk:
         predicted = [expert for column in columns for expert, at in zip(column, real, strict=True) if at >= 0]
         budget = self.rng.randrange(-1, self.top_k + 1)
         is_far = self.rng.random() < 0.5
-        in_order = [expert for row, at in zip(rows, real, strict=True) for expert in row if at >= 0 <= expert]
-        preloads = num_tokens * count > self.num_experts and self.rng.random() < 0.7
+        likely = [row[: self.top_k] for row, at in zip(rows, real, strict=True) if at >= 0]
+        in_order = [expert for row in likely for expert in row if expert >= 0]
+        preloads = self.rng.random() < 0.7
         is_wide = preloads and len(set(in_order)) > self.num_slots
         self.settle(set(in_order if is_wide else predicted))
         num_queued = sum(word & 7 == QUEUED for word in self.words.tolist())

@@ -71,14 +71,14 @@ def test_growing_makes_slots_of_overflow_rows_and_moves_no_row(page):
     one, other = (shared.row_space(0)["w"] for _ in range(2))
     addresses = one.data_ptr(), other.data_ptr()
     one.fill_(1)
-    shared.grow(6)
+    shared.grow(6, 1)
     assert (one.data_ptr(), other.data_ptr()) == addresses
     assert not one[3:].any(), "new pages are zero"
     one.fill_(1)
     assert not other[:6].any()
     assert other[6:].all()
     assert bytes_taken() - before == shared.num_bytes + shared.private_bytes == 14 * page
-    shared.grow(8)
+    shared.grow(8, 1)
     one.fill_(2)
     other.fill_(3)
     assert (one == 2).all()

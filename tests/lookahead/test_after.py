@@ -26,6 +26,7 @@ class NotedCache:
     def __init__(self, caches, number):
         self.caches, self.number = caches, number
         self.asked, self.budgets, self.link_is_busy = [], {}, False
+        self.preloaded = []
 
     @property
     def records(self):
@@ -44,6 +45,9 @@ class NotedCache:
     def prefetch(self, predicted, rows, distance=1):
         self.caches.order.append((self.number, distance))
         self.asked.append((predicted.tolist(), rows))
+
+    def preload(self, predicted, rows):
+        self.preloaded.append((predicted.tolist(), rows))
 
 
 class NotedCaches:
@@ -123,6 +127,48 @@ def test_how_many_layers_are_open_at_each_distance_is_published():
     published = {}
     look_ahead.publish(SimpleNamespace(set=published.__setitem__))
     assert published == {f"lookahead_open_layers/{distance}": number for distance, number in ((1, 3), (2, 1), (3, 0))}
+
+
+def test_behind_a_wide_step_all_guesses_for_the_next_layer_are_preloaded_and_nothing_else_is_asked_for():
+    look_ahead, caches = make(depth=3, preloads=True)
+    wide = EXPERTS // TOP_K + 1
+    a_step(look_ahead, num_tokens=wide)
+    assert [len(cache.preloaded) for cache in caches.layers] == [0, 1, 1, 1]
+    assert caches.layers[1].preloaded == [([[0, 1]] * wide, wide)], "top-k guesses of every token"
+    assert caches.order == []
+    a_step(look_ahead, num_tokens=wide - 1)
+    assert [len(cache.preloaded) for cache in caches.layers] == [0, 1, 1, 1]
+    assert (1, 1) in caches.order
+
+
+def test_closed_valves_say_nothing_of_wide_steps():
+    look_ahead, caches = make(preloads=True)
+    for valve in look_ahead.valves:
+        valve.depth = 0
+    look_ahead.note([words()] * 4, None)
+    a_step(look_ahead, num_tokens=EXPERTS)
+    assert [len(cache.preloaded) for cache in caches.layers] == [0, 1, 1, 1]
+    assert look_ahead._spent == [0.0] * 4, "what valves of narrow steps are told"
+
+
+def test_with_one_area_nothing_is_fetched_behind_a_wide_step():
+    look_ahead, caches = make(depth=3)
+    a_step(look_ahead, num_tokens=EXPERTS)
+    assert (caches.order, [cache.preloaded for cache in caches.layers]) == ([], [[]] * 4)
+
+
+def test_what_is_guessed_across_tokens_is_not_preloaded():
+    """The last layer's guess is for the next step, whose layers come first."""
+
+    class NextToken(Told):
+        crosses_tokens = True
+
+        def target_of(self, source):
+            return (source + 1) % 4
+
+    look_ahead, caches = make(NextToken(4, 1), preloads=True)
+    a_step(look_ahead, num_tokens=EXPERTS)
+    assert [len(cache.preloaded) for cache in caches.layers] == [0, 1, 1, 1]
 
 
 def test_recall_is_that_of_the_nearest_guess():

@@ -97,6 +97,17 @@ def test_with_a_slot_for_every_expert_nothing_is_shared(driver):
     assert driver.ranges == []
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_growing_may_change_the_number_of_areas(driver, before, after):
+    shared = DeviceSharedRows(LIKE, 3, before, DEVICE)
+    for number in range(3):
+        shared.row_space(number)
+    shared.grow(4, after)
+    one, other, same = (addresses.parts[-1] for addresses in driver.ranges)
+    assert (one is same, one is other) == (True, after == 1)
+    assert shared.num_bytes == after * 4 * PAGE
+
+
 @pytest.mark.parametrize("num_slots", [3, 5, 8])
 def test_growing_maps_more_pages_behind_the_same_addresses(driver, num_slots):
     """What all layers share is given back before more is taken: there may be no room for both."""
@@ -104,7 +115,7 @@ def test_growing_maps_more_pages_behind_the_same_addresses(driver, num_slots):
     spaces = [shared.row_space(area) for area in (0, 1, 0)]
     taken = 3 * 3 * PAGE + 2 * 5 * PAGE
     driver.room = max(0, (3 * num_slots + 2 * (8 - num_slots)) * PAGE - taken)
-    shared.grow(num_slots)
+    shared.grow(num_slots, 2)
     pages = [[3, 5], [3, 2, 3], [3, 5]][(num_slots > 3) + (num_slots > 5)]
     assert [addresses.pages for addresses in driver.ranges] == [pages] * 3
     if num_slots < 8:
@@ -118,7 +129,7 @@ def test_growing_maps_more_pages_behind_the_same_addresses(driver, num_slots):
 def test_a_row_space_that_is_made_after_growing_is_as_the_others(driver):
     shared = DeviceSharedRows(LIKE, 3, 1, DEVICE)
     shared.row_space(0)
-    shared.grow(6)
+    shared.grow(6, 1)
     shared.row_space(0)
     assert [addresses.pages for addresses in driver.ranges] == [[3, 3, 2], [6, 2]]
 

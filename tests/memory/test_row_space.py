@@ -76,17 +76,18 @@ def test_slots_are_a_layers_own_and_whole_pages_behind_them_are_shared(num_bytes
     assert (shared.num_bytes, shared.private_bytes) == (total - private_bytes, 2 * private_bytes)
 
 
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (1, 2), (2, 1)])
 @pytest.mark.parametrize(("num_slots", "more"), [(1, 2), (3, 3), (2, 7), (3, NUM_EXPERTS)])
 @pytest.mark.parametrize("num_bytes", ROW_BYTES)
-def test_growing_makes_slots_of_overflow_rows_and_moves_no_row(num_bytes, num_slots, more):
+def test_growing_makes_slots_of_overflow_rows_and_moves_no_row(num_bytes, num_slots, more, before, after):
     """Each tensor and each area keeps what is its own, and what is not needed any more is given back."""
     like = {"w": rows_of(num_bytes)["w"], "v": rows_of(num_bytes)["w"]}
-    shared, as_made = SharedRows(like, num_slots, areas=2), SharedRows(like, more, areas=2)
+    shared, as_made = SharedRows(like, num_slots, areas=before), SharedRows(like, more, areas=after)
     spaces = [shared.row_space(area) for area in (0, 0, 1)]
     addresses = [space["w"].data_ptr() for space in spaces]
     for space in spaces:
         space["w"].fill_(9), space["v"].fill_(9)
-    shared.grow(more)
+    shared.grow(more, after)
     spaces.append(shared.row_space(1))
     assert [space["w"].data_ptr() for space in spaces[:3]] == addresses
     like_it = [as_made.row_space(area) for area in (0, 0, 1, 1)]

@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig
-from vllm_expert_prefetch.planning.sizing import GB, LayerShape, MemoryProfile, cache_bytes, grow_cache, size_cache
+from vllm_expert_prefetch.planning.sizing import (
+    GB,
+    LayerShape,
+    MemoryProfile,
+    areas_asked,
+    cache_bytes,
+    grow_cache,
+    num_areas,
+    size_cache,
+)
 
 LAYER = LayerShape(num_experts=64, top_k=8, row_bytes=(60_000_000, 40_000_000))
 MODEL = [LAYER] * 10
@@ -34,6 +43,49 @@ def test_layers_of_one_shape_share_overflow_rows_and_areas_do_not():
     other = replace(LAYER, row_bytes=(100_000_000,))
     assert cache_bytes([*MODEL, other], [8] * 11, page=1) == 13.6 * GB + LAYER.bytes
     assert cache_bytes([LAYER, LAYER], [8, 9], page=1) == 2 * LAYER.bytes, "with as many slots only"
+
+
+def test_a_second_area_is_taken_where_it_costs_a_twentieth_of_the_cache_at_most():
+    """C slots: 6.4 + 0.9 C GB, and the second area takes 6.4 - 0.1 C."""
+    assert [num_areas(MODEL, [slots] * 10, 1, "auto") for slots in (8, 41, 42, 63, 64)] == [1, 1, 2, 2, 1]
+    assert [num_areas(MODEL, [slots] * 10, 1, 2) for slots in (8, 63)] == [2, 2]
+    assert cache_bytes(MODEL, [42] * 10, 1, "auto") == cache_bytes(MODEL, [42] * 10, 1, 2)
+    assert cache_bytes(MODEL, [41] * 10, 1, "auto") == cache_bytes(MODEL, [41] * 10, 1, 1)
+
+
+@pytest.mark.parametrize("areas", [1, 2, "auto"])
+@pytest.mark.parametrize("cache_gb", [20, 43, 46.4, 55])
+def test_a_size_in_bytes_covers_all_areas(cache_gb, areas):
+    config = ExpertPrefetchConfig(cache_gb=cache_gb)
+    slots = size_cache(config, MODEL, 1, areas=areas)
+    assert cache_bytes(MODEL, slots, 1, areas) <= cache_gb * GB * (1 + 1e-9)
+    assert cache_bytes(MODEL, [number + 1 for number in slots], 1, areas) > cache_gb * GB
+
+
+@pytest.mark.parametrize(
+    ("options", "on_gpu", "areas"),
+    [
+        ({}, True, "auto"),
+        ({}, False, 1),
+        ({"prefetch": "on"}, False, "auto"),
+        ({"emulated_link_gbps": 1}, False, "auto"),
+        ({"emulated_link_gbps": 1, "areas": 2}, False, 2),
+        ({"areas": 2}, True, 2),
+        ({"areas": 1}, False, 1),
+        ({"prefetch": "off"}, True, 1),
+    ],
+)
+def test_there_is_one_area_where_nothing_is_looked_ahead(options, on_gpu, areas):
+    assert areas_asked(ExpertPrefetchConfig(**options), on_gpu) == areas
+
+
+@pytest.mark.parametrize(
+    ("options", "on_gpu", "reason"),
+    [({"prefetch": "off"}, True, "prefetch is off"), ({}, False, "there is no link to hide on the CPU platform")],
+)
+def test_two_areas_are_refused_where_nothing_is_looked_ahead(options, on_gpu, reason):
+    with pytest.raises(ConfigError, match=f"areas is 2, and nothing would be copied to the second one: {reason}. Set"):
+        areas_asked(ExpertPrefetchConfig(areas=2, **options), on_gpu)
 
 
 def test_whole_pages_are_counted():

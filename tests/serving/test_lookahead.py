@@ -138,6 +138,25 @@ def test_garbage_predictions_change_no_token(stock, monkeypatch):
     assert counted["predictions_total/unused"] > 0
 
 
+def test_what_prompts_need_of_the_next_layer_is_copied_while_a_layer_computes(stock, monkeypatch):
+    """Long prompts, a quarter of the experts resident: first with the router's guesses, then with garbage."""
+    config = LINK | {"cache_fraction": 0.25, "prefetch": "on", "areas": 2}
+    with open_engine(TINY_MODEL, config) as llm:
+        assert generate(llm) == stock
+        found = [cache.words() for cache in caches(llm)]
+        assert check_conservation(counters(llm), llm) > 100
+        worker = layers(llm)[0].worker
+        first, *others = found
+        for words in others:
+            assert words.num_preloaded == 0 < words.wide_steps
+            assert words.overflow < first.overflow / 2, "brought by the steps themselves"
+        garbage = LookAhead([Garbage(8, 1)], worker.caches, 1, True, 0.5e9, torch.device("cpu"), preloads=True)
+        for layer in layers(llm):
+            layer.look_ahead = garbage
+        assert generate(llm) == stock
+        assert sum(cache.words().unused for cache in caches(llm)) > sum(words.unused for words in found) + 50
+
+
 def test_previous_and_a_distance_of_two_are_bit_equal(stock):
     config = LINK | {"prefetch": "auto", "predictor": "previous", "lookahead_layers": 2, "policy": "lfru"}
     with open_engine(TINY_MODEL, config) as llm:

@@ -28,6 +28,10 @@ class _Ahead(NamedTuple):
 class LookAhead:
     """One worker's look-ahead: a predictor for each distance, and for each MoE layer a valve and a budget.
 
+    Where there are two areas of overflow rows, and more experts are guessed for the next layer than it has slots, all
+    of them are brought, into slots and overflow rows. A step with more routed ids than experts guesses for the next
+    layer alone, whatever its valve says, and with one area for none: it needs most of the experts of every layer.
+
     The nearest layer is guessed and fetched first. What a farther one may bring is what the link can begin before the
     next layer, less what waits for it already. A guess that nearer ones do not repeat is cancelled unless its copy has
     begun.
@@ -47,11 +51,13 @@ class LookAhead:
         link_bytes_per_second: float,
         device: torch.device,
         speculated_layers: frozenset[int] = frozenset(),
+        preloads: bool = False,
     ) -> None:
         """`predictors`: of distance 1, 2 and so on. `forced`: valves never close. `link_bytes_per_second`: as measured.
         `speculated_layers` execute their guess of distance 1 in steps that give every sequence one token (on the host
-        only).
+        only). `preloads`: the overflow rows of a layer and of the next one are in different areas.
         """
+        self._preloads = preloads
         self.depth = len(predictors)
         self.speculated_layers = speculated_layers
         self._caches = caches
@@ -80,6 +86,11 @@ class LookAhead:
         self._observers = [predictor for predictor in predictors if predictor.observes]
         self._ahead = [self._what_is_guessed_at(layer) for layer in range(len(self._caches.layers))]
         """By layer, the nearest first."""
+        self._next = [
+            next((ahead for ahead in own if self._preloads and ahead.distance == 1 and ahead.target > layer), None)
+            for layer, own in enumerate(self._ahead)
+        ]
+        """What is preloaded behind a wide step of each layer."""
         self._open = [[ahead for ahead in own if self._is_open(ahead)] for own in self._ahead]
         """Of these, on the host, what valves let through."""
 
@@ -114,11 +125,13 @@ class LookAhead:
 
         Copies that begin now have that kernel and the next attention to hide behind.
 
-        `signals`: what is executed, padding included; `routed`: what the router chose, where that is something else. A
-        step with more routed ids than the target has experts needs most of them, and fetches none ahead.
+        `signals`: what is executed, padding included; `routed`: what the router chose, where that is something else.
         """
+        num_tokens = rows if isinstance(rows, int) else len(signals.topk_ids)
+        num_ids, preloaded = num_tokens * signals.topk_ids.shape[1], self._next[layer]
+        is_wide = preloaded is not None and num_ids > preloaded.cache.num_experts
         if isinstance(rows, int):
-            if not self._open[layer] and not self._observers and self.recall.is_idle(layer):
+            if not is_wide and not self._open[layer] and not self._observers and self.recall.is_idle(layer):
                 return
             signals, routed = _first(signals, rows), None if routed is None else _first(routed, rows)
         self._guesses[layer] = None
@@ -126,15 +139,18 @@ class LookAhead:
         self.recall.compare(layer, true, rows)
         for predictor in self._observers:
             predictor.observe(layer, true)
-        num_ids = signals.topk_ids.numel()
         if self._caches.on_device:
             fetching = [ahead for ahead in self._ahead[layer] if num_ids <= ahead.cache.num_experts]
-            if fetching:
+            if fetching or is_wide:
                 with self._caches.aside():
+                    if preloaded is not None and is_wide:
+                        self._preload(layer, preloaded, signals, rows)
                     for ahead in fetching:
                         self._guess(layer, ahead, signals, rows, True)
                 self._read = signals
             return
+        if preloaded is not None and is_wide:
+            self._preload(layer, preloaded, signals, rows)
         for ahead in self._open[layer]:
             speculates = ahead.distance == 1 and self._speculates(ahead.target, rows)
             takes = num_ids <= ahead.cache.num_experts and ahead.cache.takes_guesses(ahead.distance)
@@ -145,6 +161,11 @@ class LookAhead:
                     self._guesses[ahead.target] = guess
                 self._spent[ahead.target] += time.perf_counter() - started
 
+    def _preload(self, layer: int, ahead: _Ahead, signals: Signals, rows: Rows) -> None:
+        guess = ahead.predictor.predict(layer, signals, ahead.cache.top_k)
+        if guess is not None and guess.ids.numel() > ahead.cache.num_experts:
+            ahead.cache.preload(guess.ids, rows)
+
     def _guess(
         self, layer: int, ahead: _Ahead, signals: Signals, rows: Rows, fetches: bool, speculates: bool = False
     ) -> Prediction | None:
@@ -154,7 +175,11 @@ class LookAhead:
             return None
         if fetches:
             wanted = most_wanted(guess, cache.num_experts) if isinstance(rows, int) else guess.ids
-            cache.prefetch(wanted, rows, distance)
+            may_be_wide = wanted.numel() > cache.num_slots and ahead is self._next[layer]
+            if may_be_wide:
+                cache.preload(guess.ids[:, : cache.top_k] if isinstance(rows, int) else guess.ids, rows)
+            else:
+                cache.prefetch(wanted, rows, distance)
         # The next token's may be computed by another graph, which must not hold this one's tensors.
         if target > layer or isinstance(rows, int):
             self.recall.expect(target, guess.ids)

@@ -77,13 +77,15 @@ def create_look_ahead(
     caches: Caches,
     link_bytes_per_second: float,
     device: torch.device,
+    preloads: bool = False,
 ) -> LookAhead:
-    """The look-ahead of a model with these router gates, one per MoE layer. Raises ArtifactError."""
+    """The look-ahead of a model with these router gates, one per MoE layer; `preloads`: as LookAhead has it. Raises
+    ArtifactError."""
     predictors, artifact = choose_predictors(config, gates, caches.depth)
     speculates = config.execution == SPECULATIVE and artifact is not None
     allowed = allowed_layers(artifact.card, len(gates)) if speculates and artifact is not None else frozenset()
     forced = config.prefetch == "on"
-    return LookAhead(predictors, caches, config.over_fetch, forced, link_bytes_per_second, device, allowed)
+    return LookAhead(predictors, caches, config.over_fetch, forced, link_bytes_per_second, device, allowed, preloads)
 
 
 def allowed_layers(card: Card, num_layers: int) -> frozenset[int]:

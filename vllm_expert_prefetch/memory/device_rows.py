@@ -50,7 +50,7 @@ class DeviceSharedRows:
         self._rows_like = {name: torch.empty_like(tensor, device="meta") for name, tensor in rows_like.items()}
         self._extents = self._with_slots(num_slots)
         self._ranges: list[tuple[str, int, Any]] = []
-        """Of each tensor that shares: its name, its area, its addresses."""
+        """Of each tensor that shares: its name, its layer's number, its addresses."""
         self.private_bytes = 0
         """Behind the slots of all row spaces made so far."""
         self._num_areas = areas
@@ -61,8 +61,8 @@ class DeviceSharedRows:
         """Behind the overflow rows, in all areas."""
         return self._num_areas * sum(extent.shared for extent in self._extents.values())
 
-    def row_space(self, area: int) -> RowSpace:
-        """A new layer's rows, its overflow rows in area number `area`. Raises RowSpaceError."""
+    def row_space(self, number: int) -> RowSpace:
+        """A new layer's rows; `number`: the how manieth layer it is. Raises RowSpaceError."""
         space, private_bytes = {}, 0
         for name, like in self._rows_like.items():
             extent = self._extents[name]
@@ -73,30 +73,31 @@ class DeviceSharedRows:
             size = extent.private + extent.shared
             addresses = _with_memory(lambda size=size: self._library.row_space_reserve(size, self._device.index))  # type: ignore[misc]
             self._push(addresses, self._create(extent.private))
-            self._push(addresses, self._areas[area][name])
-            self._ranges.append((name, area, addresses))
+            self._push(addresses, self._areas[number % self._num_areas][name])
+            self._ranges.append((name, number, addresses))
             rows = torch.from_dlpack(self._library.row_space_tensor(addresses))
             space[name] = rows[: prod(like.shape) * like.element_size()].view(like.dtype).view(like.shape)
             private_bytes += extent.private
         self.private_bytes += private_bytes
         return space
 
-    def grow(self, num_slots: int) -> None:
+    def grow(self, num_slots: int, areas: int) -> None:
         """Give every row space `num_slots` slots, no fewer than it has: rows stay where they are, overflow rows become
-        slots, what they share is given back. What rows held is lost. Raises RowSpaceError. Not while steps run.
+        slots, and there are so many areas of the others. What rows held is lost. Raises RowSpaceError. Not while steps
+        run.
         """
         before, self._extents = self._extents, self._with_slots(num_slots)
         for _, _, addresses in self._ranges:
             self._library.row_space_pop(addresses)
-        self._areas = []
+        self._areas, self._num_areas = [], areas
         self._areas = self._create_areas()
-        for name, area, addresses in self._ranges:
+        for name, number, addresses in self._ranges:
             added = self._extents[name].private - before[name].private
             if added:
                 self._push(addresses, self._create(added))
                 self.private_bytes += added
             if self._extents[name].shared:
-                self._push(addresses, self._areas[area][name])
+                self._push(addresses, self._areas[number % areas][name])
 
     def _with_slots(self, num_slots: int) -> dict[str, Extent]:
         return {

@@ -19,14 +19,12 @@ from vllm_expert_prefetch.memory.extent import Extent
 
 _MAP_FIXED, _MAP_NORESERVE, _PROT_NONE = 0x10, 0x4000, 0
 _ANONYMOUS, _READ_WRITE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, mmap.PROT_READ | mmap.PROT_WRITE
-_KEEP_SIZE, _PUNCH_HOLE = 1, 2
 _FAILED = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_long, ctypes.c_long]
 
 
 class RowSpaceError(ConfigError):
@@ -40,17 +38,17 @@ RowSpace = dict[str, torch.Tensor]
 class SharedRows:
     """The row spaces of all layers whose records have one shape and that have C slots, and what is behind their rows.
 
-    With two areas the overflow rows of layers in different areas do not touch each other. All memory starts zeroed, and
-    is gone with the last tensor over it.
+    With two areas layers that follow each other have overflow rows that do not touch. All memory starts zeroed, and is
+    gone with the last tensor over it.
     """
 
     def __init__(self, rows_like: Mapping[str, torch.Tensor], num_slots: int, areas: int = 1) -> None:
         """`rows_like[name]` (E, *row): the shape and dtype of each expert tensor. Raises RowSpaceError."""
         self._rows_like = {name: torch.empty_like(tensor, device="meta") for name, tensor in rows_like.items()}
         self._areas = areas
-        self._extents = self._at_first = self._with_slots(num_slots)
-        self._mapped: list[tuple[weakref.ref[memoryview], int, str]] = []
-        """Of each tensor that was made: what keeps its mapping alive, its address, its name."""
+        self._extents = self._with_slots(num_slots)
+        self._mapped: list[tuple[weakref.ref[memoryview], int, str, int]] = []
+        """Of each tensor that was made: what keeps its mapping alive, its address, its name, its layer's number."""
         self._num_row_spaces = 0
         self._file = -1
         if self.num_bytes:
@@ -67,29 +65,31 @@ class SharedRows:
         """Behind the slots of all row spaces made so far."""
         return self._num_row_spaces * sum(extent.private for extent in self._extents.values())
 
-    def row_space(self, area: int) -> RowSpace:
-        """A new layer's rows, its overflow rows in area number `area`. Raises RowSpaceError."""
+    def row_space(self, number: int) -> RowSpace:
+        """A new layer's rows; `number`: the how manieth layer it is. Raises RowSpaceError."""
         space = {}
         for name, like in self._rows_like.items():
-            rows = self._map(name, area)[: prod(like.shape) * like.element_size()]
+            rows = self._map(name, number)[: prod(like.shape) * like.element_size()]
             space[name] = rows.view(like.dtype).view(like.shape)
         self._num_row_spaces += 1
         return space
 
-    def grow(self, num_slots: int) -> None:
+    def grow(self, num_slots: int, areas: int) -> None:
         """Give every row space `num_slots` slots, no fewer than it has: rows stay where they are, overflow rows become
-        slots, what they share is given back. What rows held is lost. Raises RowSpaceError. Not while steps run.
+        slots, and there are so many areas of the others. What rows held is lost. Raises RowSpaceError. Not while steps
+        run.
         """
         before, self._extents = self._extents, self._with_slots(num_slots)
-        for view, address, name in self._mapped:
-            begin, end = before[name].private, self._extents[name].private
-            if view() is not None and end > begin:
-                _map_private(address + begin, end - begin)
-        for area in range(self._areas):
-            for name, extent in self._at_first.items():
-                unused = self._extents[name].private - extent.private
-                if unused:
-                    _give_back(self._file, self._offset(name, area), unused)
+        self._areas = areas
+        if self._file >= 0:
+            os.ftruncate(self._file, 0)
+            os.ftruncate(self._file, self.num_bytes)
+        for view, address, name, number in self._mapped:
+            if view() is not None:
+                begin, end = before[name].private, self._extents[name].private
+                if end > begin:
+                    _map_private(address + begin, end - begin)
+                self._map_shared(address, name, number)
 
     def _with_slots(self, num_slots: int) -> dict[str, Extent]:
         return {
@@ -97,31 +97,31 @@ class SharedRows:
             for name, tensor in self._rows_like.items()
         }
 
-    def _offset(self, name: str, area: int) -> int:
-        """Where the file has what was behind the first overflow rows of this tensor, before any growth."""
-        names = list(self._at_first)
-        before = sum(self._at_first[other].shared for other in names[: names.index(name)])
-        return area * sum(extent.shared for extent in self._at_first.values()) + before
-
-    def _map(self, name: str, area: int) -> torch.Tensor:
+    def _map(self, name: str, number: int) -> torch.Tensor:
         """uint8 over the private pages and, behind them, the file's."""
         extent = self._extents[name]
         size = extent.private + extent.shared
         address = _mmap(None, size, _PROT_NONE, _ANONYMOUS | _MAP_NORESERVE, -1, 0)
         try:
             _map_private(address, extent.private)
-            if extent.shared:
-                offset = self._offset(name, area) + extent.private - self._at_first[name].private
-                flags = mmap.MAP_SHARED | _MAP_FIXED
-                _mmap(address + extent.private, extent.shared, _READ_WRITE, flags, self._file, offset)
+            self._map_shared(address, name, number)
         except RowSpaceError:
             _libc.munmap(address, size)
             raise
         view = memoryview((ctypes.c_uint8 * size).from_address(address))
         # Every tensor over the mapping keeps this view alive. Threads may still copy when Python ends, hence not then.
         weakref.finalize(view, _libc.munmap, address, size).atexit = False
-        self._mapped.append((weakref.ref(view), address, name))
+        self._mapped.append((weakref.ref(view), address, name, number))
         return torch.frombuffer(view, dtype=torch.uint8)
+
+    def _map_shared(self, address: int, name: str, number: int) -> None:
+        """The file's pages of the layer's area, behind the private ones of the tensor at `address`."""
+        extent, names = self._extents[name], list(self._extents)
+        if extent.shared:
+            area = number % self._areas * sum(other.shared for other in self._extents.values())
+            offset = area + sum(self._extents[other].shared for other in names[: names.index(name)])
+            flags = mmap.MAP_SHARED | _MAP_FIXED
+            _mmap(address + extent.private, extent.shared, _READ_WRITE, flags, self._file, offset)
 
 
 def _create_file(num_bytes: int) -> int:
@@ -138,11 +138,6 @@ def _create_file(num_bytes: int) -> int:
         os.close(file)
         raise RowSpaceError(f"{CONFIG_KEY}: no {num_bytes} bytes for overflow rows: {error.strerror}") from error
     return file
-
-
-def _give_back(file: int, offset: int, num_bytes: int) -> None:
-    """Best effort: where it fails, the pages stay until the file is gone."""
-    _libc.fallocate(file, _KEEP_SIZE | _PUNCH_HOLE, offset, num_bytes)
 
 
 def _map_private(address: int, size: int) -> None:

@@ -275,6 +275,7 @@ INFO_LABELS = (
     "policy",
     "prefetch",
     "lookahead_layers",
+    "areas",
     "link",
     "pinned",
     "kernel",

@@ -4,11 +4,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vllm_expert_prefetch.config import CONFIG_KEY, DEFAULT_CPU_FRACTION, ConfigError, ExpertPrefetchConfig
+from vllm_expert_prefetch.config import (
+    CONFIG_KEY,
+    DEFAULT_CPU_FRACTION,
+    OFF,
+    ConfigError,
+    ExpertPrefetchConfig,
+)
 from vllm_expert_prefetch.memory.extent import Extent
 
 GB = 10**9
 DEFAULT_SEQUENCES = 4
+_SECOND_AREA = 0.05
+"""What a second area of overflow rows may cost of the cache, where nobody has asked for it."""
 
 
 @dataclass(frozen=True)
@@ -74,15 +82,43 @@ class MemoryProfile:
         )
 
 
-def cache_bytes(layers: Sequence[LayerShape], slots: Sequence[int], page: int, areas: int = 1) -> int:
+Areas = int | str
+"""Of overflow rows: 1, 2, or "auto", which depends on the number of slots."""
+
+
+def areas_asked(config: ExpertPrefetchConfig, on_gpu: bool) -> Areas:
+    """What `areas` comes to: 1 where nothing is looked ahead. Raises ConfigError where 2 were asked for there."""
+    has_link = on_gpu or config.emulated_link_gbps is not None
+    if config.prefetch == "on" or (config.prefetch != OFF and has_link) or config.areas == 1:
+        return config.areas
+    if config.areas == 2:
+        reason = "prefetch is off" if config.prefetch == OFF else "there is no link to hide on the CPU platform"
+        raise ConfigError(
+            f"{CONFIG_KEY}: areas is 2, and nothing would be copied to the second one: {reason}. Set areas to auto, or "
+            "prefetch to on"
+        )
+    return 1
+
+
+def num_areas(layers: Sequence[LayerShape], slots: Sequence[int], page: int, areas: Areas) -> int:
+    """Areas of overflow rows behind so many `slots` of each layer."""
+    if isinstance(areas, int):
+        return areas
+    one, two = (cache_bytes(layers, slots, page, number) for number in (1, 2))
+    return 2 if 0 < two - one <= _SECOND_AREA * one else 1
+
+
+def cache_bytes(layers: Sequence[LayerShape], slots: Sequence[int], page: int, areas: Areas = 1) -> int:
     """What `slots` of each layer take, with the overflow rows that they share: about (L C + areas (E - C)) records."""
     pairs = list(zip(layers, slots, strict=True))
     private = sum(extent.private for layer, num in pairs for extent in layer.extents(num, page))
     shared = sum(extent.shared for layer, num in set(pairs) for extent in layer.extents(num, page))
-    return private + areas * shared
+    return private + num_areas(layers, slots, page, areas) * shared
 
 
-def size_cache(config: ExpertPrefetchConfig, layers: Sequence[LayerShape], page: int, grows: bool = False) -> list[int]:
+def size_cache(
+    config: ExpertPrefetchConfig, layers: Sequence[LayerShape], page: int, grows: bool = False, areas: Areas = 1
+) -> list[int]:
     """Slots of each layer when it is loaded.
 
     A size in bytes (`cache_gb`) covers slots and overflow rows together, and gives every layer the same number of
@@ -105,13 +141,15 @@ def size_cache(config: ExpertPrefetchConfig, layers: Sequence[LayerShape], page:
                 f"({sum(layer.bytes for layer in layers) / GB:.3g} GB per rank). Drop {CONFIG_KEY}: the experts fit"
             )
         none = [0] * len(layers)
-        slots = _most(layers, config.cache_gb * GB * (1 + 1e-9), page, none) or none
-        return _checked(layers, slots, f"cache_gb = {config.cache_gb:g}", page)
+        slots = _most(layers, config.cache_gb * GB * (1 + 1e-9), page, none, areas) or none
+        return _checked(layers, slots, f"cache_gb = {config.cache_gb:g}", page, areas)
     fraction = 0.0 if grows else DEFAULT_CPU_FRACTION
     return [max(layer.top_k, int(fraction * layer.num_experts)) for layer in layers]
 
 
-def grow_cache(layers: Sequence[LayerShape], slots: Sequence[int], profile: MemoryProfile, page: int) -> list[int]:
+def grow_cache(
+    layers: Sequence[LayerShape], slots: Sequence[int], profile: MemoryProfile, page: int, areas: Areas = 1
+) -> list[int]:
     """Slots of each layer once everything but the KV cache is there: as many as fit, and no fewer than `slots`.
 
     Raises ConfigError where the KV cache that was asked for does not fit beside these.
@@ -122,7 +160,7 @@ def grow_cache(layers: Sequence[LayerShape], slots: Sequence[int], profile: Memo
             f"{profile.available_bytes / GB:.3g} GB beside {profile.cache_bytes / GB:.3g} GB for the experts of one "
             "token. Lower kv_cache_tokens (--kv-cache-memory-bytes), or raise gpu_memory_utilization"
         )
-    return _most(layers, profile.most_cache_bytes, page, slots) or list(slots)
+    return _most(layers, profile.most_cache_bytes, page, slots, areas) or list(slots)
 
 
 def share_of(num_experts: int, fraction: float) -> int:
@@ -130,20 +168,20 @@ def share_of(num_experts: int, fraction: float) -> int:
     return int(fraction * num_experts + 1e-9)
 
 
-def _most(layers: Sequence[LayerShape], num_bytes: float, page: int, fewest: Sequence[int]) -> list[int]:
+def _most(layers: Sequence[LayerShape], num_bytes: float, page: int, fewest: Sequence[int], areas: Areas) -> list[int]:
     """As many slots as fit, none where not even `fewest` do."""
     for most in range(max(layer.num_experts for layer in layers), 0, -1):
         slots = [min(max(most, low), layer.num_experts) for layer, low in zip(layers, fewest, strict=True)]
-        if cache_bytes(layers, slots, page) <= num_bytes:
+        if cache_bytes(layers, slots, page, areas) <= num_bytes:
             return slots
     return []
 
 
-def _checked(layers: Sequence[LayerShape], slots: list[int], source: str, page: int) -> list[int]:
+def _checked(layers: Sequence[LayerShape], slots: list[int], source: str, page: int, areas: Areas = 1) -> list[int]:
     for layer, num_slots in zip(layers, slots, strict=True):
         if num_slots < layer.top_k:
             needed = max(other.top_k for other in layers)
-            enough = cache_bytes(layers, [min(needed, other.num_experts) for other in layers], page)
+            enough = cache_bytes(layers, [min(needed, other.num_experts) for other in layers], page, areas)
             raise ConfigError(
                 f"{CONFIG_KEY}: {source} gives {num_slots} slots per layer, and one token needs {needed} (top-k). "
                 f"Give at least slots_per_layer = {needed}, i.e. cache_gb = {_round_up(enough / GB):.3g} per rank"

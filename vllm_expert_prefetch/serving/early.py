@@ -13,7 +13,7 @@ from vllm_expert_prefetch.lookahead.create import check_distance
 from vllm_expert_prefetch.memory.host_limit import check_experts_fit
 from vllm_expert_prefetch.memory.host_memory import check_can_lock
 from vllm_expert_prefetch.planning.checkpoint import read_layer_shapes
-from vllm_expert_prefetch.planning.sizing import share_of, size_cache
+from vllm_expert_prefetch.planning.sizing import Areas, areas_asked, share_of, size_cache
 from vllm_expert_prefetch.prediction import ArtifactError
 from vllm_expert_prefetch.prediction.artifact import load_card
 from vllm_expert_prefetch.serving import compat
@@ -29,7 +29,7 @@ def check_settings(vllm_config: Any, config: ExpertPrefetchConfig) -> None:
     num_layers = getattr(model.hf_text_config, "num_hidden_layers", None)
     if isinstance(num_layers, int) and config.prefetch != OFF:
         check_distance(config, num_layers, "layers")
-    _check_bytes(vllm_config, config)
+    _check_bytes(vllm_config, config, areas_asked(config, compat.on_cuda_platform()))
     if config.artifact is None and config.predictor not in _WITHOUT_ARTIFACT:
         raise ConfigError(
             f"{CONFIG_KEY}: predictor {config.predictor} needs an artifact: vllm-expert-prefetch calibrate makes one"
@@ -58,7 +58,7 @@ def _check_slots(config: ExpertPrefetchConfig, num_experts: int, top_k: Any) -> 
         )
 
 
-def _check_bytes(vllm_config: Any, config: ExpertPrefetchConfig) -> None:
+def _check_bytes(vllm_config: Any, config: ExpertPrefetchConfig, areas: Areas) -> None:
     """Whether the experts fit the cache and this host: where the checkpoint is here and not quantised; else when the
     model is loaded.
     """
@@ -71,7 +71,7 @@ def _check_bytes(vllm_config: Any, config: ExpertPrefetchConfig) -> None:
     num_ranks = parallel.tensor_parallel_size
     layers = read_layer_shapes(folder, num_layers, top_k, model.dtype.itemsize, num_ranks)
     if layers and config.cache_gb is not None:
-        size_cache(config, layers, mmap.PAGESIZE)
+        size_cache(config, layers, mmap.PAGESIZE, areas=areas)
     if layers:
         num_bytes = sum(layer.bytes for layer in layers)
         check_experts_fit(num_bytes * compat.ranks_on_this_host(parallel))

@@ -12,8 +12,10 @@ from vllm_expert_prefetch.planning.sizing import (
     GB,
     LayerShape,
     MemoryProfile,
+    areas_asked,
     cache_bytes,
     grow_cache,
+    num_areas,
     size_cache,
 )
 from vllm_expert_prefetch.serving import compat
@@ -38,6 +40,9 @@ class CacheSizes:
         self._vllm_config, self._config = vllm_config, config
         self._shapes: list[LayerShape] = []
         self._page = 0
+        self._areas_asked = areas_asked(config, compat.on_cuda_platform())
+        self.areas = 1
+        """Of overflow rows; decided with the slots."""
         self.slots: list[int] = []
         """Of each layer, in order; there once the first one is complete."""
         self.grows = False
@@ -69,10 +74,11 @@ class CacheSizes:
             self.grows, self.description = False, "every expert fits"
             self.slots = [shape.num_experts for shape in self._shapes]
         else:
-            self.slots = size_cache(self._config, self._shapes, self._page, self.grows)
+            self.slots = size_cache(self._config, self._shapes, self._page, self.grows, self._areas_asked)
             self.grows = self.grows and self.slots != [shape.num_experts for shape in self._shapes]
             given = [f"{name} = {getattr(self._config, name)}" for name in self._config.sizes_given]
             self.description = given[0] if given else "default"
+        self.areas = num_areas(self._shapes, self.slots, self._page, self._areas_asked)
 
     def grow(self, requested: int, activations: int, available: int, sequence: int) -> int:
         """Take what vLLM's KV cache need not have, and return what is left for that. All in bytes.
@@ -84,11 +90,12 @@ class CacheSizes:
         asked = self._vllm_config.cache_config.kv_cache_memory_bytes or None
         if self._config.kv_cache_tokens is not None:
             asked = -(-sequence * self._config.kv_cache_tokens // self._vllm_config.model_config.max_model_len)
-        before = cache_bytes(self._shapes, self.slots, self._page)
+        before = cache_bytes(self._shapes, self.slots, self._page, self.areas)
         profile = MemoryProfile(requested, activations, available, before, sequence, asked)
-        self.slots = grow_cache(self._shapes, self.slots, profile, self._page)
+        self.slots = grow_cache(self._shapes, self.slots, profile, self._page, self._areas_asked)
+        self.areas = num_areas(self._shapes, self.slots, self._page, self._areas_asked)
         self.description = profile.describe()
-        left = available + before - cache_bytes(self._shapes, self.slots, self._page)
+        left = available + before - cache_bytes(self._shapes, self.slots, self._page, self.areas)
         return left if asked is None else min(asked, left)
 
     def _all_fit(self, layer: "CachedRoutedExperts", tensors: dict[str, torch.Tensor]) -> bool:

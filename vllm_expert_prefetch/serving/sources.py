@@ -249,6 +249,7 @@ def create_look_ahead_of(
     config: ExpertPrefetchConfig,
     caches: Caches | None,
     link_bytes_per_second: float,
+    preloads: bool = False,
 ) -> tuple[LookAhead | None, str]:
     """The look-ahead of a loaded model, and its name for the start-up line; or None, and why there is none.
 
@@ -262,7 +263,7 @@ def create_look_ahead_of(
         return None, str(reason)
     try:
         gates = [source.gate for source in _sources_of(model, layers)]
-        look_ahead = create_look_ahead(config, gates, caches, link_bytes_per_second, layers[0].accelerator)
+        look_ahead = create_look_ahead(config, gates, caches, link_bytes_per_second, layers[0].accelerator, preloads)
     except (NotFound, ArtifactError) as error:
         if config.prefetch == "on" or config.artifact is not None or config.predictor != AUTO:
             raise ConfigError(

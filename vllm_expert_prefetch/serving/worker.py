@@ -105,10 +105,11 @@ class Worker:
                 compat.install_offloader(self.caches.join)
         key = (num_slots, *((name, view.shape, view.dtype) for name, view in store.views.items()))
         if key not in self._groups:
-            self._groups[key] = create_shared_rows(store.views, num_slots, 1, layer.accelerator), []
+            self._groups[key] = create_shared_rows(store.views, num_slots, self.sizes.areas, layer.accelerator), []
         shared, numbers = self._groups[key]
+        space = shared.row_space(len(numbers))
         numbers.append(layer.number)
-        return self.caches.add(layer.number, store, shared.row_space(0), num_slots, layer.top_k, self.config.policy)
+        return self.caches.add(layer.number, store, space, num_slots, layer.top_k, self.config.policy)
 
     def measured(self, requested: int, activations: int, available: int, sequence: int) -> int:
         """vLLM has measured memory: grow the cache and start. Returns what is left for the KV cache.
@@ -132,7 +133,7 @@ class Worker:
         layers = self.layers
         for shared, numbers in self._groups.values():
             num_slots = self.sizes.slots[numbers[0]]
-            shared.grow(num_slots)
+            shared.grow(num_slots, self.sizes.areas)
             for layer in (layers[number] for number in numbers):
                 layer.look_ahead = None
                 if num_slots < layer.local_num_experts:
@@ -195,7 +196,9 @@ class Worker:
             compat.logger().info("expert_prefetch: %s", line)
 
     def _look_ahead(self, model: torch.nn.Module, link_rate: float) -> LookAhead | None:
-        look_ahead, self.prefetch = create_look_ahead_of(model, self.layers, self.config, self.caches, link_rate)
+        look_ahead, self.prefetch = create_look_ahead_of(
+            model, self.layers, self.config, self.caches, link_rate, self.sizes.areas > 1
+        )
         self.execution = describe_execution(self.config, look_ahead, len(self._layers), self.prefetch)
         for layer in self.layers:
             layer.look_ahead = look_ahead
@@ -210,8 +213,9 @@ class Worker:
         num_served = sum(layer.cache is not None for layer in layers)
         return [
             f"{len(layers)} MoE layers x {span(experts)} experts, {span(slots)} slots each: {private / GB:.4g} GB "
-            f"cache ({share:.0f} % of the experts), {shared / GB:.4g} GB overflow rows; on the host {store / GB:.4g} "
-            f"GB, {'page-locked' if self._is_pinned() else 'pageable'}",
+            f"cache ({share:.0f} % of the experts), {shared / GB:.4g} GB overflow rows"
+            f"{' in two areas' if shared and self.sizes.areas == 2 else ''}; on the host {store / GB:.4g} GB, "
+            f"{'page-locked' if self._is_pinned() else 'pageable'}",
             f"policy {self.config.policy}, execution {self.execution}, prefetch {self.prefetch}{self._depth()}; kernel "
             f"{self._kernels()} of {self._quant_methods()}, engine {self._engine_name()}, link "
             f"{self._link() or 'not emulated'}; sized by {self.sizes.description}",
@@ -232,6 +236,7 @@ class Worker:
             "policy": self.config.policy,
             "prefetch": self.prefetch,
             "lookahead_layers": str(look_ahead.depth if look_ahead else 0),
+            "areas": str(self.sizes.areas if self.caches else 0),
             "link": str(self._link() or "real"),
             "pinned": str(self._is_pinned()).lower(),
             "kernel": self._kernels(),

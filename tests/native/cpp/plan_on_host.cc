@@ -131,9 +131,11 @@ struct Reference {
                 Outcome& out) {
     Alone team;
     SlotWords lane{made.words.data()};
-    find_first(team, layer, ids.tokens, num_preloaded, false, scratch);
+    TokenIds<int32_t> tokens = ids.tokens;
+    tokens.num_counting = static_cast<int>(layer.header[kTopK]);
+    find_first(team, layer, tokens, num_preloaded, false, scratch);
     if (count_needed(team, layer, scratch) > layer.num_slots()) {
-      out.num_loads = plan_preload(team, layer, lane, ids.tokens, num_preloaded, scratch, loads.data());
+      out.num_loads = plan_preload(team, layer, lane, tokens, num_preloaded, scratch, loads.data());
     } else {
       out.num_loads = plan_prefetch(team, layer, lane, ids, num_ids, budget, is_far, scratch, loads.data());
     }
@@ -180,7 +182,7 @@ void walk(Totals& totals) {
     std::vector<int32_t> ids;
     std::vector<int64_t> real, mirror(kHeaderWords);
     for (int token = 0; token < num_tokens; ++token) real.push_back(pick(0, 5) ? 3 : -1);
-    const int per_token = pick(0, 2) ? top_k : std::max(1, top_k / 2);
+    const int per_token = pick(0, 2) ? top_k : pick(0, 1) ? top_k + 1 : std::max(1, top_k / 2);
     const int num_ids = num_tokens * per_token;
     for (int i = 0; i < num_ids; ++i) {
       ids.push_back(pick(0, 9) ? pick(0, spread - 1) : pick(0, 5) ? -1 : num_experts + pick(0, 3));
@@ -188,8 +190,8 @@ void walk(Totals& totals) {
     Outcome expected(num_experts, ids.size()), found(num_experts, ids.size());
     Reference reference(one, num_ids);
     if (pick(0, 2) == 0) {
-      const PredictedIds<int32_t> predicted{{ids.data(), real.data(), per_token}, num_tokens};
-      const bool preloads = num_ids > num_experts;
+      const PredictedIds<int32_t> predicted{{ids.data(), real.data(), per_token, per_token}, num_tokens};
+      const bool preloads = pick(0, 2);
       const int32_t wanted[] = {pick(-1, 6), pick(0, per_token + 1)};
       const int num_counting = std::min(wanted[1], per_token) * num_tokens;
       const bool is_far = pick(0, 1);
@@ -204,7 +206,7 @@ void walk(Totals& totals) {
       });
       found.num_extra = expected.num_extra;
     } else {
-      const TokenIds<int32_t> routed{ids.data(), real.data(), per_token};
+      const TokenIds<int32_t> routed{ids.data(), real.data(), per_token, per_token};
       const bool is_speculated = pick(0, 4) == 0;
       reference.step(routed, num_ids, is_speculated, expected);
       launch(shared, [&] {

@@ -19,11 +19,17 @@ from vllm_expert_prefetch.planning.sizing import LayerShape, areas_asked, size_c
 from vllm_expert_prefetch.prediction import ArtifactError
 from vllm_expert_prefetch.residency import POLICIES
 from vllm_expert_prefetch.serving import compat, worker
+from vllm_expert_prefetch.serving.scheduling import bound_of
 from vllm_expert_prefetch.serving.sizes import CacheSizes
 from vllm_expert_prefetch.serving.speculation import describe_execution
 from vllm_expert_prefetch.serving.worker import Worker
 
 pytestmark = pytest.mark.skipif(host_library() is None, reason=str(why_not_host()))
+
+
+class VllmConfig:
+    speculative_config = None
+
 
 SHAPES = [LayerShape(8, 2, (4096, 4096))] * 4
 
@@ -31,7 +37,7 @@ SHAPES = [LayerShape(8, 2, (4096, 4096))] * 4
 def made_worker(monkeypatch, config):
     """A worker with one layer of eight experts, half of them with a slot, and its cache."""
     monkeypatch.setattr(compat, "on_cuda_platform", lambda: False)
-    made = Worker(SimpleNamespace(), config)
+    made = Worker(SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=512)), config)
     layer = SimpleNamespace(accelerator=torch.device("cpu"), number=0, top_k=TOP_K, local_num_experts=8)
     layer.layer_name, layer.look_ahead, layer.quant_method = "model.layers.0.mlp.experts", None, None
     made._layers.append(lambda: layer)
@@ -107,6 +113,18 @@ def areas(monkeypatch, tmp_path, config):
     return areas_asked(config, on_gpu=True), size_cache(config, SHAPES, 4096, areas=areas_asked(config, on_gpu=True))
 
 
+class Scheduler:
+    max_num_scheduled_tokens = 512
+
+    def __init__(self, config):
+        self.vllm_config = VllmConfig()
+        self.vllm_config.additional_config = {"expert_prefetch": config}
+
+
+def decode_delay(monkeypatch, tmp_path, config):
+    return bound_of(Scheduler({"max_decode_delay_ms": config.max_decode_delay_ms})) is None
+
+
 def artifact(monkeypatch, tmp_path, config):
     try:
         return choose_predictors(config, make_gates(), 1)[1]
@@ -145,6 +163,7 @@ def self_check(monkeypatch, tmp_path, config):
     monkeypatch.setattr(worker, "verify_rows", lambda *_: None)
     monkeypatch.setattr(worker, "prove", lambda layers, renew: proved.extend(layers))
     monkeypatch.setattr(worker, "create_look_ahead_of", lambda *_: (None, "off"))
+    monkeypatch.setattr(worker, "measure_prompt_step", lambda *_: None)
     monkeypatch.setattr(made, "_publish", lambda *_: None)
     monkeypatch.setattr(made.layers[0], "expert_tensors", {}, raising=False)
     made.start(torch.nn.Module())
@@ -176,6 +195,7 @@ TABLE = {
     "over_fetch": (over_fetch, {"over_fetch": 0}, {"over_fetch": 3}),
     "lookahead_layers": (distance, {"lookahead_layers": 1}, {"lookahead_layers": 2}),
     "areas": (areas, {"areas": 1, "cache_gb": 0.0002}, {"areas": 2, "cache_gb": 0.0002}),
+    "max_decode_delay_ms": (decode_delay, {}, {"max_decode_delay_ms": 50}),
     "artifact": (artifact, {}, {"artifact": "/nowhere"}),
     "pin_memory": (pinned, {"pin_memory": "off"}, {"pin_memory": "on"}),
     "numa_node": (numa_node, {}, {"numa_node": 0}),

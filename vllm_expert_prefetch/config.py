@@ -157,6 +157,12 @@ class ExpertPrefetchConfig:
         "Areas of overflow rows: with 2, what a prompt needs of the next layer is copied while a layer computes. "
         "`auto`: 2 where look-ahead is on and the second one costs at most 5 % of the cache.",
     )
+    max_decode_delay_ms: _Positive | None = _key(
+        None,
+        "What a step that decodes may take when prompts come beside it, in milliseconds: such a step takes as many "
+        "prompt tokens as keep it within this, as timed while serving, but 16 at least. Decodes get steadier, prompts "
+        "slower. Unset: as many as vLLM's `max_num_batched_tokens` allows.",
+    )
     artifact: StrictStr | None = _key(None, "Folder that `vllm-expert-prefetch calibrate` has written for this model.")
     pin_memory: _Switch = _key(
         AUTO,

@@ -105,6 +105,8 @@ WRITTEN = {
     "predictor": ("previous", "previous"),
     "over_fetch": ("2", 2),
     "lookahead_layers": ("3", 3),
+    "areas": ("2", 2),
+    "max_decode_delay_ms": ("50", 50.0),
     "artifact": ("a/folder", "a/folder"),
     "pin_memory": ("off", "off"),
     "numa_node": ("1", 1),

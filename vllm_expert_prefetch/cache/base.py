@@ -163,9 +163,7 @@ def check_tables(row_of: list[int], expert_in: list[int], flags: list[int], free
     preloaded = {expert for expert, row in placed.items() if row >= words.num_slots}
     assert words.num_preloaded == len(preloaded), f"{words.num_preloaded} counted, preloaded are {preloaded}"
     states = {expert: flag & (ranked | in_flight) for expert, flag in enumerate(flags) if flag & (ranked | in_flight)}
-    assert states.keys() | preloaded == placed.keys(), (
-        f"ranked or in flight are {states.keys()} of {placed.keys()}"
-    )
+    assert states.keys() | preloaded == placed.keys(), f"ranked or in flight are {states.keys()} of {placed.keys()}"
     assert set(states.values()) <= {ranked, in_flight}, f"both ranked and in flight: {states}"
     assert words.num_in_flight == list(states.values()).count(in_flight), f"{words.num_in_flight} counted: {states}"
     empty = [slot for slot, expert in enumerate(expert_in[: words.num_slots]) if expert < 0]

@@ -28,6 +28,7 @@ def install() -> None:
     _extend_platform(compat.platform_class())
     _extend_model_loader()
     _extend_worker()
+    _extend_scheduler()
 
 
 def _replace_layers() -> None:
@@ -107,6 +108,12 @@ def _extend_worker() -> None:
     from vllm_expert_prefetch.serving.steps import extend_worker
 
     extend_worker()
+
+
+def _extend_scheduler() -> None:
+    from vllm_expert_prefetch.serving.scheduling import extend_scheduler
+
+    extend_scheduler()
 
 
 def _show_metrics() -> None:

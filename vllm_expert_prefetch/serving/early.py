@@ -17,6 +17,7 @@ from vllm_expert_prefetch.planning.sizing import Areas, areas_asked, share_of, s
 from vllm_expert_prefetch.prediction import ArtifactError
 from vllm_expert_prefetch.prediction.artifact import load_card
 from vllm_expert_prefetch.serving import compat
+from vllm_expert_prefetch.serving.scheduling import check_scheduler
 
 _WITHOUT_ARTIFACT = (AUTO, "router", "previous")
 _NODES = Path("/sys/devices/system/node")
@@ -29,6 +30,7 @@ def check_settings(vllm_config: Any, config: ExpertPrefetchConfig) -> None:
     num_layers = getattr(model.hf_text_config, "num_hidden_layers", None)
     if isinstance(num_layers, int) and config.prefetch != OFF:
         check_distance(config, num_layers, "layers")
+    check_scheduler(vllm_config, config)
     _check_bytes(vllm_config, config, areas_asked(config, compat.on_cuda_platform()))
     if config.artifact is None and config.predictor not in _WITHOUT_ARTIFACT:
         raise ConfigError(

@@ -74,7 +74,7 @@ class Step:
     def __init__(self, cache: LayerCache, device: torch.device, width: int) -> None:
         self._cache = cache
         self.ids = torch.zeros(width, cache.top_k, dtype=torch.int32, device=device)
-        self._guess = torch.zeros(cache.top_k, dtype=torch.int64, device=device)
+        self._guesses = torch.zeros(width, cache.top_k, dtype=torch.int64, device=device)
         self.num_real = width if width == 1 else width - 1
         self._rows: Rows = self.num_real
         if cache.on_device:
@@ -84,16 +84,21 @@ class Step:
         self.row_ids = torch.zeros_like(self.ids)
 
     def route(self, generator: torch.Generator) -> None:
-        """Other experts; half of the guess is right."""
-        scores = torch.rand((len(self.ids) + 1, self._cache.num_experts), generator=generator)
-        ids = scores.topk(self._cache.top_k).indices
-        ids[-1, ::2] = ids[0, ::2]
-        self.ids.copy_(ids[:-1])
-        self._guess.copy_(ids[-1])
+        """Other experts; half of the guesses are right."""
+        ids, guesses = (
+            torch.rand((len(self.ids), self._cache.num_experts), generator=generator).topk(self._cache.top_k).indices
+            for _ in range(2)
+        )
+        guesses[:, ::2] = ids[:, ::2]
+        self.ids.copy_(ids)
+        self._guesses.copy_(guesses)
 
     def run(self) -> None:
         """A row for each id, into `row_ids`."""
-        self._cache.prefetch(self._guess, self._rows)
+        if len(self.ids) > 1:  # of many tokens: what finds no slot comes to overflow rows
+            self._cache.preload(self._guesses, self._rows)
+        else:
+            self._cache.prefetch(self._guesses[0], self._rows)
         self.row_ids.copy_(self._cache.serve(self.ids, self._rows))
 
     def capture(self) -> torch.cuda.CUDAGraph:

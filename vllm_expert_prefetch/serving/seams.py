@@ -66,6 +66,9 @@ config.offload:OffloadConfig.prefetch
 config.offload:OffloadConfig.offload_backend
 config.scheduler:SchedulerConfig.max_num_batched_tokens
 config.scheduler:SchedulerConfig.max_num_seqs
+config.scheduler:SchedulerConfig.enable_chunked_prefill
+config.scheduler:SchedulerConfig.long_prefill_token_threshold
+config.scheduler:SchedulerConfig.scheduler_cls
 config.speculative:SpeculativeConfig.draft_model_config
 config.speculative:SpeculativeConfig.target_model_config
 config.parallel:ParallelConfig.enable_expert_parallel
@@ -120,6 +123,14 @@ v1.core.sched.output:CachedRequestData.resumed_req_ids
 v1.core.sched.output:SchedulerOutput.scheduled_new_reqs
 v1.core.sched.output:SchedulerOutput.scheduled_cached_reqs
 v1.core.sched.output:SchedulerOutput.total_num_scheduled_tokens
+v1.core.sched.output:SchedulerOutput.num_scheduled_tokens
+v1.core.sched.scheduler:Scheduler.schedule
+v1.core.sched.scheduler:Scheduler.update_from_output(scheduler_output)
+v1.core.sched.scheduler:Scheduler.max_num_scheduled_tokens
+v1.core.sched.scheduler:Scheduler.running
+v1.core.sched.scheduler:Scheduler.scheduler_config
+v1.request:Request.num_output_tokens
+v1.request:Request.spec_token_ids
 v1.kv_cache_interface:KVCacheSpec.max_memory_usage_bytes(vllm_config)
 v1.kv_cache_interface:KVCacheSpec.page_size_bytes
 v1.worker.worker_base:WorkerWrapperBase.init_device

@@ -20,6 +20,7 @@ from vllm_expert_prefetch.metrics.publish import Publisher
 from vllm_expert_prefetch.metrics.scrape_port import serve_counters
 from vllm_expert_prefetch.planning.sizing import GB
 from vllm_expert_prefetch.serving import compat
+from vllm_expert_prefetch.serving.advice import PromptStep, measure_prompt_step
 from vllm_expert_prefetch.serving.places import place_of
 from vllm_expert_prefetch.serving.proof import prove
 from vllm_expert_prefetch.serving.sizes import CacheSizes
@@ -53,6 +54,7 @@ class Worker:
         self._began = self._said = 0.0
         """When the first layer was complete, and when the log last said how far the load is."""
         self.execution = config.execution
+        self._prompt_step: PromptStep | None = None
         self.prefetch = ""
         """The look-ahead's name, or why there is none; there once the model is loaded."""
         self.publisher: Publisher | None = None
@@ -191,9 +193,15 @@ class Worker:
         else:
             compat.logger().warning("expert_prefetch: self_check is off: NOTHING is proved of copies and kernels here")
         link_rate = caches.measure_bandwidth() if caches else 0.0
+        self._prompt_step = self._measure_prompt_step(link_rate)
         self.publisher = self._publish(self._look_ahead(model, link_rate), link_rate)
         for line in self.describe():
             compat.logger().info("expert_prefetch: %s", line)
+
+    def _measure_prompt_step(self, link_rate: float) -> PromptStep | None:
+        served = [layer for layer in self.layers if layer.cache is not None]
+        most = self._vllm_config.scheduler_config.max_num_batched_tokens
+        return measure_prompt_step(served, link_rate, most) if served else None
 
     def _look_ahead(self, model: torch.nn.Module, link_rate: float) -> LookAhead | None:
         look_ahead, self.prefetch = create_look_ahead_of(
@@ -221,6 +229,11 @@ class Worker:
             f"{self._link() or 'not emulated'}; sized by {self.sizes.description}",
             f"proved: all {len(layers)} MoE layers were taken over, {num_served} read their row spaces, no other copy "
             "of their experts can be reached" + (f", {self._proved()}" if num_served else ""),
+            *(
+                [self._prompt_step.describe(self._vllm_config.scheduler_config.max_num_batched_tokens)]
+                if self._prompt_step
+                else []
+            ),
             "look: vllm_expert_prefetch_* on the server's /metrics, or vllm-expert-prefetch top URL",
         ]
 

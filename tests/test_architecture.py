@@ -46,6 +46,7 @@ WITHOUT_TORCH = (
     "native.library",
     "residency",
     "planning.sizing",
+    "planning.plan",
     "metrics.collector",
     "metrics.counters",
     "cli.main",

@@ -25,9 +25,6 @@ class Place:
     """The machine of a plan, and what of it was assumed."""
 
     machine: Machine
-    memory_bytes: float
-    capability: int
-    host_bytes: float | None
     description: str
     assumed: tuple[str, ...] = ()
 
@@ -72,11 +69,11 @@ def run(args: argparse.Namespace) -> int:
         return 0
     try:
         place, plan = _plan(args)
-        others = alternatives(plan, place.memory_bytes, place.capability)
+        others = alternatives(plan)
         if args.plot:
             from vllm_expert_prefetch.cli.plan_picture import draw
 
-            draw(plan, place.capability, args.plot)
+            draw(plan, args.plot)
     except (ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -123,8 +120,7 @@ def _plan(args: argparse.Namespace) -> tuple[Place, Plan]:
     context = args.context or min(_DEFAULT_CONTEXT, model.architecture.max_context)
     load = Load(context, args.concurrency, _KV_BYTES[args.kv_cache_dtype])
     config = ExpertPrefetchConfig(cache_gb=args.cache_gb) if args.cache_gb else None
-    fixed = (load, ranks, config, place.capability, place.host_bytes)
-    return place, make_plan(model, place.machine, place.memory_bytes, *fixed)
+    return place, make_plan(model, place.machine, load, ranks, config)
 
 
 def _ranks(args: argparse.Namespace) -> Ranks:
@@ -148,22 +144,25 @@ def _place(args: argparse.Namespace) -> Place:
     if args.gpu is None and args.gpu_memory is None:
         raise ConfigError("say for which machine: --gpu NAME (plan --list), --gpu-memory GB, or --measure")
     gpu = find_gpu(args.gpu) if args.gpu else gpu_like(args.gpu_memory * GB)
-    assumed = () if args.gpu else (f"assumed: the memory bandwidth and FLOPS of the {gpu.name}; name yours with --gpu",)
     link = find_link(gpu.link)
     gbps = args.link_gbps or link.gbps
+    assumed = []
+    if not args.gpu:
+        assumed.append(f"assumed: the memory bandwidth and FLOPS of the {gpu.name}; name yours with --gpu")
     if not args.link_gbps and not args.gpu:
-        assumed += (f"assumed: a link of {gbps:g} GB/s ({link.name}); give yours with --link-gbps",)
+        assumed.append(f"assumed: a link of {gbps:g} GB/s ({link.name}); give yours with --link-gbps")
     memory = args.gpu_memory * GB if args.gpu_memory else float(gpu.memory_bytes)
-    return _place_of(args, gpu, gbps, memory, args.host_memory * GB if args.host_memory else None, assumed)
+    return _place_of(args, gpu, gbps, memory, args.host_memory * GB if args.host_memory else None, tuple(assumed))
 
 
 def _place_of(
     args: argparse.Namespace, gpu: Gpu, gbps: float, memory: float, host: float | None, assumed: tuple[str, ...]
 ) -> Place:
-    machine = Machine(gpu.bandwidth_gbps * 1e9, gpu.bf16_tflops and gpu.bf16_tflops * 1e12, gbps * 1e9)
+    flops = gpu.bf16_tflops and gpu.bf16_tflops * 1e12
+    machine = Machine(memory, gpu.bandwidth_gbps * 1e9, flops, gbps * 1e9, gpu.capability, host)
     name = gpu.name if args.gpu or args.measure else "a GPU"
     description = f"{name} with {memory / GB:.1f} GB, link {gbps:g} GB/s"
-    return Place(machine, memory, gpu.capability, host, description, assumed)
+    return Place(machine, description, assumed)
 
 
 def _measured(args: argparse.Namespace) -> Place:

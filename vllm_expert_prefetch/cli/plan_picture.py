@@ -12,7 +12,7 @@ _PLENTY = 1e15
 """Bytes: what any cache fits."""
 
 
-def draw(plan: Plan, capability: int, path: Path) -> None:
+def draw(plan: Plan, path: Path) -> None:
     """Write a PNG. Raises ConfigError without matplotlib."""
     try:
         import matplotlib as mpl
@@ -21,7 +21,7 @@ def draw(plan: Plan, capability: int, path: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    swept = _sweep(plan, capability)
+    swept = _sweep(plan)
     sizes = [other.budget.cache_bytes / GB for other in swept]
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), constrained_layout=True)
     for axis, name, unit, label in (
@@ -43,27 +43,18 @@ def draw(plan: Plan, capability: int, path: Path) -> None:
     axes[1].set(ylim=(0, 102))
     axes[1].legend(loc="lower right")
     link = plan.machine.link_bytes_per_second / 1e9
-    figure.suptitle(
-        f"{plan.model.name}, {plan.model.form}, {plan.load.concurrency} x {plan.load.context} tokens, link {link:g} GB/s"
-    )
+    served = f"{plan.load.concurrency} x {plan.load.context} tokens"
+    figure.suptitle(f"{plan.model.name}, {plan.model.form}, {served}, link {link:g} GB/s")
     figure.savefig(path, dpi=90, format="png")
     plt.close(figure)
 
 
-def _sweep(plan: Plan, capability: int) -> list[Plan]:
+def _sweep(plan: Plan) -> list[Plan]:
     first = plan.budget.layers[0]
     step = max(1, (first.num_experts - first.top_k) // _POINTS)
     slots = [*range(first.top_k, first.num_experts, step), first.num_experts]
-    model = replace(plan.model)
+    machine = replace(plan.machine, memory_bytes=_PLENTY, host_bytes=None)
     return [
-        make_plan(
-            model,
-            plan.machine,
-            _PLENTY,
-            plan.load,
-            plan.ranks,
-            ExpertPrefetchConfig(slots_per_layer=number),
-            capability,
-        )
+        make_plan(plan.model, machine, plan.load, plan.ranks, ExpertPrefetchConfig(slots_per_layer=number))
         for number in slots
     ]

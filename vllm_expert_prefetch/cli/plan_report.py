@@ -33,8 +33,9 @@ def as_text(plan: Plan, others: Mapping[str, Plan], place: str, command: str, no
         "",
         f"hit rate     {_percent(plan.hits)}",
         f"TPOT         {_milliseconds(plan.tpot)}; without look-ahead {_milliseconds(plan.tpot_without)}",
-        f"  at least   {max(plan.compute_bound, plan.link_bound) * MS:.1f} ms: the accelerator {plan.compute_bound * MS:.1f} ms, "
-        f"the link {plan.link_bound * MS:.1f} ms ({plan.bytes_per_token / 1e6:.1f} MB per token)",
+        f"  at least   {max(plan.compute_bound, plan.link_bound) * MS:.1f} ms: the accelerator "
+        f"{plan.compute_bound * MS:.1f} ms, the link {plan.link_bound * MS:.1f} ms "
+        f"({plan.bytes_per_token / 1e6:.1f} MB per token)",
         f"TTFT         {plan.ttft * MS:.0f} ms for {plan.prompt_tokens} tokens, at least {plan.ttft_bound * MS:.0f} ms",
         "",
         "hit rate   MB per token   link ms   TPOT at least, ms",

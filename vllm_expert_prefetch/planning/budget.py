@@ -1,7 +1,8 @@
 """Whether a model fits: memory on each accelerator and on the host, by the arithmetic that the worker starts with."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig
 from vllm_expert_prefetch.planning.formats import other_bytes_per_parameter, row_bytes
@@ -15,11 +16,14 @@ from vllm_expert_prefetch.planning.sizing import (
     grow_cache,
     size_cache,
 )
+from vllm_expert_prefetch.planning.timing import Machine
 
 PAGE = 2 << 20
 """What CUDA maps at least."""
 UTILIZATION = 0.9
 """`--gpu-memory-utilization` of the command that is recommended."""
+_SHORTEST = 512
+"""Tokens of a context below which none is recommended."""
 BATCHED_TOKENS = 2048
 """Of the widest step, vLLM's default on GPUs below 80 GB."""
 
@@ -36,6 +40,9 @@ class Ranks:
     def number(self) -> int:
         """GPUs."""
         return self.tp * self.pp
+
+
+ALONE = Ranks()
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,7 @@ def layer_shapes(model: Model, ranks: Ranks, capability: int = 90) -> list[Layer
 def other_weights_bytes(model: Model, layers: list[LayerShape], ranks: Ranks) -> int:
     """Of one rank, beside routed experts: what the files take, else counted from the configuration."""
     architecture = model.architecture
-    if model.total_bytes is not None and ranks == Ranks():
+    if model.total_bytes is not None and ranks == ALONE:
         return max(0, model.total_bytes - sum(layer.bytes for layer in layers))
     dense = architecture.dense_parameters * other_bytes_per_parameter(model.form)
     return (dense + 2 * architecture.embedding_parameters) // (ranks.tp * ranks.pp)
@@ -109,28 +116,26 @@ def other_weights_bytes(model: Model, layers: list[LayerShape], ranks: Ranks) ->
 
 def make_budget(
     model: Model,
-    memory_bytes: float,
+    machine: Machine,
     load: Load,
-    ranks: Ranks = Ranks(),
+    ranks: Ranks = ALONE,
     config: ExpertPrefetchConfig | None = None,
-    capability: int = 90,
     page: int = PAGE,
 ) -> Budget:
-    """What each rank holds. `memory_bytes`: of one accelerator; `config`: a size that is given for the cache.
+    """What each rank holds. `config`: a size that is given for the cache; None: all that is left.
 
     Raises ConfigError, with what is missing and the nearest setting that works, where not even the experts of one token
     fit beside everything else.
     """
-    architecture, layers = model.architecture, layer_shapes(model, ranks, capability)
-    weights = other_weights_bytes(model, layers, ranks)
-    activations = activation_bytes(BATCHED_TOKENS, architecture.hidden_size, load.concurrency, architecture.vocab_size)
-    kv = kv_bytes(model, load, ranks)
-    requested = int(UTILIZATION * memory_bytes)
+    layers = layer_shapes(model, ranks, machine.capability)
     fewest = size_cache(config or ExpertPrefetchConfig(), layers, page, grows=True)
     smallest = cache_bytes(layers, fewest, page)
+    weights, activations = other_weights_bytes(model, layers, ranks), _activations(model, load)
+    kv = kv_bytes(model, load, ranks)
+    requested = int(UTILIZATION * machine.memory_bytes)
     available = requested - weights - activations - smallest
     if available < kv:
-        raise ConfigError(_too_little(model, memory_bytes, load, ranks, weights + activations + smallest))
+        raise ConfigError(_too_little(model, machine, load, ranks, weights + activations + smallest))
     slots = fewest
     if config is None or not config.sizes_given:
         profile = MemoryProfile(requested, activations, available, smallest, max(1, kv // load.concurrency), kv)
@@ -146,26 +151,51 @@ def kv_bytes(model: Model, load: Load, ranks: Ranks) -> int:
     return math.ceil(load.concurrency * one / ranks.pp)
 
 
-def _too_little(model: Model, memory_bytes: float, load: Load, ranks: Ranks, fixed: int) -> str:
-    """What is missing, and what would do."""
+def _activations(model: Model, load: Load) -> int:
+    shape = model.architecture
+    return activation_bytes(BATCHED_TOKENS, shape.hidden_size, load.concurrency, shape.vocab_size)
+
+
+def _too_little(model: Model, machine: Machine, load: Load, ranks: Ranks, fixed: int) -> str:
+    """What is missing, and what would do. `fixed`: bytes that do not depend on context and concurrency."""
     kv = kv_bytes(model, load, ranks)
     needed = (fixed + kv) / UTILIZATION
-    room = UTILIZATION * memory_bytes - fixed
-    ways = [f"--gpu-memory {math.ceil(needed / GB)}"]
-    if room > 0:
-        tokens = load.context
-        while tokens > 1024 and kv_bytes(model, Load(tokens, load.concurrency, load.kv_element_bytes), ranks) > room:
-            tokens //= 2
-        if kv_bytes(model, Load(tokens, load.concurrency, load.kv_element_bytes), ranks) <= room:
-            ways.append(f"--context {tokens}")
-        sequences = int(room / max(1, kv / load.concurrency))
-        if sequences:
-            ways.append(f"--concurrency {sequences}")
-    else:
-        ways.append(f"--tp {2 * ranks.tp}")
+    ways = [f"--gpu-memory {math.ceil(needed / GB)}", *_smaller_loads(model, load, ranks, machine, fixed)]
+    more = next((own for own in _more_ranks(model, ranks) if _fits(model, machine, load, own)), None)
+    if more:
+        ways.append(f"--ep {more.ep}" if more.ep > 1 else f"--tp {more.tp}")
     return (
-        f"{model.name} needs {needed / GB:.1f} GB on each GPU, and there are {memory_bytes / GB:.1f} GB, of which vLLM "
-        f"may use {UTILIZATION:.0%}: {fixed / GB:.1f} GB for weights that are no experts, activations and the experts of "
-        f"one token, {kv / GB:.1f} GB for the KV cache of {load.concurrency} x {load.context} tokens. "
+        f"{model.name} needs {needed / GB:.1f} GB on each GPU, and there are {machine.memory_bytes / GB:.1f} GB, of "
+        f"which vLLM may use {UTILIZATION:.0%}: {fixed / GB:.1f} GB for weights that are no experts, activations and "
+        f"the experts of one token, {kv / GB:.1f} GB for the KV cache of {load.concurrency} x {load.context} tokens. "
         f"Try {' or '.join(ways)}"
     )
+
+
+def _smaller_loads(model: Model, load: Load, ranks: Ranks, machine: Machine, fixed: int) -> Iterator[str]:
+    """A shorter context, and fewer sequences, that fit."""
+    room = UTILIZATION * machine.memory_bytes - fixed
+    tokens = load.context
+    while tokens > _SHORTEST and kv_bytes(model, replace(load, context=tokens), ranks) > room:
+        tokens //= 2
+    if kv_bytes(model, replace(load, context=tokens), ranks) <= room:
+        yield f"--context {tokens}"
+    fewer = int(room / max(1, kv_bytes(model, replace(load, concurrency=1), ranks)))
+    if fewer > 0:
+        yield f"--concurrency {fewer}"
+
+
+def _more_ranks(model: Model, ranks: Ranks) -> Iterator[Ranks]:
+    """Twice as many and more, by which the experts can be divided."""
+    for factor in (2, 4, 8, 16):
+        if ranks.ep > 1 and model.architecture.num_experts % (ranks.ep * factor) == 0:
+            yield replace(ranks, tp=ranks.tp * factor, ep=ranks.ep * factor)
+        elif ranks.ep == 1 and model.architecture.expert_intermediate % (ranks.tp * factor) == 0:
+            yield replace(ranks, tp=ranks.tp * factor)
+
+
+def _fits(model: Model, machine: Machine, load: Load, ranks: Ranks) -> bool:
+    layers = layer_shapes(model, ranks, machine.capability)
+    smallest = cache_bytes(layers, [layer.top_k for layer in layers], PAGE)
+    fixed = other_weights_bytes(model, layers, ranks) + _activations(model, load) + smallest
+    return fixed + kv_bytes(model, load, ranks) <= UTILIZATION * machine.memory_bytes

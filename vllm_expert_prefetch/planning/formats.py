@@ -94,8 +94,8 @@ def format_of(config: Mapping[str, Any]) -> str:
     name = _named(given)
     if name is None:
         raise ConfigError(
-            f"quantization_config of {given.get('quant_method', 'no method')} is not known to plan: say how its experts "
-            f"are stored, --quantization {' | '.join(FORMATS)}"
+            f"quantization_config of {given.get('quant_method', 'no method')} is not known to plan: say how its "
+            f"experts are stored, --quantization {' | '.join(FORMATS)}"
         )
     return name
 
@@ -121,7 +121,7 @@ def _named(given: Mapping[str, Any]) -> str | None:
     if (kind, bits) == ("int", 4):
         return {32: "int4-g32", 128: "int4"}.get(group or 128)
     named = {("float", 8): "fp8-channel", ("int", 8): "int8", ("float", 4): "nvfp4"}
-    return ("fp8" if weights.get("strategy") == "block" else None) or named.get((kind, bits))
+    return ("fp8" if weights.get("strategy") == "block" else None) or named.get((str(kind), bits or 0))
 
 
 def other_bytes_per_parameter(name: str) -> int:

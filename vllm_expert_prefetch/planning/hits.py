@@ -3,7 +3,8 @@
 With one sequence a cache of recent experts finds more than its share of the experts: `share + gain (1 - share)`. The
 gains of four recordings are in facts.json. With many unrelated sequences each step needs most experts of a layer, and
 routing looks uniform to the cache: it hits its share. In between the gain falls with the share of a layer's experts
-that a step leaves alone (docs/planning.md shows how far that is from what was measured).
+that a step leaves alone; its square and its root are the ends of the range, in which mixtures of recorded passages lie
+within five points (tests/planning/test_plan_times.py).
 """
 
 from dataclasses import dataclass
@@ -34,10 +35,12 @@ def hit_rates(share: float, num_sequences: int, num_experts: int, top_k: int) ->
         1 - needed_experts(tokens, num_experts, top_k) / num_experts for tokens in (1, max(1, num_sequences))
     )
     left = together / alone if alone else 0.0
+    spread = (left**2, left, left**0.5)
     gains = {recording: _gain(recording, share) for recording in load_facts().recordings}
     large = [gain for recording, gain in gains.items() if recording.num_experts >= _LARGE]
     low, expected, high = min(gains.values()), sum(large) / len(large), max(gains.values())
-    return Range(*(min(1.0, share + (1 - share) * gain * left) for gain in (low, expected, high)))
+    found = zip((low, expected, high), spread, strict=True)
+    return Range(*(min(1.0, share + (1 - share) * gain * left) for gain, left in found))
 
 
 def _gain(recording: Recording, share: float) -> float:

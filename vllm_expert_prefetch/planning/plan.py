@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig
 from vllm_expert_prefetch.planning.architecture import Architecture
-from vllm_expert_prefetch.planning.budget import BATCHED_TOKENS, Budget, Load, Ranks, make_budget
+from vllm_expert_prefetch.planning.budget import ALONE, BATCHED_TOKENS, Budget, Load, Ranks, make_budget
 from vllm_expert_prefetch.planning.formats import other_bytes_per_parameter, row_bytes
 from vllm_expert_prefetch.planning.hits import Range, hit_rates, needed_experts
 from vllm_expert_prefetch.planning.model_files import Model
@@ -69,20 +69,20 @@ class Plan:
 def make_plan(
     model: Model,
     machine: Machine,
-    memory_bytes: float,
     load: Load,
-    ranks: Ranks = Ranks(),
+    ranks: Ranks = ALONE,
     config: ExpertPrefetchConfig | None = None,
-    capability: int = 90,
-    host_memory_bytes: float | None = None,
 ) -> Plan:
-    """Raises ConfigError for what does not fit, or cannot be divided as `ranks` say."""
+    """`config`: a size that is given for the cache; None: all that is left.
+
+    Raises ConfigError for what does not fit, or cannot be divided as `ranks` say.
+    """
     architecture = model.architecture
     if load.context > architecture.max_context:
         raise ConfigError(f"--context {load.context} is more than the model's {architecture.max_context}")
-    budget = make_budget(model, memory_bytes, load, ranks, config, capability)
+    budget = make_budget(model, machine, load, ranks, config)
     host = 0 if budget.fits_whole else budget.experts_bytes * ranks.pp * max(ranks.tp, ranks.ep)
-    _check_host(model, host, host_memory_bytes)
+    _check_host(model, host, machine.host_bytes)
     decode = step_work(model, budget, ranks, load)
     hits = hit_rates(budget.share, load.concurrency, architecture.num_experts, architecture.top_k)
     looks_ahead = load.concurrency * architecture.top_k <= architecture.num_experts
@@ -118,7 +118,7 @@ def make_plan(
     )
 
 
-def alternatives(plan: Plan, memory_bytes: float, capability: int) -> dict[str, Plan]:
+def alternatives(plan: Plan) -> dict[str, Plan]:
     """The same in the other formats that were published, where it fits."""
     found = {}
     for form, repository in plan.model.formats.items():
@@ -126,7 +126,7 @@ def alternatives(plan: Plan, memory_bytes: float, capability: int) -> dict[str, 
             continue
         model = replace(plan.model, form=form, serve=repository, total_bytes=None, folder=None)
         try:
-            found[form] = make_plan(model, plan.machine, memory_bytes, plan.load, plan.ranks, None, capability)
+            found[form] = make_plan(model, plan.machine, plan.load, plan.ranks)
         except ConfigError:
             continue
     return found
@@ -144,7 +144,7 @@ def step_work(model: Model, budget: Budget, ranks: Ranks, load: Load) -> Work:
 
 
 def _prompt_work(model: Model, budget: Budget, ranks: Ranks, num_tokens: int) -> Work:
-    """Of a prompt, all its steps together. A wide step leaves slots alone that it does not need, and overlaps nothing."""
+    """Of a prompt, all its steps together: wide ones, which overlap nothing."""
     architecture = model.architecture
     steps = -(-num_tokens // BATCHED_TOKENS)
     layers = len(budget.layers) * ranks.pp

@@ -17,11 +17,17 @@ HIDDEN = Range(0.5, 0.65, 0.85)
 
 @dataclass(frozen=True)
 class Machine:
-    """One accelerator and its link. `flops`: dense, per second; None where it is not known."""
+    """One accelerator of several alike, its link, and the host. Rates are per second."""
 
+    memory_bytes: float
     bytes_per_second: float
     flops: float | None
+    """Dense, in 16 bits; None where it is not known."""
     link_bytes_per_second: float
+    capability: int = 90
+    """89 for 8.9."""
+    host_bytes: float | None = None
+    """Memory of the host; None: not to be checked."""
 
 
 @dataclass(frozen=True)

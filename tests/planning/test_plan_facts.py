@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from doc_tables import documented, models_table, recordings_table
 
 from vllm_expert_prefetch.config import ConfigError
 from vllm_expert_prefetch.planning.architecture import read_architecture
@@ -154,3 +155,8 @@ def test_a_model_without_experts_is_refused():
 def test_a_key_that_is_missing_is_named():
     with pytest.raises(ConfigError, match="qwen3_moe has no vocab_size"):
         read_architecture({"model_type": "qwen3_moe", "hidden_size": 8, "num_experts": 4, "num_experts_per_tok": 2})
+
+
+@pytest.mark.parametrize(("name", "table"), [("models", models_table), ("recordings", recordings_table)])
+def test_the_documentation_shows_the_facts(name, table):
+    assert documented(name) == table(), "python tests/doc_tables.py brings it up to date"

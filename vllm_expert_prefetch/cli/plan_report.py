@@ -47,7 +47,9 @@ def as_text(plan: Plan, others: Mapping[str, Plan], place: str, command: str, no
     ]
     if others:
         lines += ["", "other formats of this model:", *(_line(form, other) for form, other in others.items())]
-    return "\n".join([*lines, "", *(f"note: {note}" for note in notes), "", command])
+    if notes:
+        lines += ["", *(f"note: {note}" for note in notes)]
+    return "\n".join([*lines, "", command])
 
 
 def _line(form: str, plan: Plan) -> str:

@@ -7,6 +7,8 @@ import serving
 import soak
 from lookahead_replay import drawn, summary
 
+from vllm_expert_prefetch.bench.client import conversations
+
 
 def row(variant, share, prefetch, concurrency, tokens, tpot, **more):
     known = {"variant": variant, "share": share, "copy_compute": 1.0 if share else 0.0, "prefetch": prefetch}
@@ -28,9 +30,9 @@ def test_curves_are_held_against_the_same_concurrency_and_look_ahead_against_the
 
 
 def test_conversations_are_of_spread_lengths_and_the_same_each_time():
-    made = serving.conversations(40, 4)
-    assert made == serving.conversations(40, 4)
-    assert made != serving.conversations(40, 5)
+    made = conversations(40, 4)
+    assert made == conversations(40, 4)
+    assert made != conversations(40, 5)
     lengths = [[len(text["value"].split()) for text in one["conversations"]] for one in made]
     assert all(4 <= prompt <= 90 and 4 <= answer <= 45 for prompt, answer in lengths)
     assert len({prompt for prompt, _ in lengths}) > 15

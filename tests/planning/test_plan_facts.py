@@ -24,6 +24,7 @@ PUBLISHED = {
     "Llama-4-Maverick-17B-128E-Instruct": 400,
     "granite-4.0-h-small": 32,
     "MiMo-V2-Flash": 309,
+    "LFM2-8B-A1B": 8.3,
 }
 """Billions of parameters where the name does not tell, or tells something else."""
 
@@ -150,6 +151,14 @@ def test_a_quantisation_that_is_not_known_is_refused_with_the_flag_that_says_it(
 def test_a_model_without_experts_is_refused():
     with pytest.raises(ConfigError, match=r"llama has no routed experts.*Plain vLLM serves it"):
         read_architecture({"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 2})
+
+
+def test_tables_of_n_grams_are_weights_too():
+    model, _ = find_model("Qwen3.5-35B-A3B")
+    plain = read_architecture(model.config)
+    found = read_architecture({**model.config, "ple_layer_ids": [2], "ngram_vocab_size_base": 20_000_000})
+    assert found.total_parameters - plain.total_parameters == 20_000_000 * 2048
+    assert found.active_parameters == plain.active_parameters
 
 
 def test_a_key_that_is_missing_is_named():

@@ -17,7 +17,7 @@ from vllm_expert_prefetch.bench import BenchError
 
 SERVED_NAME = "bench"
 _LAST_LINES = 12
-_STOP_SECONDS = 30
+_STOP_SECONDS, _POLL_SECONDS = 30, 0.2
 
 
 class DidNotStart(RuntimeError):
@@ -66,7 +66,7 @@ def _wait(
             read(f"{url}/health")
             return
         waiting(passed)
-        time.sleep(0.5)
+        time.sleep(_POLL_SECONDS)
     raise DidNotStart(f"not ready after {seconds:.0f} s: {_end_of(log)}")
 
 

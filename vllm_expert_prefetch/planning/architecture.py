@@ -125,7 +125,7 @@ def _read(text: Mapping[str, Any], num_experts: int, top_k: int) -> Architecture
         is_gated=is_gated,
         has_bias=text.get("model_type") == "gpt_oss",
         attention=attention,
-        embedding_parameters=vocab * hidden * (1 if text.get("tie_word_embeddings") else 2),
+        embedding_parameters=vocab * hidden * (1 if text.get("tie_word_embeddings") else 2) + _ngram_parameters(text),
         dense_parameters=parameters,
         shared_intermediate=shared,
         dense_layers=dense_layers,
@@ -158,6 +158,13 @@ def _shared_intermediate(text: Mapping[str, Any], intermediate: int) -> int:
         return intermediate
     given = _first(text, _SHARED)
     return int(given) if given is not None else int(_first(text, _NUM_SHARED) or 0) * intermediate
+
+
+def _ngram_parameters(text: Mapping[str, Any]) -> int:
+    """Of tables that are looked up by n-grams of tokens (Qwen3.8-Flash-Next): 51 B beside its 125 B."""
+    tables = len(text.get("ple_layer_ids") or [])
+    width = text.get("ple_embed_dim") or text["hidden_size"]
+    return int(tables * text.get("ngram_vocab_size_base", 20_000_000) * width)
 
 
 def _has_blocks(text: Mapping[str, Any]) -> bool:

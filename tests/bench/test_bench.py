@@ -94,6 +94,16 @@ def test_rounds_begin_with_another_one_each_and_who_does_not_start_is_left_out(f
     assert len(rows.rows) == 2 * 2 * 2
 
 
+def test_who_fails_under_load_is_left_out_as_well(fake_vllm, loads, monkeypatch, tmp_path):
+    def ask(*arguments):
+        raise ValueError("Initial test run failed")
+
+    monkeypatch.setattr(rounds, "ask", ask)
+    rows = Rows.open(tmp_path / "rows.json", "job", fresh=False)
+    run_rounds(job(), [Contestant(STOCK)], rows, lambda text: None)
+    assert rows.failed == {STOCK: "Initial test run failed"}
+
+
 def test_an_interrupted_run_goes_on_where_it_was(fake_vllm, loads, tmp_path):
     path = tmp_path / "rows.json"
     run_rounds(job(num_rounds=1), [Contestant(STOCK)], Rows.open(path, "job", fresh=False), lambda text: None)
@@ -184,6 +194,7 @@ def test_vllm_reads_the_configuration_that_is_written_and_the_flags_of_its_offlo
     ("flags", "says"),
     [
         ("--rounds 0", ["--rounds must be at least 1"]),
+        ("--tp 3", ["64 cannot be divided over 3 GPUs: use 2"]),
         ("--concurrency 1,x", ["--concurrency", "1,x"]),
         ("--cache-gb 0", ["--cache-gb must be above 0"]),
         ("--only plugin", ["plugin is none of", "plugin-on"]),

@@ -38,7 +38,7 @@ class Rows:
     job: str
     rows: list[dict[str, Any]] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
-    """Who did not start, and why."""
+    """Who did not start or failed, and why."""
 
     @classmethod
     def open(cls, path: Path, job: str, fresh: bool) -> "Rows":
@@ -65,7 +65,7 @@ class Rows:
 
 
 def run_rounds(job: Job, found: Sequence[Contestant], rows: Rows, say: Callable[[str], None]) -> None:
-    """Measure what `rows` lacks. Who does not start is left out from then on."""
+    """Measure what `rows` lacks. Who does not start or fails is left out from then on."""
     with tempfile.TemporaryDirectory(prefix="expert-prefetch-bench-") as folder:
         for number in range(job.num_rounds):
             shift = number % len(found)
@@ -75,9 +75,9 @@ def run_rounds(job: Job, found: Sequence[Contestant], rows: Rows, say: Callable[
                     say(f"round {number + 1} of {job.num_rounds}: {one.name} starts")
                     try:
                         _measure(job, one, number, missing, rows, Path(folder), say)
-                    except DidNotStart as reason:
+                    except (DidNotStart, RuntimeError, ValueError) as reason:  # the client's, where requests fail
                         rows.failed[one.name] = str(reason)
-                        say(f"{one.name} does not start: {reason}")
+                        say(f"{one.name} {'does not start' if isinstance(reason, DidNotStart) else 'fails'}: {reason}")
 
 
 def _measure(

@@ -16,11 +16,11 @@ from pathlib import Path
 from vllm_expert_prefetch.bench import BenchError
 
 SERVED_NAME = "bench"
-_LAST_LINES = 12
+_LAST_LINES, _ERROR_LINES = 12, 3
 _STOP_SECONDS, _POLL_SECONDS = 30, 0.2
 
 
-class DidNotStart(RuntimeError):
+class DidNotStart(Exception):
     """A server that ended before it was ready; the message is the end of its log."""
 
 
@@ -82,9 +82,9 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
 
 def _end_of(log: Path) -> str:
     """The last error that the log tells, or its last lines."""
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "Error: " in line]
-    return errors[-1].strip() if errors else "\n".join(lines[-_LAST_LINES:])
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [number for number, line in enumerate(lines) if "Error: " in line]
+    return " ".join(lines[errors[-1] :][:_ERROR_LINES] if errors else lines[-_LAST_LINES:])
 
 
 def _vllm() -> str:

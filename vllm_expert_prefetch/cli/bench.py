@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig
-from vllm_expert_prefetch.planning.budget import Budget, Load, make_budget
+from vllm_expert_prefetch.planning.budget import UTILIZATION, Budget, Load, Ranks, make_budget
 from vllm_expert_prefetch.planning.model_files import Model, find
 from vllm_expert_prefetch.planning.timing import Machine
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _HOST_BYTES = 1e15
 """On the CPU platform slots are as large as all else: nothing is refused here, and vLLM has its own word."""
+_GPU_FLAGS = ("--gpu-memory-utilization", str(UTILIZATION))
 _CPU_FLAGS = ("--enforce-eager", "--kv-cache-memory-bytes", "1G")
 
 
@@ -42,6 +43,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--concurrency", default="1,4", metavar="N,...", help="sequences at a time (default: %(default)s)"
     )
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="--tensor-parallel-size (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="default: %(default)s")
     parser.add_argument("--requests", type=int, default=12, metavar="N", help="of each load (default: %(default)s)")
     parser.add_argument("--prompt-words", type=int, default=50, metavar="N", help="median (default: %(default)s)")
@@ -75,6 +77,9 @@ def run(args: argparse.Namespace) -> int:
     except (BenchError, ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        say(f"interrupted: the same command goes on, with what {args.out} holds")
+        return 130
 
 
 def _prepare(args: argparse.Namespace, say: Any) -> "tuple[Model, Job, list[Contestant]]":
@@ -98,7 +103,8 @@ def _prepare(args: argparse.Namespace, say: Any) -> "tuple[Model, Job, list[Cont
     link = {"emulated_link_gbps": args.link_gbps, "emulated_link_latency_us": 10.0} if args.link_gbps else {}
     served = args.model if Path(args.model).is_dir() else model.serve
     common = [served, "--max-model-len", str(args.context), "--max-num-seqs", str(max(4, *concurrencies))]
-    common += ["--no-enable-prefix-caching", *(() if on_gpu else _CPU_FLAGS), *shlex.split(args.serve_args)]
+    common += ["--tensor-parallel-size", str(args.tp)] if args.tp > 1 else []
+    common += ["--no-enable-prefix-caching", *(_GPU_FLAGS if on_gpu else _CPU_FLAGS), *shlex.split(args.serve_args)]
     lengths = Lengths(args.prompt_words, args.answer_words, 2 * args.prompt_words, 2 * args.answer_words)
     job = Job(tuple(common), served, concurrencies, args.rounds, args.requests, lengths)
     found = contestants(budget, on_gpu, link, wanted)
@@ -109,7 +115,7 @@ def _prepare(args: argparse.Namespace, say: Any) -> "tuple[Model, Job, list[Cont
 
 def _check(args: argparse.Namespace, wanted: list[str], known: tuple[str, ...]) -> tuple[int, ...]:
     """The concurrencies. Raises ConfigError for a flag that cannot be meant."""
-    for name in ("rounds", "requests", "context", "prompt_words", "answer_words"):
+    for name in ("rounds", "requests", "context", "prompt_words", "answer_words", "tp"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
     for name in ("cache_gb", "link_gbps"):
@@ -141,18 +147,18 @@ def _on_gpu() -> bool:
 
 def _budgets(args: argparse.Namespace, model: Model, on_gpu: bool, concurrency: int) -> tuple[Budget, str | None]:
     """What experts may take, and why stock does not fit (None: it may)."""
-    load = Load(args.context, concurrency)
+    load, ranks = Load(args.context, concurrency), Ranks(args.tp)
     config = ExpertPrefetchConfig(cache_gb=args.cache_gb) if args.cache_gb else None
     if not on_gpu:
         half = config or ExpertPrefetchConfig(cache_fraction=0.5)
-        return make_budget(model, Machine(_HOST_BYTES, 1e12, None, 1e9), load, config=half, page=4096), None
+        return make_budget(model, Machine(_HOST_BYTES, 1e12, None, 1e9), load, ranks, half, page=4096), None
     import torch
 
     memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     major, minor = torch.cuda.get_device_capability()
     machine = Machine(memory, 1e12, None, 1e9, 10 * major + minor)
-    all_of_it = make_budget(model, machine, load)
-    given = make_budget(model, machine, load, config=config) if config else all_of_it
+    all_of_it = make_budget(model, machine, load, ranks)
+    given = make_budget(model, machine, load, ranks, config) if config else all_of_it
     reason = (
         f"its experts take {all_of_it.experts_bytes / 1e9:.1f} GB, and there are {all_of_it.cache_bytes / 1e9:.1f} GB"
     )

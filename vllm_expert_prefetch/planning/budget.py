@@ -95,7 +95,12 @@ class Budget:
 def layer_shapes(model: Model, ranks: Ranks, capability: int = 90) -> list[LayerShape]:
     """The MoE layers of one rank: from the headers of the checkpoint where they tell, else from its configuration."""
     architecture = model.architecture
-    num_layers = -(-architecture.moe_layers // ranks.pp)
+    num_layers, size = -(-architecture.moe_layers // ranks.pp), architecture.expert_intermediate
+    if ranks.ep == 1 and size % ranks.tp:
+        raise ConfigError(
+            f"experts of intermediate size {size} cannot be divided over {ranks.tp} GPUs: use "
+            f"{max(number for number in range(1, ranks.tp) if size % number == 0)}"
+        )
     if ranks.ep == 1 and (stored := model.stored_layers(ranks.tp)):
         return stored[:num_layers]
     if architecture.num_experts % ranks.ep:

@@ -44,13 +44,8 @@ class Matrix:
 
 
 def row_bytes(name: str, model: Architecture, num_shards: int = 1, capability: int = 90) -> tuple[int, ...]:
-    """Bytes of one expert in each of its tensors. `num_shards`: tensor-parallel ranks that divide it."""
+    """Bytes of one expert in each of its tensors. `num_shards`: tensor-parallel ranks, by which it can be divided."""
     hidden, intermediate = model.expert_hidden, model.expert_intermediate
-    if intermediate % num_shards:
-        raise ConfigError(
-            f"experts of intermediate size {intermediate} cannot be divided over {num_shards} GPUs: use "
-            f"{max(n for n in range(1, num_shards) if intermediate % n == 0)}"
-        )
     intermediate //= num_shards
     if name == "mxfp4":
         hidden = -(-hidden // _MARLIN_HIDDEN) * _MARLIN_HIDDEN

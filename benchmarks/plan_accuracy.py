@@ -50,7 +50,7 @@ def main() -> int:
             job = {"model": model, "residency": residency, "rounds": options.rounds}
             job |= {"tokens": 96 if kind == "tiny" and not options.quick else 48}
             for measured in run_in_process(__file__, job)["rows"]:
-                rows.append({"model": kind, "residency": residency, **compare(model, residency, measured)})
+                rows.append({"model": kind, "residency": residency, **compare(model, measured)})
                 if not options.json:
                     print(rows[-1], flush=True)
     finish("plan_accuracy", {**summary(rows), "rows": rows}, options)
@@ -100,7 +100,7 @@ def seconds_of(runs: list[Any], waits: bool = True) -> float:
     return rest + (stall if waits else 0.0)
 
 
-def compare(model: str, residency: float, measured: dict[str, Any]) -> dict[str, Any]:
+def compare(model: str, measured: dict[str, Any]) -> dict[str, Any]:
     """A row: what was planned beside what was measured, and the relative errors."""
     plan = plan_of(model, measured)
     rate, seconds = measured["hit_rate"], measured["tpot_ms"] / 1e3

@@ -13,11 +13,7 @@ that without it in the same cell. `worst_over_full_copy`: TPOT at 32 requests ov
 absent expert of every layer in every step, one after the other.
 """
 
-import contextlib
-import io
 import json
-import random
-import re
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,15 +24,12 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "serving")]
 
 from servers import Server, serve  # noqa: E402
 
-from vllm_expert_prefetch.demo.text import load_documents  # noqa: E402
+from vllm_expert_prefetch.bench.client import Lengths, ask, totals  # noqa: E402
+from vllm_expert_prefetch.bench.server import read  # noqa: E402
 
 CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64)
 SHARES, COPY_COMPUTE = (0.25, 0.5, 0.75), (0.5, 1.0, 2.0)
 LATENCY_US = 10.0
-PROMPT_WORDS, ANSWER_WORDS = (50, 0.8), (20, 0.6)
-"""Median, and standard deviation of the logarithm."""
-MOST_PROMPT_WORDS, MOST_ANSWER_WORDS = 90, 45
-"""The tiny model's context has 512 tokens, and a word takes two to three."""
 
 
 class Variant(NamedTuple):
@@ -97,7 +90,7 @@ def measure(options: Any, variants: list[Variant], concurrencies: list[int]) -> 
             continue
         with serve(*flags(variant, model, rows), model=model) as server:
             server.wait_ready()
-            ask(server, 2, 2, options.out.parent)  # warm-up
+            load(server, 2, 2, options.out.parent)  # warm-up
             for concurrency in missing:
                 row = one_row(server, variant, concurrency, options)
                 rows.append(row)
@@ -132,9 +125,9 @@ def layer_seconds(rows: list[dict[str, Any]], shape: dict[str, Any]) -> float:
 def one_row(server: Server, variant: Variant, concurrency: int, options: Any) -> dict[str, Any]:
     """What a load gave, by the client and by the plugin's counters."""
     num_requests = max(4, concurrency) if options.quick else max(12, 3 * concurrency)
-    before = totals(server)
-    found = ask(server, concurrency, num_requests, options.out.parent)
-    after = totals(server)
+    before = totals(read(f"{server.url}/metrics"))
+    found = load(server, concurrency, num_requests, options.out.parent)
+    after = totals(read(f"{server.url}/metrics"))
     row = {
         "kind": options.kind,
         "variant": variant.name,
@@ -163,53 +156,9 @@ def one_row(server: Server, variant: Variant, concurrency: int, options: Any) ->
     return {name: round(float(value), 4) if isinstance(value, float) else value for name, value in row.items()}
 
 
-def totals(server: Server) -> dict[str, float]:
-    """The plugin's series on /metrics, by name and outcome or kind."""
-    found: dict[str, float] = {}
-    for series, value in server.metrics().items():
-        name = series.partition("{")[0].removeprefix("vllm_expert_prefetch_")
-        outcome = re.search(r'(?:outcome|kind|cause)="(\w+)"', series)
-        key = f"{name}/{outcome[1]}" if outcome else name
-        found[key] = found.get(key, 0.0) + value
-    return found
-
-
-def ask(server: Server, concurrency: int, num_requests: int, folder: Path) -> dict[str, Any]:
-    """What `vllm bench serve` finds, which runs in this process: starting it takes as long as a load."""
-    from vllm.benchmarks import serve as client
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    prompts = folder / "serving-prompts.json"
-    prompts.write_text(json.dumps(conversations(num_requests, concurrency)))
-    command = ["--backend", "openai", "--base-url", server.url, "--model", "demo", "--tokenizer", str(TINY_MODEL)]
-    command += ["--dataset-name", "sharegpt", "--dataset-path", str(prompts), "--disable-shuffle"]
-    command += ["--ignore-eos", "--temperature", "0", "--disable-tqdm", "--seed", "0"]
-    command += ["--num-prompts", str(num_requests), "--max-concurrency", str(concurrency)]
-    command += ["--percentile-metrics", "ttft,tpot,itl", "--metric-percentiles", "50,99"]
-    arguments = FlexibleArgumentParser()
-    client.add_cli_args(arguments)
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        found: dict[str, Any] = client.main(arguments.parse_args(command))
-    if found["completed"] != num_requests:
-        raise RuntimeError(
-            f"{num_requests - found['completed']} of {num_requests} requests failed: {printed.getvalue()}"
-        )
-    return found
-
-
-def conversations(number: int, seed: int) -> list[dict[str, Any]]:
-    """Questions from passages of all domains in turn, and texts as long as the answers are to be."""
-    rng = random.Random(seed)
-    documents = [document.text.split() for document in load_documents()]
-    made = []
-    for index in range(number):
-        words = documents[index * 7 % len(documents)]
-        length = min(MOST_PROMPT_WORDS, max(4, round(rng.lognormvariate(0, PROMPT_WORDS[1]) * PROMPT_WORDS[0])))
-        start = rng.randrange(max(1, len(words) - length))
-        answer = min(MOST_ANSWER_WORDS, max(4, round(rng.lognormvariate(0, ANSWER_WORDS[1]) * ANSWER_WORDS[0])))
-        texts = words[start : start + length], (words * 2)[start + length : start + length + answer]
-        made.append({"conversations": [{"value": " ".join(text)} for text in texts]})
-    return made
+def load(server: Server, concurrency: int, num_requests: int, folder: Path) -> dict[str, Any]:
+    """What the client finds."""
+    return ask(server.url, "demo", str(TINY_MODEL), concurrency, num_requests, folder, Lengths())
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:

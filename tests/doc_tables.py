@@ -13,6 +13,8 @@ from typing import Any, get_args, get_type_hints
 
 from vllm_expert_prefetch.config import ExpertPrefetchConfig
 from vllm_expert_prefetch.metrics.definitions import METRICS, Metric
+from vllm_expert_prefetch.planning.architecture import read_architecture
+from vllm_expert_prefetch.planning.facts import load_facts
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 REGISTERED = Path(__file__).with_name("serving") / "registered.json"
@@ -126,6 +128,26 @@ def families_table() -> str:
     return _table(("what is known", "vLLM's model class", "the same experts in"), rows)
 
 
+def models_table() -> str:
+    """One row per model that planning knows."""
+    rows = []
+    for model in load_facts().models:
+        shape = read_architecture(model.config)
+        sizes = f"{shape.total_parameters / 1e9:.0f}", f"{shape.moe_layers} x {shape.num_experts}", str(shape.top_k)
+        rows.append((model.name, *sizes, ", ".join(model.formats)))
+    return _table(("model", "10^9 parameters", "MoE layers x experts", "top-k", "formats"), rows)
+
+
+def recordings_table() -> str:
+    """One row per recording of routing that hit rates are planned from."""
+    recordings = load_facts().recordings
+    rows = [
+        (own.name, f"{own.num_experts}, {own.top_k}", *(f"{100 * rate:.1f}" for rate in own.hit_rates))
+        for own in recordings
+    ]
+    return _table(("recorded on", "experts, top-k", *(f"{share:.1%}" for share in recordings[0].shares)), rows)
+
+
 def _refusal_rows(refusals: Iterable[Any]) -> str:
     rows = [(refusal.what, f"`{refusal.flag}`", refusal.remedy) for refusal in refusals]
     return _table(("what", "asked for by", "remedy"), rows)
@@ -139,6 +161,8 @@ TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "formats": (DOCS / "compatibility.md", formats_table),
     "backends": (DOCS / "compatibility.md", backends_table),
     "layer_refusals": (DOCS / "compatibility.md", layer_refusals_table),
+    "models": (DOCS / "planning.md", models_table),
+    "recordings": (DOCS / "planning.md", recordings_table),
 }
 
 

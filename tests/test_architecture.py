@@ -25,6 +25,7 @@ RULES = {
     "lookahead": Rule(["config", "memory", "cache", "metrics", "prediction"], torch="yes"),
     "calibration": Rule(["residency", "config", "prediction"], torch="yes"),
     "demo": Rule(torch="yes"),
+    "bench": Rule(["planning"], late_parts=["demo"], vllm="late"),
     "serving": Rule(
         ["native", "residency", "config", "memory", "cache", "metrics", "planning", "prediction", "lookahead"],
         torch="yes",
@@ -35,7 +36,7 @@ RULES = {
     "ray_serve": Rule(),
     "cli": Rule(
         ["native", "residency", "config", "metrics", "planning"],
-        late_parts=["memory", "cache", "prediction", "lookahead", "calibration", "demo", "serving", "studies"],
+        late_parts=["memory", "cache", "prediction", "lookahead", "calibration", "demo", "bench", "serving", "studies"],
         torch="late",
         vllm="late",
     ),
@@ -46,6 +47,7 @@ WITHOUT_TORCH = (
     "native.library",
     "residency",
     "planning.sizing",
+    "planning.plan",
     "metrics.collector",
     "metrics.counters",
     "cli.main",

@@ -2,10 +2,14 @@
 
 import random
 
+import plan_accuracy
 import pytest
 import serving
 import soak
+from engines import TINY_MODEL
 from lookahead_replay import drawn, summary
+
+from vllm_expert_prefetch.bench.client import conversations
 
 
 def row(variant, share, prefetch, concurrency, tokens, tpot, **more):
@@ -27,10 +31,22 @@ def test_curves_are_held_against_the_same_concurrency_and_look_ahead_against_the
     assert found == {"share_of_resident": 0.5, "worst_over_off": 0.6, "worst_over_full_copy": 1.25}
 
 
+def test_a_plan_is_held_against_what_was_measured_at_the_hit_rate_that_was_measured():
+    record, missed = 3 * 128 * 64 * 2, 8 * 2 * 0.25  # of 16 experts that a token needs
+    copying = missed * record / 0.1e9 * 1e3
+    measured = {"copy_compute": 1.0, "slots": 8, "compute_ms": 4.0, "link_gbps": 0.1, "hit_rate": 0.75}
+    measured |= {"bytes_per_token": missed * record, "tpot_ms": 4.0 + copying, "tpot_auto_ms": 4.0}
+    found = plan_accuracy.compare(str(TINY_MODEL), measured)
+    assert (found["bytes_error"], found["tpot_error"]) == (0, 0)
+    assert found["bound_ms"] < found["planned_tpot_ms"]
+    assert not found["tpot_in_range"], "nothing is as fast as computing alone"
+    assert plan_accuracy.compare(str(TINY_MODEL), {**measured, "tpot_ms": 8.0})["tpot_error"] < -0.2
+
+
 def test_conversations_are_of_spread_lengths_and_the_same_each_time():
-    made = serving.conversations(40, 4)
-    assert made == serving.conversations(40, 4)
-    assert made != serving.conversations(40, 5)
+    made = conversations(40, 4)
+    assert made == conversations(40, 4)
+    assert made != conversations(40, 5)
     lengths = [[len(text["value"].split()) for text in one["conversations"]] for one in made]
     assert all(4 <= prompt <= 90 and 4 <= answer <= 45 for prompt, answer in lengths)
     assert len({prompt for prompt, _ in lengths}) > 15

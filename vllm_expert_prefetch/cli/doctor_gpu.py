@@ -1,7 +1,11 @@
 """`vllm-expert-prefetch doctor --gpu`: what a GPU does with this package's kernels, without a model."""
 
 import time
+from dataclasses import replace
 from typing import Any
+
+from vllm_expert_prefetch.config import ConfigError
+from vllm_expert_prefetch.planning.facts import Gpu, find_gpu
 
 _RECORDS = (64 << 10, 1 << 20, 9 << 20, 50 << 20)
 """Bytes of a record: from a tiny expert to one of Mixtral's size in four bits."""
@@ -26,6 +30,19 @@ def examine_gpu() -> dict[str, Any]:
         "plan_us": _plan_us(torch, cache),
         "replays_compared": _replays(torch, _cache(torch, _RECORDS[1], 16)),
     }
+
+
+def measure_gpu() -> tuple[Gpu, float]:
+    """This machine's GPU, with the memory that it has, and the GB/s of its link with the gather kernel.
+
+    Raises ConfigError where there is none, or none that is known.
+    """
+    torch = _torch()
+    if not torch.cuda.is_available():
+        raise ConfigError("there is no NVIDIA GPU here to measure: name one with --gpu, or give --gpu-memory")
+    known = find_gpu(torch.cuda.get_device_name())
+    memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    return replace(known, memory_bytes=memory), float(_measure(torch, _RECORDS[2])["gather_gbps"])
 
 
 def _torch() -> Any:

@@ -17,6 +17,9 @@ GB = 10**9
 DEFAULT_SEQUENCES = 4
 _SECOND_AREA = 0.05
 """What a second area of overflow rows may cost of the cache, where nobody has asked for it."""
+_ACTIVATION_COPIES, _ROOM_BYTES = 16, 3 * GB
+"""More than a GPU needs for activations, in copies of the widest step's hidden states, and for all that is not known
+before vLLM has measured it."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,12 @@ def grow_cache(
             "token. Lower kv_cache_tokens (--kv-cache-memory-bytes), or raise gpu_memory_utilization"
         )
     return _most(layers, profile.most_cache_bytes, page, slots, areas) or list(slots)
+
+
+def activation_bytes(batched_tokens: int, hidden_size: int, num_sequences: int, vocab_size: int) -> int:
+    """More than a GPU needs beside weights, experts and KV cache: for what is decided before vLLM has measured it."""
+    widest = batched_tokens * hidden_size * 2 * _ACTIVATION_COPIES
+    return widest + num_sequences * vocab_size * 4 * 2 + _ROOM_BYTES
 
 
 def share_of(num_experts: int, fraction: float) -> int:

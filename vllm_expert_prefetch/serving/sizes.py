@@ -9,9 +9,9 @@ from vllm_expert_prefetch.config import ExpertPrefetchConfig
 from vllm_expert_prefetch.memory.host_limit import check_experts_fit
 from vllm_expert_prefetch.planning.sizing import (
     DEFAULT_SEQUENCES,
-    GB,
     LayerShape,
     MemoryProfile,
+    activation_bytes,
     areas_asked,
     cache_bytes,
     grow_cache,
@@ -22,10 +22,6 @@ from vllm_expert_prefetch.serving import compat
 
 if TYPE_CHECKING:
     from vllm_expert_prefetch.serving.layer import CachedRoutedExperts
-
-_ACTIVATION_COPIES, _ROOM_BYTES = 16, 3 * GB
-"""More than a GPU needs for activations, in copies of the widest step's hidden states, and for all that is not known
-before vLLM has measured it."""
 
 
 class CacheSizes:
@@ -107,11 +103,12 @@ class CacheSizes:
         free += sum(tensor.nbytes for tensor in tensors.values() if tensor.device.type != "cpu")
         cache, model = self._vllm_config.cache_config, self._vllm_config.model_config
         scheduler = self._vllm_config.scheduler_config
-        widest = scheduler.max_num_batched_tokens * model.get_hidden_size() * 2 * _ACTIVATION_COPIES
-        logits = scheduler.max_num_seqs * model.get_vocab_size() * 4 * 2
+        other = activation_bytes(
+            scheduler.max_num_batched_tokens, model.get_hidden_size(), scheduler.max_num_seqs, model.get_vocab_size()
+        )
         sequence = compat.kv_bytes_per_sequence(self._vllm_config)
         sequences = max(DEFAULT_SEQUENCES, (self._config.kv_cache_tokens or 0) / model.max_model_len)
-        reserved = widest + logits + _ROOM_BYTES + (cache.kv_cache_memory_bytes or sequences * sequence)
+        reserved = other + (cache.kv_cache_memory_bytes or sequences * sequence)
         left = free - total * (1 - cache.gpu_memory_utilization) - reserved
         return left > sum(shape.bytes for shape in self._shapes)
 

@@ -12,8 +12,10 @@ from vllm_expert_prefetch.planning.sizing import (
     LayerShape,
     MemoryProfile,
     activation_bytes,
+    areas_asked,
     cache_bytes,
     grow_cache,
+    num_areas,
     size_cache,
 )
 from vllm_expert_prefetch.planning.timing import Machine
@@ -70,6 +72,8 @@ class Budget:
     """What vLLM may use."""
     experts_bytes: int
     """All experts of this rank, resident or not."""
+    areas: int
+    """Of overflow rows."""
 
     @property
     def record_bytes(self) -> int:
@@ -133,8 +137,9 @@ def make_budget(
     fit beside everything else.
     """
     layers = layer_shapes(model, ranks, machine.capability)
-    fewest = size_cache(config or ExpertPrefetchConfig(), layers, page, grows=True)
-    smallest = cache_bytes(layers, fewest, page)
+    asked = areas_asked(config or ExpertPrefetchConfig(), on_gpu=True)
+    fewest = size_cache(config or ExpertPrefetchConfig(), layers, page, grows=True, areas=asked)
+    smallest = cache_bytes(layers, fewest, page, asked)
     weights, activations = other_weights_bytes(model, layers, ranks), _activations(model, load)
     kv = kv_bytes(model, load, ranks)
     requested = int(UTILIZATION * machine.memory_bytes)
@@ -144,10 +149,11 @@ def make_budget(
     slots = fewest
     if config is None or not config.sizes_given:
         profile = MemoryProfile(requested, activations, available, smallest, max(1, kv // load.concurrency), kv)
-        slots = grow_cache(layers, fewest, profile, page)
-    taken = cache_bytes(layers, slots, page)
+        slots = grow_cache(layers, fewest, profile, page, asked)
+    areas = num_areas(layers, slots, page, asked)
+    taken = cache_bytes(layers, slots, page, areas)
     experts = sum(layer.bytes for layer in layers)
-    return Budget(tuple(layers), tuple(slots), taken, weights, activations, kv, requested, experts)
+    return Budget(tuple(layers), tuple(slots), taken, weights, activations, kv, requested, experts, areas)
 
 
 def kv_bytes(model: Model, load: Load, ranks: Ranks) -> int:

@@ -9,7 +9,7 @@ from vllm_expert_prefetch.planning.formats import other_bytes_per_parameter, row
 from vllm_expert_prefetch.planning.hits import Range, hit_rates, needed_experts
 from vllm_expert_prefetch.planning.model_files import Model
 from vllm_expert_prefetch.planning.sizing import GB
-from vllm_expert_prefetch.planning.timing import Machine, Work
+from vllm_expert_prefetch.planning.timing import HIDDEN, Machine, Work
 
 HIT_RATES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 """Of the table of bytes per token."""
@@ -85,7 +85,7 @@ def make_plan(
     _check_host(model, host, machine.host_bytes)
     decode = step_work(model, budget, ranks, load)
     hits = hit_rates(budget.share, load.concurrency, architecture.num_experts, architecture.top_k)
-    looks_ahead = load.concurrency * architecture.top_k <= architecture.num_experts
+    looks_ahead = budget.areas > 1 or load.concurrency * architecture.top_k <= architecture.num_experts
     prompt = min(PROMPT_TOKENS, load.context // 2)
     prefill = _prompt_work(model, budget, ranks, prompt)
     compute = decode.compute_bound(machine)
@@ -102,7 +102,7 @@ def make_plan(
         compute_bound=compute,
         link_bound=decode.link(machine, hits.expected),
         prompt_tokens=prompt,
-        ttft=prefill.seconds(machine, budget.share, 0.0),
+        ttft=prefill.seconds(machine, budget.share, HIDDEN.expected if budget.areas > 1 else 0.0),
         ttft_bound=prefill.bound(machine, budget.share),
         table=tuple(
             AtHitRate(
@@ -144,7 +144,7 @@ def step_work(model: Model, budget: Budget, ranks: Ranks, load: Load) -> Work:
 
 
 def _prompt_work(model: Model, budget: Budget, ranks: Ranks, num_tokens: int) -> Work:
-    """Of a prompt, all its steps together: wide ones, which overlap nothing."""
+    """Of a prompt, all its steps together: wide ones."""
     architecture = model.architecture
     steps = -(-num_tokens // BATCHED_TOKENS)
     layers = len(budget.layers) * ranks.pp
@@ -189,7 +189,10 @@ def _notes(model: Model, budget: Budget, ranks: Ranks, looks_ahead: bool) -> tup
     if budget.fits_whole:
         notes.append("every expert has a slot: plain vLLM serves this as fast, and needs no host memory for experts")
     elif not looks_ahead:
-        notes.append("steps of more routed ids than experts do not look ahead: nothing overlaps at this concurrency")
+        notes.append(
+            "steps of more routed ids than experts do not look ahead with one area of overflow rows: nothing overlaps "
+            "at this concurrency unless areas is 2"
+        )
     if model.form == "mxfp4":
         notes.append("record and cache are as padded for the Marlin kernel; the files are smaller")
     return tuple(notes)

@@ -4,9 +4,9 @@ import argparse
 import sys
 
 from vllm_expert_prefetch import __version__
-from vllm_expert_prefetch.cli import accuracy, calibrate, demo_model, doctor, top
+from vllm_expert_prefetch.cli import accuracy, calibrate, demo_model, doctor, simulate, top, trace
 
-COMMANDS = (doctor, demo_model, calibrate, accuracy, top)
+COMMANDS = (doctor, demo_model, calibrate, accuracy, top, trace, simulate)
 
 
 def build_parser() -> argparse.ArgumentParser:

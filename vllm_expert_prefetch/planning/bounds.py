@@ -12,8 +12,8 @@ def belady_hits(
 ) -> tuple[int, int]:
     """(hits, lookups) of one layer whose cache knows the future: what is needed last of all leaves.
 
-    `ids` (N, K) and `tokens` (S) as in `Planner.plan_steps`. What a step needs has a slot afterwards, as far as there
-    are slots. Only steps that are `counted` (S) count.
+    `ids` (N, K) and `tokens` (S) as in `Planner.plan_steps`. What a narrow step needs has a slot afterwards; a wide one
+    has overflow rows, and evicts nobody who is needed sooner. Only steps that are `counted` (S) count.
     """
     ends = np.cumsum(tokens) * ids.shape[1]
     routed = ids.ravel().tolist()
@@ -26,9 +26,14 @@ def belady_hits(
         if counts:
             hits += len(resident.keys() & needed)
             lookups += len(needed)
-        kept = sorted(zip(uses, needed, strict=True))[:num_slots]
         for expert in needed & resident.keys():
             del resident[expert]
+        if len(needed) > num_slots:
+            there = [(use, expert) for expert, use in resident.items()]
+            kept = heapq.nsmallest(num_slots, [*there, *zip(uses, needed, strict=True)])
+            resident.clear()
+        else:
+            kept = [*zip(uses, needed, strict=True)]
         while len(resident) + len(kept) > num_slots:
             use, expert = heapq.heappop(heap)
             if resident.get(-expert) == -use:

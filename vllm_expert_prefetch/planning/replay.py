@@ -42,7 +42,7 @@ class _Queued:
 
 
 class Replay:
-    """One model's layers under one setting. `stall`, `time`, `demanded` and `prefetched` are sums over all steps."""
+    """One model's layers under one setting. `stall`, `time`, `num_bytes`, `demanded` and `prefetched` are sums over all steps."""
 
     def __init__(self, trace: Trace, setting: Setting, clock: Clock, guess: Guess | None = None) -> None:
         """`guess` None: nothing looks ahead."""
@@ -54,7 +54,10 @@ class Replay:
         self.stall = self.time = 0.0
         self.demanded = self.prefetched = 0
         """Records that steps copied, late ones that had not begun included, and those that look-ahead copied."""
+        self.num_bytes = 0
+        """Of both."""
         self._setting, self._clock, self._guess = setting, clock, guess
+        self._record_bytes = card.record_bytes
         self._ids = [trace.routed(layer) for layer in range(card.num_layers)]
         self._tokens, self._ends = trace.tokens, np.cumsum(trace.tokens)
         self._queue: list[_Queued] = []
@@ -97,12 +100,14 @@ class Replay:
         if hidden:
             wait -= min(hidden, (planner.words.overflow - before) * record)
         self.demanded += num_misses
+        self.num_bytes += num_misses * self._record_bytes[layer]
         needed = {*ids.tolist()} if waiting else ()
         for copy in waiting:
             if copy.expert in needed:
                 wait += copy.left
                 self.prefetched += copy.has_begun
                 self.demanded += not copy.has_begun
+                self.num_bytes += self._record_bytes[layer]
                 planner.slot_words[copy.slot] = LANDED
                 self._queue.remove(copy)
         self._forget_cancelled(layer)
@@ -144,5 +149,6 @@ class Replay:
             if copy.left <= 1e-9 * self._clock.record[copy.layer]:
                 self._queue.pop(0)
                 self.prefetched += 1
+                self.num_bytes += self._record_bytes[copy.layer]
                 words[copy.slot] = LANDED
         self._link_time = max(self._link_time, now)

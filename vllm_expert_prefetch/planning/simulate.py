@@ -1,6 +1,8 @@
 """What a trace would have come to under other settings: hits, bytes, and against a clock stalls and TPOT."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,26 +88,28 @@ def simulate_all(trace: Trace, setting: Setting, clock: Clock | None = None, res
     return total
 
 
-@dataclass(frozen=True)
-class LookedAhead:
-    """Decode steps replayed with look-ahead: time for each token in seconds, and records copied."""
-
-    tpot: float
-    stall: float
-    demanded: int
-    prefetched: int
-
-
-def look_ahead(trace: Trace, setting: Setting, clock: Clock, recall: tuple[float, ...] | None) -> LookedAhead:
-    """Replay `trace` with look-ahead. `recall`: of the guesses by distance; None: every guess is right."""
+def look_ahead(trace: Trace, setting: Setting, clock: Clock, recall: Sequence[float] | None) -> Sums:
+    """All layers with look-ahead. `recall`: of the guesses by distance; None: every guess is right."""
     replay = Replay(trace, setting, clock, oracle(trace) if recall is None else drawn(trace, recall))
-    weighed = stall = 0.0
-    for step, sequences in enumerate(trace.decoding.tolist()):
-        time, stalled = replay.time, replay.stall
-        replay.run([step])
-        weighed += (replay.time - time) * sequences
-        stall += replay.stall - stalled
-    return LookedAhead(weighed / max(1, int(trace.decoding.sum())), stall, replay.demanded, replay.prefetched)
+    total = Sums()
+    for decodes, steps in groupby(range(len(trace)), lambda step: bool(trace.prefilling[step] == 0)):
+        before, stall, token_stall = replay.words, replay.stall, 0.0
+        for step in steps:
+            stalled = replay.stall
+            replay.run([step])
+            token_stall += (replay.stall - stalled) * int(trace.decoding[step])
+        words = replay.words.since(before)
+        total += Sums(
+            lookups=words.lookups,
+            hits=words.hits,
+            misses=words.misses,
+            evictions=words.evictions,
+            decode_lookups=words.lookups * decodes,
+            decode_hits=words.hits * decodes,
+            stall=replay.stall - stall,
+            token_stall=token_stall,
+        )
+    return total + Sums(num_bytes=replay.num_bytes)
 
 
 def tpot(trace: Trace, clock: Clock, sums: Sums) -> float:

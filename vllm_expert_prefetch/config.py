@@ -72,7 +72,7 @@ def _switch(value: Any) -> Any:
 
 
 def _folder_or_off(value: Any) -> Any:
-    if isinstance(value, bool) and value or value in ("", "on"):
+    if value is True or value in ("", "on", "true"):
         raise ValueError("must be off, or the folder to record into")
     return OFF if value is False else value
 

@@ -42,7 +42,9 @@ def add_parser(subparsers: Any) -> None:
     )
     add("--depths", type=_list_of(_count(0)), default=(0,), metavar="D,E", help="layers of look-ahead, 0 to 4 (0)")
     add("--more-gb", type=_positive, metavar="GB", help="say what so many GB of slots more would give")
-    add("--link-gbps", type=_positive, metavar="GBPS", help="the link, GB/s (default: as measured when it was recorded)")
+    add(
+        "--link-gbps", type=_positive, metavar="GBPS", help="the link, GB/s (default: as measured when it was recorded)"
+    )
     add("--layer-us", type=_positive, metavar="US", help="what a layer computes (default: as each step was timed)")
     add("--areas", type=_count(1), default=1, metavar="N", help="areas of overflow rows, 1 or 2 (1)")
     add("--recall", type=_all_of(_share), metavar="R,S", help="of guesses by distance (0.88,0.68,0.58,0.52)")
@@ -152,7 +154,9 @@ def _settings(args: argparse.Namespace, trace: "Trace") -> "tuple[list[Setting],
     more = Setting(slots_with_more(trace, base.slots, args.more_gb * 1e9), policy, base.depth, args.areas)
     if more.slots == base.slots:
         size = sum(card.record_bytes) / 1e9
-        raise ConfigError(f"--more-gb {args.more_gb:g} is no slot more in each layer: one takes {size:.3g} GB, or all fit")
+        raise ConfigError(
+            f"--more-gb {args.more_gb:g} is no slot more in each layer: one takes {size:.3g} GB, or all fit"
+        )
     settings += [one for one in (base, more) if one not in settings]
     return settings, [settings.index(base), settings.index(more)]
 

@@ -12,6 +12,8 @@ def print_report(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     console, plain = Console(), {"highlight": False, "soft_wrap": True}
+    if not console.is_terminal:
+        console = Console(width=200)
     console.print(
         f"[bold]{report['model']}[/bold]: {report['layers']} layers of {report['experts']} experts, top-{report['top_k']}; "
         f"{report['steps']} steps, {report['tokens']} tokens, {report['decode_steps']} decode steps",
@@ -19,7 +21,8 @@ def print_report(report: dict[str, Any]) -> None:
     )
     console.print(_fidelity(report), **plain)
     table = Table(box=None, pad_edge=False)
-    for name in ("slots", "GB", "policy", "ahead", "hits", "Belady", "copied", "stalls", "TPOT", "oracle"):
+    names = ["slots", "GB", "policy", "ahead", "hits", "Belady", "copied"]
+    for name in names + ["stalls", "TPOT ms", "oracle ms"] * report["has_times"]:
         table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
     for row in report["rows"]:
         table.add_row(*_cells(row), style="bold" if row["as_recorded"] else None)
@@ -42,7 +45,7 @@ def describe_more(found: dict[str, Any]) -> str:
     )
     if row["tpot_seconds"] is None:
         return text
-    return f"{text}, TPOT {_ms(more['tpot_seconds'])} in place of {_ms(row['tpot_seconds'])}"
+    return f"{text}, TPOT {_ms(more['tpot_seconds'])} in place of {_ms(row['tpot_seconds'])} ms"
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
@@ -82,13 +85,15 @@ def plot(report: dict[str, Any], path: Path) -> None:
 def _fidelity(report: dict[str, Any]) -> str:
     pairs = report["replayed_as_recorded"]
     if pairs is None:
-        return "recorded as " + (report["recorded"]["by"] or "not said")
+        return (
+            f"recorded by {report['recorded']['by'] or 'whom it does not say'}; not compared with a server's counters"
+        )
     counted = ", ".join(f"{own} {name}" for name, (own, _) in pairs.items())
     return f"replayed as recorded, it counts what the server counted: {counted}"
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    return [
+    cells = [
         f"{_slots(row)} ({100 * row['share']:.0f} %)",
         f"{row['cache_gb']:.3g}",
         row["policy"],
@@ -96,10 +101,10 @@ def _cells(row: dict[str, Any]) -> list[str]:
         _percent(row["decode_hit_rate"]),
         "-" if row["depth"] else _percent(row["belady_decode_hit_rate"]),
         _bytes(row["bytes"]),
-        "-" if row["stall_seconds"] is None else f"{row['stall_seconds']:.3g} s",
-        _ms(row["tpot_seconds"]),
-        _ms(row["oracle_tpot_seconds"]),
     ]
+    if row["stall_seconds"] is None:
+        return cells
+    return [*cells, f"{row['stall_seconds']:.2f} s", _ms(row["tpot_seconds"]), _ms(row["oracle_tpot_seconds"])]
 
 
 def _slots(row: dict[str, Any]) -> str:
@@ -112,7 +117,7 @@ def _percent(value: float | None) -> str:
 
 
 def _ms(value: float | None) -> str:
-    return "-" if value is None else f"{1000 * value:.3g} ms"
+    return "-" if value is None else f"{1000 * value:.2f}"
 
 
 def _bytes(value: int) -> str:

@@ -130,7 +130,9 @@ def _ask(server: int | None, request: dict[str, Any]) -> dict[str, Any]:
     sockets = {process: own for process, own in sockets.items() if own and server in (None, process)}
     if not sockets:
         which = "no server" if server is None else f"no server with process number {server}"
-        raise TraceError(f"{which} of this user serves with the plugin on this host, as far as it can be seen from here")
+        raise TraceError(
+            f"{which} of this user serves with the plugin on this host, as far as it can be seen from here"
+        )
     if len(sockets) > 1:
         raise TraceError(f"several servers: give --server with one of {', '.join(map(str, sorted(sockets)))}")
     return ask(sockets.popitem()[1][-1], request)

@@ -12,6 +12,8 @@ from vllm_expert_prefetch.tracing.trace import SUFFIX, Trace, write_trace
 _logger = logging.getLogger("vllm.expert_prefetch")
 _PREFIX = "trace-"
 MB = 10**6
+MOST_PENDING = 64
+"""Files that may wait for the disk."""
 
 
 class TraceFolder:
@@ -34,15 +36,16 @@ class TraceFolder:
         except OSError as error:
             raise TraceError(f"{directory}: {error.strerror}: give a folder that the server may write to") from error
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="expert-prefetch-trace")
-        self._last: Future[None] | None = None
+        self._pending: list[Future[None]] = []
 
     def write(self, trace: Trace) -> None:
         """Write the next file behind the caller's back. A disk that fails or cannot keep up ends the recording."""
-        if self._last is not None and not self._last.done():
+        self._pending = [file for file in self._pending if not file.done()]
+        if len(self._pending) > MOST_PENDING:
             self._stop("the disk cannot keep up")
         if self.problem is None:
             self._number += 1
-            self._last = self._thread.submit(self._write, trace, self._number)
+            self._pending.append(self._thread.submit(self._write, trace, self._number))
 
     def close(self, last: Trace | None = None) -> None:
         """Write the `last` file, and wait for those before it; a recording without a file leaves no folder."""

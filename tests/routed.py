@@ -1,11 +1,11 @@
-"""Traces of layers that are planned without a model: what a server would have recorded, and what it would have counted."""
+"""Layers that are served without a model, and recorded."""
 
 import random
 
 import torch
 
-from vllm_expert_prefetch.cache.host import HostCaches
 from vllm_expert_prefetch.cache.create import create_shared_rows
+from vllm_expert_prefetch.cache.host import HostCaches
 from vllm_expert_prefetch.memory.host_memory import HostMemoryOptions
 from vllm_expert_prefetch.memory.host_store import HostStore
 from vllm_expert_prefetch.native.library import host_library

@@ -1,4 +1,4 @@
-"""What `simulate` says of a trace: every figure from the planner that serves, and the published ones on recorded routing."""
+"""What `simulate` says of a trace: figures of the planner that serves, and those that are known of recorded routing."""
 
 import json
 import os

@@ -87,7 +87,7 @@ def test_the_oldest_files_go_also_those_of_earlier_recordings(tmp_path, monkeypa
     limit = 40_000
     first, _ = recorded(tmp_path, 30, limit_bytes=limit)
     assert first.folder.path.exists()
-    made, _ = recorded(tmp_path, 120, limit_bytes=limit)
+    recorded(tmp_path, 120, limit_bytes=limit)
     assert not first.folder.path.exists()
     assert sum(file.stat().st_size for file in tmp_path.rglob("*.safetensors")) <= limit
     trace = read_trace(tmp_path)
@@ -144,5 +144,5 @@ def test_a_disk_that_is_too_slow_ends_the_recording(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_made_is_refused_by_name(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(TraceError, match="file.*give a folder that the server may write to"):
+    with pytest.raises(TraceError, match=r"file.*give a folder that the server may write to"):
         TraceFolder(tmp_path / "file" / "below", 1)

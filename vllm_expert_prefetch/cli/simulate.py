@@ -1,4 +1,4 @@
-"""`vllm-expert-prefetch simulate`: what recorded routing would have come to with other slots, policies and look-ahead."""
+"""`vllm-expert-prefetch simulate`: what recorded routing comes to with other slots, policies and look-ahead."""
 
 import argparse
 import json
@@ -154,9 +154,7 @@ def _settings(args: argparse.Namespace, trace: "Trace") -> "tuple[list[Setting],
     more = Setting(slots_with_more(trace, base.slots, args.more_gb * 1e9), policy, base.depth, args.areas)
     if more.slots == base.slots:
         size = sum(card.record_bytes) / 1e9
-        raise ConfigError(
-            f"--more-gb {args.more_gb:g} is no slot more in each layer: one takes {size:.3g} GB, or all fit"
-        )
+        raise ConfigError(f"--more-gb {args.more_gb:g} is no slot more in each layer: one takes {size:.3g} GB")
     settings += [one for one in (base, more) if one not in settings]
     return settings, [settings.index(base), settings.index(more)]
 

@@ -11,15 +11,15 @@ def print_report(report: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console, plain = Console(), {"highlight": False, "soft_wrap": True}
+    console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(width=200)
     console.print(
-        f"[bold]{report['model']}[/bold]: {report['layers']} layers of {report['experts']} experts, top-{report['top_k']}; "
-        f"{report['steps']} steps, {report['tokens']} tokens, {report['decode_steps']} decode steps",
-        **plain,
+        f"[bold]{report['model']}[/bold]: {report['layers']} layers of {report['experts']} experts, "
+        f"top-{report['top_k']}; {report['steps']} steps, {report['tokens']} tokens, {report['decode_steps']} decode steps",
+        soft_wrap=True,
     )
-    console.print(_fidelity(report), **plain)
+    console.print(_fidelity(report), soft_wrap=True)
     table = Table(box=None, pad_edge=False)
     names = ["slots", "GB", "policy", "ahead", "hits", "Belady", "copied"]
     for name in names + ["stalls", "TPOT ms", "oracle ms"] * report["has_times"]:
@@ -28,11 +28,11 @@ def print_report(report: dict[str, Any]) -> None:
         table.add_row(*_cells(row), style="bold" if row["as_recorded"] else None)
     console.print(table)
     if any(row["as_recorded"] for row in report["rows"]):
-        console.print("bold: slots and policy as recorded; hits: of decode steps", **plain)
+        console.print("bold: slots and policy as recorded; hits: of decode steps", soft_wrap=True)
     if not report["has_times"]:
-        console.print("Stalls and TPOT: give --link-gbps and --layer-us, this trace has no times", **plain)
+        console.print("Stalls and TPOT: give --link-gbps and --layer-us, this trace has no times", soft_wrap=True)
     if report["more_gb"]:
-        console.print(describe_more(report["more_gb"]), **plain)
+        console.print(describe_more(report["more_gb"]), soft_wrap=True)
 
 
 def describe_more(found: dict[str, Any]) -> str:
@@ -49,7 +49,7 @@ def describe_more(found: dict[str, Any]) -> str:
 
 
 def plot(report: dict[str, Any], path: Path) -> None:
-    """Draw decode hit rates, and TPOT where times are known, against GB of slots. Raises ConfigError without matplotlib."""
+    """Draw decode hit rates, and TPOT where times are known, against GB of slots. ConfigError without matplotlib."""
     try:
         import matplotlib
     except ImportError as error:

@@ -42,7 +42,9 @@ class _Queued:
 
 
 class Replay:
-    """One model's layers under one setting. `stall`, `time`, `num_bytes`, `demanded` and `prefetched` are sums over all steps."""
+    """One model's layers under one setting. `stall`, `time`, `num_bytes`, `demanded` and `prefetched` are sums over
+    all steps.
+    """
 
     def __init__(self, trace: Trace, setting: Setting, clock: Clock, guess: Guess | None = None) -> None:
         """`guess` None: nothing looks ahead."""

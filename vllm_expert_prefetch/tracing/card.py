@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 FORMAT = "vllm-expert-prefetch trace"
 FORMAT_VERSION = 1
@@ -63,5 +64,5 @@ def card_of(metadata: Mapping[str, str] | None, path: Path) -> tuple[TraceCard, 
         )
     found = json.loads(metadata["card"])
     known = {entry.name for entry in fields(TraceCard)}
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
     return TraceCard(**{name: value for name, value in values.items() if name in known}), int(metadata["chunk"])

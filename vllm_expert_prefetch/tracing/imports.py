@@ -2,6 +2,7 @@
 
 import re
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +17,8 @@ _COLUMNS = "turn,phase,step,layer,slot,expert"
 def import_routing(path: Path, model: str | None, num_experts: int | None, prompt_tokens: int, by_token: bool) -> Trace:
     """A trace of `path`: `.csv`, or `.npy` and `.npz` with the `routed_experts` that vLLM returns.
 
-    `model` and `num_experts`: where the file does not say. `prompt_tokens`: of each request in an array, whose prompt is
-    its first step. `by_token`: every token of a prompt is a step. Raises TraceError.
+    `model` and `num_experts`: where the file does not say. `prompt_tokens`: of each request in an array, the first step
+    of it. `by_token`: every token of a prompt is a step. Raises TraceError.
     """
     try:
         if path.suffix == ".csv":
@@ -63,21 +64,19 @@ def read_csv(path: Path, model: str | None = None, num_experts: int | None = Non
         record_bytes=tuple(int(sizes.get(str(layer), 1)) for layer in layers),
         made_by=f"imported from {path.name}",
     )
-    steps = []
-    prompts = []
-    for turn in turns.values():
-        for phase, own in enumerate(turn):
+    steps: list[list[list[list[int]]]] = []
+    prompts: list[bool] = []
+    for phases in turns.values():
+        for phase, own in enumerate(phases):
             rows = [[[token.get(layer, [])] for layer in layers] for _, token in sorted(own.items())]
             if phase == 0 and not by_token and rows:
-                rows = [[[own for token in rows for own in token[at]] for at in range(len(layers))]]
+                rows = [[[ids for token in rows for ids in token[at]] for at in range(len(layers))]]
             steps += rows
             prompts += [phase == 0] * len(rows)
     return _marked(trace_of_steps(card, steps), prompts)
 
 
 def _marked(trace: Trace, prompts: list[bool]) -> Trace:
-    from dataclasses import replace
-
     prefilling = np.array(prompts, dtype=np.int32)
     return replace(trace, prefilling=prefilling, decoding=1 - prefilling)
 

@@ -31,10 +31,11 @@ class Recorder:
         """Steps kept so far, and those that were not: a layer was not called, or more than once."""
         self._caches = caches
         self._step: list[list[tuple[torch.Tensor, Rows]]] = [[] for _ in caches]
+        self._stalled = 0
         self._begin_chunk()
 
     def note(self, number: int, topk_ids: torch.Tensor, rows: Rows) -> None:
-        """Layer `number` of the card serves `topk_ids` (T, K). `rows`: which of them are tokens, as the cache has it."""
+        """Layer `number` of the card serves `topk_ids` (T, K). `rows`: which of them are tokens, as caches have it."""
         own = topk_ids[:rows] if isinstance(rows, int) else topk_ids
         dtype = torch.uint8 if self.card.num_experts[number] <= 255 else torch.int16
         self._step[number].append((own.to(dtype, copy=True), rows if isinstance(rows, int) else rows.clone()))
@@ -48,9 +49,8 @@ class Recorder:
         if len(ids) < len(step) or len({len(own) for own in ids}) != 1:
             self.num_dropped += 1
             return
-        stall_ns = self._stall_ns()
-        stalled, self._stalled = (stall_ns - self._stalled) * 1e-9, stall_ns
-        self._steps.append((len(ids[0]), prefilling, decoding, seconds, stalled))
+        before, self._stalled = self._stalled, self._stall_ns()
+        self._steps.append((len(ids[0]), prefilling, decoding, seconds, (self._stalled - before) * 1e-9))
         for layer, own in zip(self._ids, ids, strict=True):
             layer.append(own)
         self.num_steps += 1
@@ -76,11 +76,14 @@ class Recorder:
         tokens, prefilling, decoding, seconds, stalls = zip(*self._steps, strict=True)
         return Trace(
             self.card,
-            *(np.array(own, dtype=np.int32) for own in (tokens, prefilling, decoding)),
-            *(np.array(own, dtype=np.float32) for own in (seconds, stalls)),
-            tuple(np.concatenate(own) for own in self._ids),
-            self._states,
-            totals,
+            tokens=np.array(tokens, dtype=np.int32),
+            prefilling=np.array(prefilling, dtype=np.int32),
+            decoding=np.array(decoding, dtype=np.int32),
+            seconds=np.array(seconds, dtype=np.float32),
+            stalls=np.array(stalls, dtype=np.float32),
+            ids=tuple(np.concatenate(own) for own in self._ids),
+            states=self._states,
+            totals=totals,
         )
 
     def _read_states(self) -> tuple[NDArray[np.int64], ...]:
@@ -88,7 +91,7 @@ class Recorder:
 
     def _stall_ns(self) -> int:
         """0 on a GPU, where nothing is timed."""
-        return sum(0 if cache.on_device else int(cache.state[_STALL]) for cache in self._caches)
+        return sum(int(cache.state[_STALL]) for cache in self._caches if not cache.on_device)
 
 
 def _ids_of_tokens(ids: torch.Tensor, rows: Rows) -> NDArray[np.generic]:

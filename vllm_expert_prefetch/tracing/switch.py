@@ -46,7 +46,7 @@ class TraceSwitch:
                 self._requests.pop()()
 
     def start(self, directory: Path, limit_mb: int) -> Answer:
-        """Record into a folder of its own in `directory`. Raises TraceError where one runs, or nothing can be written."""
+        """Record into a folder of its own in `directory`. Raises TraceError where one runs, or none can be written."""
         if self._recorder is not None:
             raise TraceError(f"{self._recorder.folder.path} is being recorded: stop it first")
         folder = TraceFolder(directory, limit_mb * MB)
@@ -66,7 +66,7 @@ class TraceSwitch:
         return {"recording": str(own.folder.path), "steps": own.num_steps, "dropped_steps": own.num_dropped}
 
     def answer(self, request: Mapping[str, Any]) -> Answer:
-        """What a request over the control socket comes to: `{"do": "start", "directory", "limit_mb"}`, `stop`, `status`.
+        """What a request comes to: `{"do": "start", "directory": ..., "limit_mb": ...}`, `stop` or `status`.
 
         Called by another thread than the one that serves.
         """

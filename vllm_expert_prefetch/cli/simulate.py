@@ -134,7 +134,7 @@ def _settings(args: argparse.Namespace, trace: "Trace") -> "tuple[list[Setting],
     for num_slots in args.slots:
         if not max(card.top_k) <= num_slots <= max(card.num_experts):
             raise ConfigError(
-                f"--slots: {num_slots}, and a layer takes {max(card.top_k)} (top-k) to {max(card.num_experts)} (experts)"
+                f"--slots: {num_slots}, and a layer takes {max(card.top_k)} (top-k) to {max(card.num_experts)} (all)"
             )
     capacities = [tuple(min(num, slots) for num in card.num_experts) for slots in args.slots]
     if not args.slots:

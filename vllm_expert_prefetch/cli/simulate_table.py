@@ -16,7 +16,8 @@ def print_report(report: dict[str, Any]) -> None:
         console = Console(width=200)
     console.print(
         f"[bold]{report['model']}[/bold]: {report['layers']} layers of {report['experts']} experts, "
-        f"top-{report['top_k']}; {report['steps']} steps, {report['tokens']} tokens, {report['decode_steps']} decode steps",
+        f"top-{report['top_k']}; {report['steps']} steps, {report['tokens']} tokens, "
+        f"{report['decode_steps']} decode steps",
         soft_wrap=True,
     )
     console.print(_fidelity(report), soft_wrap=True)

@@ -163,6 +163,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     import os
 
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     for name in ("prompts", "prompt_tokens", "tokens"):
         if getattr(args, name) < 1:
             raise TraceError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")

@@ -1,7 +1,8 @@
 """How fast are traces replayed? Made-up routing with the shape of Qwen3-30B-A3B: 128 experts, top-8, on one core.
 
-* `layer_steps_per_second`: one layer's step after the other through the native planner, as `vllm-expert-prefetch simulate`
-  replays them without look-ahead; the slowest policy, half of the experts resident, one sequence.
+* `layer_steps_per_second`: one layer's step after the other through the native planner, as `vllm-expert-prefetch
+  simulate` replays them without look-ahead; the slowest policy, half of the experts resident, one sequence, whose hit
+  rate is `hit_rate`.
 * `by_policy`, and with eight sequences (`batched`).
 * `belady_per_second`: the bound; `look_ahead_per_second`: all layers against a clock, two layers ahead.
 """
@@ -16,7 +17,7 @@ from harness import finish, parser
 from vllm_expert_prefetch.planning.clock import Clock
 from vllm_expert_prefetch.planning.guesses import RECALL
 from vllm_expert_prefetch.planning.replay import Setting
-from vllm_expert_prefetch.planning.simulate import belady, look_ahead, simulate_layer
+from vllm_expert_prefetch.planning.simulate import belady, look_ahead, simulate_all, simulate_layer
 from vllm_expert_prefetch.residency import POLICIES
 from vllm_expert_prefetch.tracing.card import TraceCard
 from vllm_expert_prefetch.tracing.trace import Trace
@@ -35,6 +36,7 @@ def main() -> int:
     clock = Clock((1.0,) * LAYERS, np.ones(len(few)))
     result = {
         "layer_steps_per_second": min(by_policy.values()),
+        "hit_rate": round(simulate_all(one, Setting(half, "lru")).hit_rate, 3),
         "by_policy": by_policy,
         "batched": {name: served(many, Setting(half, name)) for name in POLICIES},
         "belady_per_second": rate(len(few), lambda: belady(few, 0, EXPERTS // 2)),
@@ -52,7 +54,7 @@ def made_trace(num_steps: int, num_sequences: int) -> Trace:
     num_tokens = num_steps * num_sequences
     ids = []
     for _ in range(LAYERS):
-        liking = np.log(rng.dirichlet(np.full(EXPERTS, 0.3)) + 1e-4)
+        liking = rng.normal(size=EXPERTS)
         drawn = liking + rng.gumbel(size=(num_tokens, EXPERTS))
         drawn[1:] += 0.5 * drawn[:-1]
         ids.append(np.argpartition(-drawn, TOP_K, axis=1)[:, :TOP_K].astype(np.uint8))

@@ -11,11 +11,13 @@ from vllm_expert_prefetch.cache.base import LayerCache, Rows
 from vllm_expert_prefetch.cache.words import Words
 from vllm_expert_prefetch.tracing.card import TraceCard
 from vllm_expert_prefetch.tracing.folder import TraceFolder
-from vllm_expert_prefetch.tracing.trace import Trace
+from vllm_expert_prefetch.tracing.trace import Trace, compact
 
 CHUNK_BYTES = 1 << 20
 """Of routed ids in one file."""
 CHUNK_SECONDS = 30
+_Noted = NDArray[np.generic] | tuple[torch.Tensor, torch.Tensor]
+"""Routed ids; on a GPU with the rows that tell tokens from padding."""
 _STALL = Words._fields.index("stall_ns")
 
 
@@ -30,22 +32,24 @@ class Recorder:
         self.num_steps = self.num_dropped = 0
         """Steps kept so far, and those that were not: a layer was not called, or more than once."""
         self._caches = caches
-        self._step: list[list[tuple[torch.Tensor, Rows]]] = [[] for _ in caches]
+        self._step: list[list[_Noted]] = [[] for _ in caches]
+        self._host_states = [cache.state.numpy() for cache in caches if not cache.on_device]
         self._stalled = 0
         self._begin_chunk()
 
     def note(self, number: int, topk_ids: torch.Tensor, rows: Rows) -> None:
         """Layer `number` of the card serves `topk_ids` (T, K). `rows`: which of them are tokens, as caches have it."""
-        own = topk_ids[:rows] if isinstance(rows, int) else topk_ids
-        dtype = torch.uint8 if self.card.num_experts[number] <= 255 else torch.int16
-        self._step[number].append((own.to(dtype, copy=True), rows if isinstance(rows, int) else rows.clone()))
+        if isinstance(rows, int):
+            self._step[number].append(compact(topk_ids.numpy()[:rows], self.card.num_experts[number]))
+        else:
+            self._step[number].append((topk_ids.clone(), rows.clone()))
 
     def end_step(self, prefilling: int, decoding: int, seconds: float) -> None:
         """Every layer has served the step. On a GPU this waits for it."""
         step, self._step = self._step, [[] for _ in self._caches]
         if not any(step):
             return
-        ids = [_ids_of_tokens(*own[0]) for own in step if len(own) == 1]
+        ids = [self._ids_of_tokens(number, own[0]) for number, own in enumerate(step) if len(own) == 1]
         if len(ids) < len(step) or len({len(own) for own in ids}) != 1:
             self.num_dropped += 1
             return
@@ -91,9 +95,10 @@ class Recorder:
 
     def _stall_ns(self) -> int:
         """0 on a GPU, where nothing is timed."""
-        return sum(int(cache.state[_STALL]) for cache in self._caches if not cache.on_device)
+        return sum(int(state[_STALL]) for state in self._host_states)
 
-
-def _ids_of_tokens(ids: torch.Tensor, rows: Rows) -> NDArray[np.generic]:
-    own: NDArray[np.generic] = ids.cpu().numpy()
-    return own if isinstance(rows, int) else own[rows.cpu().numpy() >= 0]
+    def _ids_of_tokens(self, number: int, noted: _Noted) -> NDArray[np.generic]:
+        if isinstance(noted, np.ndarray):
+            return noted
+        ids, rows = (tensor.cpu().numpy() for tensor in noted)
+        return compact(ids[rows >= 0], self.card.num_experts[number])

@@ -49,6 +49,9 @@ def test_replayed_it_counts_what_the_server_counted(tmp_path, capsys, monkeypatc
         assert main(["trace", "stop", *server]) == 0
         stopped = last_line(capsys)
         grown = {name: count - before[name] for name, count in live(llm).items()}
+        assert main(["trace", "start", str(tmp_path / "c"), *server]) == 0
+        greedy(llm, prompts(1), num_tokens=5)
+    assert len(read_trace(tmp_path / "c")) == 5, "written when the engine ended"
     trace = read_trace(tmp_path / "b")
     assert (len(trace), stopped["steps"], stopped["dropped_steps"]) == (8, 8, 0)
     assert as_recorded(trace) == {name: (count, count) for name, count in grown.items()}

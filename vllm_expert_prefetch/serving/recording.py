@@ -1,7 +1,6 @@
 """A worker's switch for recordings of its routing, and what each recording says of the server."""
 
 from datetime import UTC, datetime
-from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,7 +46,6 @@ def create_switch(worker: "Worker", vllm_config: Any) -> TraceSwitch | None:
         except TraceError as error:
             raise ConfigError(f"{CONFIG_KEY}: trace: {error}, or drop the key") from error
         compat.logger().info("expert_prefetch: routing is recorded into %s", started["recording"])
-    Finalize(None, switch.close, exitpriority=10)
     return switch
 
 

@@ -24,6 +24,7 @@ def extend_worker() -> None:
         if runner is not None and is_asked_for:
             watch_steps(runner, self.vllm_config)
             watch_memory(self.worker, self.vllm_config)
+            watch_end(self.worker, self.vllm_config)
             runner.reload_weights = refuse_reload
 
     WorkerWrapperBase.init_device = init_device_and_watch
@@ -59,6 +60,19 @@ def watch_steps(runner: Any, vllm_config: Any) -> None:
         return output
 
     runner.execute_model, runner.sample_tokens = timed_execute, timed_sample
+
+
+def watch_end(worker: Any, vllm_config: Any) -> None:
+    """Let a recording of routing write what it has when vLLM shuts its `worker` down."""
+    shutdown = worker.shutdown
+
+    def finish_and_shutdown() -> None:
+        ours = find_worker(vllm_config)
+        if ours is not None and ours.traces is not None:
+            ours.traces.close()
+        shutdown()
+
+    worker.shutdown = finish_and_shutdown
 
 
 def watch_memory(worker: Any, vllm_config: Any) -> None:

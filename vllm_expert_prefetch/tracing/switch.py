@@ -79,7 +79,7 @@ class TraceSwitch:
         return {"error": f"unknown request {request.get('do')!r}"} if do is None else self._between_steps(do)
 
     def close(self) -> None:
-        """The process ends: write what there is."""
+        """The server ends: write what there is."""
         if self._recorder is not None:
             self._stop()
 

@@ -3,6 +3,7 @@
 import logging
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -62,17 +63,20 @@ class TraceFolder:
             self._stop(f"{self.path}: {error.strerror}")
 
     def _make_room(self, num_bytes: int) -> None:
-        """`num_bytes`: of the newest file, which stays."""
-        files = sorted(self._directory.glob(f"{_PREFIX}*/[0-9]*{SUFFIX}"))
-        sizes = {file: file.stat().st_size for file in files}
+        """`num_bytes`: of the newest file, which stays. Another server may be at the same."""
+        sizes = {}
+        for file in sorted(self._directory.glob(f"{_PREFIX}*/[0-9]*{SUFFIX}")):
+            with suppress(FileNotFoundError):
+                sizes[file] = file.stat().st_size
         excess = sum(sizes.values()) - max(self._limit, num_bytes)
-        for file in files:
+        for file, size in sizes.items():
             if excess <= 0:
                 return
-            file.unlink()
-            excess -= sizes[file]
-            if file.parent != self.path and not any(file.parent.iterdir()):
-                file.parent.rmdir()
+            file.unlink(missing_ok=True)
+            excess -= size
+            if file.parent != self.path:
+                with suppress(OSError):  # it holds more
+                    file.parent.rmdir()
 
     def _stop(self, problem: str) -> None:
         if self.problem is None:

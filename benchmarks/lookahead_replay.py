@@ -13,22 +13,27 @@ experts with a slot, and records that take 0.5, 1 and 2 times as long as a layer
 ahead cost time, in all cells; `policy_gain` the least, the mean and the greatest difference to lru, in points.
 """
 
-import random
 import statistics
 import sys
-from collections import Counter
 from collections.abc import Sequence
-from itertools import chain
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from harness import ROOT, TINY_MODEL, finish, job_output, parser, run_in_process
-from replay import load
 
 from vllm_expert_prefetch.config import MOST_LOOKAHEAD_LAYERS, ExpertPrefetchConfig
-from vllm_expert_prefetch.planning.replay import Guess, Replay, Step, belady_hits, bound
+from vllm_expert_prefetch.planning.bounds import bound
+from vllm_expert_prefetch.planning.clock import Clock
+from vllm_expert_prefetch.planning.guesses import drawn
+from vllm_expert_prefetch.planning.replay import Guess, Replay, Setting
+from vllm_expert_prefetch.planning.simulate import Sums, belady, simulate_all
 from vllm_expert_prefetch.residency import POLICIES
+from vllm_expert_prefetch.tracing.card import TraceCard
+from vllm_expert_prefetch.tracing.imports import read_csv
+from vllm_expert_prefetch.tracing.trace import Trace, trace_of_steps
 
 SHARES, RECORD_TIMES = (0.25, 0.5, 0.75), (0.5, 1.0, 2.0)
 DISTANCES = range(1, MOST_LOOKAHEAD_LAYERS + 1)
@@ -37,12 +42,11 @@ BATCH = 4
 
 
 class Recording(NamedTuple):
-    """`steps` of one token each, the first `num_warm` of which only warm the cache."""
+    """Steps of one token each, the first `num_warm` of which only warm the cache."""
 
     name: str
-    steps: Sequence[Step]
+    trace: Trace
     num_warm: int
-    num_experts: int
     guess: Guess | None
     """None: to be drawn."""
 
@@ -65,9 +69,12 @@ def main() -> int:
         model = str(TINY_MODEL if kind == "tiny" else ROOT / ".demo" / kind)
         found = run_in_process(__file__, {"model": model, "windows": options.windows})
         recalls[kind] = found["recall"]
-        recordings.append(Recording(kind, found["steps"], WARM_UP, found["num_experts"], told(found["guesses"])))
+        made = trace_of(kind, found["num_experts"], [[[ids] for ids in step] for step in found["steps"]])
+        recordings.append(Recording(kind, made, WARM_UP, told(found["guesses"])))
     recall = [statistics.mean(own[distance - 1] for own in recalls.values()) for distance in DISTANCES]
-    traces = [trace(path, recall) for path in sorted(options.traces.glob("*.route.csv"))] if options.traces else []
+    traces = (
+        [recording_of(path, recall) for path in sorted(options.traces.glob("*.route.csv"))] if options.traces else []
+    )
     rows = [row for recording in [*recordings, *traces] for row in depths(recording, options)]
     policies = [row for recording in [*recordings, *traces] for row in policy_rows(recording, options)]
     names = {recording.name for recording in traces}
@@ -109,56 +116,49 @@ def record(model: str, num_windows: int) -> dict[str, Any]:
 
 
 def told(guesses: list[dict[str, list[int]]]) -> Guess:
-    """What was recorded, from the first step behind the warm-up on."""
-    return lambda step, layer, distance: guesses[step + WARM_UP][f"{layer},{distance}"]
+    """What was recorded."""
+    return lambda step, layer, distance: guesses[step][f"{layer},{distance}"]
 
 
-def trace(path: Path, recall: Sequence[float]) -> Recording:
+def trace_of(name: str, num_experts: int, steps: Sequence[Sequence[Sequence[Sequence[int]]]]) -> Trace:
+    """Of each step and layer, the experts of each token."""
+    layers, top_k = len(steps[0]), max(len(ids) for step in steps for tokens in step for ids in tokens)
+    card = TraceCard(name, tuple(map(str, range(layers))), (num_experts,) * layers, (top_k,) * layers, (1,) * layers)
+    return trace_of_steps(card, steps)
+
+
+def recording_of(path: Path, recall: Sequence[float]) -> Recording:
     """A recording of a prompt, which warms the cache token by token, and decoded tokens."""
-    prompt, decoded = load(path)
-    layers = sorted(decoded[0])
-    steps = [[token.get(layer, []) for layer in layers] for token in [*prompt, *decoded]]
-    guess = drawn(steps[len(prompt) :], recall)
-    return Recording(path.name.removesuffix(".route.csv"), steps, len(prompt), 128, guess)
-
-
-def drawn(steps: Sequence[Step], recall: Sequence[float], seed: int = 0) -> Guess:
-    """Guesses of which a share `recall` of each distance is right; what a far one finds, a nearer one finds as well."""
-    used = [Counter(expert for step in steps for expert in step[layer]) for layer in range(len(steps[0]))]
-
-    def guess(step: int, layer: int, distance: int) -> list[int]:
-        rng = random.Random(f"{seed} {step} {layer}")
-        true = steps[step][layer]
-        right = [expert for expert in true if rng.random() < recall[distance - 1]]
-        experts, weights = zip(*used[layer].items(), strict=True)
-        drawn = dict.fromkeys(rng.choices(experts, weights, k=8 * len(true) + 8))
-        return [*right, *[expert for expert in drawn if expert not in true][: len(true) - len(right)]]
-
-    return guess
+    trace = read_csv(path, num_experts=128, by_token=True)
+    num_warm = int((~trace.decodes).sum())
+    return Recording(path.name.removesuffix(".route.csv"), trace, num_warm, drawn(trace, recall))
 
 
 def depths(recording: Recording, options: Any) -> list[dict[str, Any]]:
     """One row per share of slots, length of a record, and depth; 0 for off."""
     rows = []
-    warm, steps = recording.steps[: recording.num_warm], recording.steps[recording.num_warm :]
-    num_layers, policy = len(steps[0]), POLICIES[ExpertPrefetchConfig().policy]
+    trace, policy = recording.trace, ExpertPrefetchConfig().policy
+    num_layers, num_experts = trace.card.num_layers, trace.card.num_experts[0]
+    steps = range(recording.num_warm, len(trace))
     for share in SHARES:
         for record_time in RECORD_TIMES:
+            clock = Clock((record_time,) * num_layers, np.ones(len(trace)))
             off = None
             for depth in (0, *DISTANCES):
-                guess = recording.guess if depth else None
-                numbers = (num_layers, recording.num_experts, round(share * recording.num_experts))
-                replay = Replay(*numbers, policy, record_time, guess, depth)
-                replay.warm(warm)
-                sums = replay.run(steps)
-                off = off or sums
-                least = bound(num_layers, off.misses / len(steps), record_time)
+                setting = Setting((round(share * num_experts),) * num_layers, policy, depth)
+                replay = Replay(trace, setting, clock, recording.guess if depth else None)
+                replay.warm(recording.num_warm)
+                warm = replay.words
+                replay.run(steps)
+                words = replay.words.since(warm)
+                off = off or (words.misses, replay.stall, replay.demanded)
+                least = bound(num_layers, off[0] / len(steps), record_time)
                 row = {"recording": recording.name, "share": share, "record_time": record_time, "depth": depth}
                 row |= {
-                    "over_bound": round(sums.time / len(steps) / least, 3),
-                    "stalls_hidden": round(1 - sums.stall / off.stall, 3),
-                    "more_bytes": round((sums.demanded + sums.prefetched) / off.demanded - 1, 3),
-                    "displaced": sums.displaced,
+                    "over_bound": round(replay.time / len(steps) / least, 3),
+                    "stalls_hidden": round(1 - replay.stall / off[1], 3),
+                    "more_bytes": round((replay.demanded + replay.prefetched) / off[2] - 1, 3),
+                    "displaced": words.displaced,
                 }
                 rows.append(row)
                 if not options.json:
@@ -169,22 +169,23 @@ def depths(recording: Recording, options: Any) -> list[dict[str, Any]]:
 def policy_rows(recording: Recording, options: Any) -> list[dict[str, Any]]:
     """Hit rates in per cent, one row per share of slots and number of sequences."""
     rows = []
-    shares = (0.125, *SHARES) if recording.num_experts > 16 else SHARES
+    one, num_experts = recording.trace, recording.trace.card.num_experts[0]
+    shares = (0.125, *SHARES) if num_experts > 16 else SHARES
     for batch in (1, BATCH):
-        length = len(recording.steps) // batch
-        places = [recording.steps[number * length : (number + 1) * length] for number in range(batch)]
-        steps = [[list(chain(*own)) for own in zip(*tokens, strict=True)] for tokens in zip(*places, strict=True)]
-        num_warm = recording.num_warm // batch
+        length = len(one) // batch
+        order = np.arange(length * batch).reshape(batch, length).T.ravel()  # a token of each place, then the next ones
+        together = replace(
+            one,
+            tokens=np.full(length, batch, dtype=np.int32),
+            prefilling=(np.arange(length) < recording.num_warm // batch).astype(np.int32),
+            ids=tuple(np.ascontiguousarray(ids[order]) for ids in one.ids),
+        )
         for share in shares:
-            num_slots = round(share * recording.num_experts)
+            slots = (round(share * num_experts),) * one.card.num_layers
+            found = {name: simulate_all(together, Setting(slots, name)) for name in POLICIES}
+            found["belady"] = sum((belady(together, number, own) for number, own in enumerate(slots)), Sums())
             row: dict[str, Any] = {"recording": recording.name, "share": share, "sequences": batch}
-            for name, policy in POLICIES.items():
-                replay = Replay(len(steps[0]), recording.num_experts, num_slots, policy, 1.0)
-                replay.warm(steps[:num_warm])
-                sums = replay.run(steps[num_warm:])
-                row[name] = round(100 * sums.hits / (sums.hits + sums.misses), 2)
-            best = [belady_hits([step[layer] for step in steps], num_slots, num_warm) for layer in range(len(steps[0]))]
-            row["belady"] = round(100 * sum(hits for hits, _ in best) / sum(lookups for _, lookups in best), 2)
+            row |= {name: round(100 * sums.decode_hit_rate, 2) for name, sums in found.items()}
             rows.append(row)
             if not options.json:
                 print(row, flush=True)

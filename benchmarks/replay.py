@@ -20,12 +20,14 @@ The `next_tokens` tokens (100, or the second half of a shorter recording) behind
 
 import random
 import sys
-from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 from harness import finish, parser
 
-from vllm_expert_prefetch.residency import POLICIES, ExpertCache
+from vllm_expert_prefetch.planning.planner import Planner
+from vllm_expert_prefetch.residency import POLICIES
+from vllm_expert_prefetch.tracing.imports import read_csv
 
 Token = dict[int, list[int]]
 """Layer -> routed experts."""
@@ -36,14 +38,13 @@ LONG_STEPS, LONG_SHARE = 4, 0.6
 
 def load(path: Path) -> tuple[list[Token], list[Token]]:
     """The prompt's and the decoded tokens of a recording."""
-    phases: tuple[dict[int, Token], dict[int, Token]] = (defaultdict(dict), defaultdict(dict))
-    for line in path.read_text().splitlines():
-        if line.startswith(("#", "turn")):
-            continue
-        _, phase, step, layer, _, expert = map(int, line.split(",")[:6])
-        phases[phase][step].setdefault(layer, []).append(expert)
-    prompt, decoded = ([steps[step] for step in sorted(steps)] for steps in phases)
-    return prompt, decoded
+    trace = read_csv(path, by_token=True)
+    layers = [(int(name), trace.routed(number).tolist()) for number, name in enumerate(trace.card.layers)]
+    phases: tuple[list[Token], list[Token]] = ([], [])
+    for step, decodes in enumerate(trace.decodes.tolist()):
+        routed = {layer: [expert for expert in ids[step] if expert >= 0] for layer, ids in layers}
+        phases[decodes].append({layer: ids for layer, ids in routed.items() if ids})
+    return phases
 
 
 class Replay:
@@ -52,42 +53,43 @@ class Replay:
     def __init__(
         self, prompt: list[Token], decoded: list[Token], num_experts: int, num_slots: int, policy: str
     ) -> None:
-        self.prompt, self.decoded, self.num_experts = prompt, decoded, num_experts
+        self.prompt, self.decoded, self.num_experts, self.num_slots = prompt, decoded, num_experts, num_slots
         self.layers = sorted(decoded[0])
-        self.caches = {layer: ExpertCache(num_experts, num_slots, POLICIES[policy]) for layer in self.layers}
+        self.caches = {layer: Planner(num_experts, num_slots, 1, policy) for layer in self.layers}
+
+    def serve(self, layer: int, ids: list[int]) -> None:
+        """One step of `layer`."""
+        self.caches[layer].plan(np.array(ids, dtype=np.int32))
 
     def prefill(self, one_step: bool) -> None:
         """Serve the prompt as one step, or token by token."""
-        for layer, cache in self.caches.items():
+        for layer in self.layers:
             routed = [token[layer] for token in self.prompt if layer in token]
             for ids in [[expert for token in routed for expert in token]] if one_step else routed:
-                cache.plan(ids)
+                self.serve(layer, ids)
 
     def fill(self) -> None:
         """Experts 0 to C - 1 in the slots, and cold."""
         for cache in self.caches.values():
-            cache.settle(
-                [load.expert for load in cache.plan_prefetch(range(cache.num_slots), cache.num_slots).loads], ()
-            )
+            cache.plan_prefetch(np.arange(self.num_slots, dtype=np.int32), self.num_slots, False)
 
     def interrupt(self, num_tokens: int, num_steps: int, share: float) -> None:
         """Serve another prompt in `num_steps` steps, whose tokens choose among a `share` of each layer's experts."""
         rng = random.Random(0)
         top_k = len(self.decoded[0][self.layers[0]])
-        for cache in self.caches.values():
+        for layer in self.layers:
             chosen = rng.sample(range(self.num_experts), int(share * self.num_experts))
             for _ in range(num_steps):
-                cache.plan([e for _ in range(num_tokens // num_steps) for e in rng.sample(chosen, top_k)])
+                self.serve(layer, [e for _ in range(num_tokens // num_steps) for e in rng.sample(chosen, top_k)])
 
     def decode(self, start: int, end: int) -> float:
         """Serve these decoded tokens one by one; the share of hits, per cent."""
-        hits = needed = 0
+        before = [cache.words for cache in self.caches.values()]
         for token in self.decoded[start:end]:
-            for layer, cache in self.caches.items():
-                plan = cache.plan(token.get(layer, []))
-                hits += plan.num_hits
-                needed += len(plan.rows)
-        return 100 * hits / needed
+            for layer in self.layers:
+                self.serve(layer, token.get(layer, []))
+        done = [cache.words.since(then) for cache, then in zip(self.caches.values(), before, strict=True)]
+        return 100 * sum(words.hits for words in done) / sum(words.lookups for words in done)
 
 
 def measure(prompt: list[Token], decoded: list[Token], num_experts: int, share: float, policy: str) -> dict[str, float]:

@@ -43,6 +43,8 @@ GOOD = {
     "planned_hit_rate": [None, 0.9, 1],
     "metrics_per_layer": [True, False],
     "metrics_port": [None, 9400, 65535],
+    "trace": ["off", "/var/traces"],
+    "trace_mb": [1, 4096],
 }
 BAD = {
     "cache_gb": [0, -1, math.nan, math.inf, "12 GB", True],
@@ -67,6 +69,8 @@ BAD = {
     "planned_hit_rate": [0, 1.5, math.nan, "90", "101%", True],
     "metrics_per_layer": [1, "maybe", None],
     "metrics_port": [0, 65536, 9400.5, "http", True],
+    "trace": ["on", True, "", None, 1],
+    "trace_mb": [0, -1, 0.5, "much", None, True],
 }
 
 
@@ -101,7 +105,9 @@ SWITCHES = ("prefetch", "pin_memory", "huge_pages", "self_check", "metrics_per_l
 @pytest.mark.parametrize("key", [key for key in KEYS if key not in SWITCHES])
 def test_true_is_not_a_number_and_not_a_name(key):
     with pytest.raises(
-        ConfigError, match=rf"{key} must be (a number|a valid string|auto, or 1 to 4|auto, 1 or 2), got True"
+        ConfigError,
+        match=rf"{key} must be (a number|a valid string|auto, or 1 to 4|auto, 1 or 2|off, or the folder to record into), "
+        "got True",
     ):
         ExpertPrefetchConfig.from_mapping({key: True})
 
@@ -115,6 +121,7 @@ def test_true_is_not_a_number_and_not_a_name(key):
         ("pin_memory", False, "off"),
         ("huge_pages", True, "on"),
         ("self_check", False, "off"),
+        ("trace", False, "off"),
         ("huge_pages", "True", "on"),
         ("huge_pages", "false", "off"),
         ("metrics_per_layer", "on", True),

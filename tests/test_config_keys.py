@@ -19,10 +19,13 @@ from vllm_expert_prefetch.planning.sizing import LayerShape, areas_asked, size_c
 from vllm_expert_prefetch.prediction import ArtifactError
 from vllm_expert_prefetch.residency import POLICIES
 from vllm_expert_prefetch.serving import compat, worker
+from vllm_expert_prefetch.serving.recording import create_switch
 from vllm_expert_prefetch.serving.scheduling import bound_of
 from vllm_expert_prefetch.serving.sizes import CacheSizes
 from vllm_expert_prefetch.serving.speculation import describe_execution
 from vllm_expert_prefetch.serving.worker import Worker
+from vllm_expert_prefetch.tracing import switch
+from vllm_expert_prefetch.tracing.folder import TraceFolder
 
 pytestmark = pytest.mark.skipif(host_library() is None, reason=str(why_not_host()))
 
@@ -165,6 +168,7 @@ def self_check(monkeypatch, tmp_path, config):
     monkeypatch.setattr(worker, "create_look_ahead_of", lambda *_: (None, "off"))
     monkeypatch.setattr(worker, "measure_prompt_step", lambda *_: None)
     monkeypatch.setattr(made, "_publish", lambda *_: None)
+    monkeypatch.setattr(worker, "create_switch", lambda *_: None)
     monkeypatch.setattr(made.layers[0], "expert_tensors", {}, raising=False)
     made.start(torch.nn.Module())
     return len(proved), made.describe()[2]
@@ -180,6 +184,21 @@ def per_layer(monkeypatch, tmp_path, config):
 
 def port(monkeypatch, tmp_path, config):
     return published(monkeypatch, tmp_path, config)[1]
+
+
+def recording(monkeypatch, tmp_path, config):
+    """What is recorded when the worker has started, and the files that it keeps."""
+    monkeypatch.setattr(compat, "captures_graphs", lambda _: False)
+    monkeypatch.chdir(tmp_path)
+    made = made_worker(monkeypatch, config)
+    path = tmp_path / f"{id(made)}.counters"
+    made.publisher = SimpleNamespace(counters=SimpleNamespace(path=path, get=lambda series: 0.0))
+    parallel = SimpleNamespace(rank=0, tensor_parallel_size=1)
+    served = SimpleNamespace(parallel_config=parallel, model_config=SimpleNamespace(model="m"))
+    limits = []
+    monkeypatch.setattr(switch, "TraceFolder", lambda path, limit: limits.append(limit) or TraceFolder(path, limit))
+    status = create_switch(made, served).answer({"do": "status"})
+    return status["recording"] is not None, limits
 
 
 LINKED = {"emulated_link_gbps": 5}
@@ -205,6 +224,8 @@ TABLE = {
     "self_check": (self_check, {}, {"self_check": "off"}),
     "planned_hit_rate": (planned, {}, {"planned_hit_rate": 0.9}),
     "metrics_per_layer": (per_layer, {}, {"metrics_per_layer": True}),
+    "trace": (recording, {}, {"trace": "traces"}),
+    "trace_mb": (recording, {"trace": "traces"}, {"trace": "traces", "trace_mb": 7}),
     "metrics_port": (port, {}, {"metrics_port": 9400}),
 }
 """Key -> what is looked at, and two settings that differ in the key alone."""

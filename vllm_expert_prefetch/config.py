@@ -71,6 +71,12 @@ def _switch(value: Any) -> Any:
     return meant if meant and isinstance(value, (bool, str)) else value
 
 
+def _folder_or_off(value: Any) -> Any:
+    if value is True or value in ("", "on", "true"):
+        raise ValueError("must be off, or the folder to record into")
+    return OFF if value is False else value
+
+
 def _flag(value: Any) -> Any:
     """Numbers are no switches."""
     if not isinstance(value, (bool, str)):
@@ -201,6 +207,15 @@ class ExpertPrefetchConfig:
         None,
         "Each worker also shows its own numbers on this port plus its rank on the host, on every interface: for "
         "workers on other hosts than the API server. Unset: on vLLM's /metrics only.",
+    )
+
+    trace: Annotated[StrictStr, BeforeValidator(_folder_or_off)] = _key(
+        OFF,
+        "Record routing from the start: the folder to record into, or `off`. `vllm-expert-prefetch trace` starts and "
+        "stops a recording of a running server.",
+    )
+    trace_mb: Annotated[_Count, Field(ge=1)] = _key(
+        256, "Size of all recordings in that folder, in MB (10^6 bytes): the oldest files go."
     )
 
     @property

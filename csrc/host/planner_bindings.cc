@@ -96,6 +96,40 @@ int64_t PlanPrefetch(TensorView state, TensorView row_words, TensorView predicte
   return write_loads(work, is_int64(predicted) ? plan_as(int64_t{}) : plan_as(int32_t{}), loads);
 }
 
+// Plans every step of a recording of one layer, without look-ahead. `ids`: int32 (N, K), the routed ids of all tokens,
+// negative for none; `tokens`: int32 (S), how many of them each step has. `counts`: int32 (S, 5), receives what each
+// step needs, misses, puts into overflow rows and evicts, and whether it is wide.
+void PlanSteps(TensorView state, TensorView ids, TensorView tokens, TensorView counts) {
+  const Layer layer = layer_in(state);
+  Workspace& work = Workspace::of_this_thread();
+  work.fit(layer);
+  struct {  // what was on its way when the recording began has landed
+    bool landed(int) const { return true; }
+    bool drop(int) const { return false; }
+  } lane;
+  Alone team;
+  const int64_t num_steps = tokens.numel(), num_tokens = ids.ndim() == 2 ? ids.size(0) : -1;
+  TVM_FFI_CHECK(num_tokens >= 0, ValueError) << "ids must have two dimensions, has " << ids.ndim();
+  const auto* routed = cpu_data<int32_t>(ids, 0, "ids");
+  const auto* lengths = cpu_data<int32_t>(tokens, 0, "tokens");
+  auto* out = cpu_data<int32_t>(counts, 5 * num_steps, "counts");
+  int64_t begin = 0;
+  for (int64_t step = 0; step < num_steps; ++step) {
+    TVM_FFI_CHECK(lengths[step] >= 0 && lengths[step] <= num_tokens - begin, ValueError)
+        << "step " << step << " has " << lengths[step] << " tokens, of " << num_tokens << " there are "
+        << num_tokens - begin << " left";
+    const int num_ids = static_cast<int>(lengths[step] * ids.size(1));
+    const StepCounts found =
+        plan_step(team, layer, lane, routed + begin * ids.size(1), num_ids, work.scratch, work.loads);
+    count_step(layer, found);
+    for (const int count : {found.num_needed, found.num_misses, found.num_overflow, found.num_evictions,
+                            static_cast<int>(found.is_wide)}) {
+      *out++ = count;
+    }
+    begin += lengths[step];
+  }
+}
+
 }  // namespace
 }  // namespace vep
 
@@ -105,3 +139,4 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(planner_init, vep::Init);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(planner_plan, vep::Plan);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(planner_plan_prefetch, vep::PlanPrefetch);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(planner_plan_preload, vep::PlanPreload);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(planner_plan_steps, vep::PlanSteps);

@@ -11,9 +11,11 @@ from device import shim
 from vllm_expert_prefetch.cache.device import DeviceCache
 from vllm_expert_prefetch.config import ConfigError
 from vllm_expert_prefetch.lookahead import create
+from vllm_expert_prefetch.planning.simulate import as_recorded
 from vllm_expert_prefetch.prediction import Prediction, Predictor
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.expert_tensors import TakeoverError
+from vllm_expert_prefetch.tracing.trace import read_trace
 
 pytestmark = [
     pytest.mark.engine,
@@ -63,6 +65,16 @@ def test_another_family_is_bit_equal_on_the_device_path(monkeypatch, tmp_path, n
     assert outputs == expected
     assert min(sum(layer.hits for layer in words), sum(layer.misses for layer in words)) > 0
     assert found["transfer_bytes_total/prefetch"] > 0
+
+
+def test_a_recording_counts_what_the_device_path_counted(monkeypatch, tmp_path):
+    config = {"cache_fraction": 0.5, "prefetch": "off", "trace": str(tmp_path)}
+    _, _, words = served(monkeypatch, TINY_MODEL, config, lambda llm: greedy(llm, prompts(3), 8))
+    trace = read_trace(tmp_path)
+    assert len(trace) == 8
+    hits, misses = (sum(getattr(layer, name) for layer in words) for name in ("hits", "misses"))
+    found = as_recorded(trace)
+    assert (found["hits"], found["misses"]) == ((hits, hits), (misses, misses))
 
 
 @pytest.fixture(scope="module")

@@ -250,6 +250,49 @@ def test_the_words_have_the_names_that_python_knows():
     assert tuple(host_library().word_names().split()) == Words._fields
 
 
+def test_a_recording_in_one_call_is_its_steps_one_by_one():
+    rng = random.Random(6)
+    for policy in POLICIES:
+        twins = Twins(rng, 24, 9, 2, policy)
+        twins.prefetch([1, 2, 3], 2)  # what is on its way when a recording begins has landed
+        twins.copies_advance()
+        twins.words[:] = array("i", [LANDED] * 9)
+        begun = twins.native.state.clone()
+        tokens = [rng.choice([0, 1, 1, 2, 3, 12]) for _ in range(80)]
+        rows = [[rng.sample(range(24), 2) for _ in range(count)] for count in tokens]
+        plans = [twins.step([expert for row in own for expert in row], torch.int32, ()) for own in rows]
+        counts = torch.zeros(80, 5, dtype=torch.int32)
+        ids = torch.tensor([row for own in rows for row in own], dtype=torch.int32)
+        host_library().planner_plan_steps(begun, ids, torch.tensor(tokens, dtype=torch.int32), counts)
+        assert counts.tolist() == [
+            [
+                *(len(plan.rows), len(plan.loads), sum(load.row >= 9 for load in plan.loads)),
+                *(plan.num_evictions, plan.is_wide),
+            ]
+            for plan in plans
+        ]
+        assert begun.equal(twins.native.state)
+
+
+def test_a_recording_that_contradicts_itself_is_refused():
+    native = planner()
+    ids, counts = torch.zeros(3, 2, dtype=torch.int32), torch.zeros(2, 5, dtype=torch.int32)
+
+    def plan(ids, tokens, counts=counts):
+        host_library().planner_plan_steps(native.state, ids, torch.tensor(tokens, dtype=torch.int32), counts)
+
+    with pytest.raises(ValueError, match="step 1 has 3 tokens, of 3 there are 2 left"):
+        plan(ids, [1, 3])
+    with pytest.raises(ValueError, match="step 0 has -1 tokens"):
+        plan(ids, [-1, 3])
+    with pytest.raises(ValueError, match="two dimensions"):
+        plan(ids.flatten(), [1, 2])
+    with pytest.raises(ValueError, match="counts has 10 items, needs 15"):
+        plan(ids, [1, 1, 1])
+    with pytest.raises(TypeError, match="ids must be int32"):
+        plan(ids.long(), [1, 2])
+
+
 def planner(num_experts=8, num_slots=4, top_k=2):
     return NativePlanner(num_experts, num_slots, top_k, "lru")
 

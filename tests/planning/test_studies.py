@@ -1,13 +1,10 @@
 """What the studies of look-ahead and of serving compute around their measurements, on rows that are made up."""
 
-import random
-
 import plan_accuracy
-import pytest
 import serving
 import soak
 from engines import TINY_MODEL
-from lookahead_replay import drawn, summary
+from lookahead_replay import summary
 
 from vllm_expert_prefetch.bench.client import conversations
 
@@ -60,21 +57,6 @@ def test_the_soak_asks_for_every_kind_of_request():
     starts = [one.body["prompt"][:400] for one in made]
     assert max(map(starts.count, starts)) == 10, "a prefix that is shared"
     assert max(len(one.body["prompt"]) for one in made) > 500
-
-
-@pytest.mark.parametrize("recall", [1.0, 0.8, 0.5])
-def test_drawn_guesses_are_right_as_often_as_asked_and_near_ones_know_what_far_ones_do(recall):
-    rng = random.Random(1)
-    steps = [[rng.sample(range(64), 6) for _ in range(4)] for _ in range(200)]
-    guess = drawn(steps, [recall, recall / 2])
-    right = 0
-    for step, layers in enumerate(steps):
-        for layer, true in enumerate(layers):
-            near, far = guess(step, layer, 1), guess(step, layer, 2)
-            assert len(set(near)) == len(near) == 6
-            assert set(far) & set(true) <= set(near)
-            right += len(set(near) & set(true))
-    assert right / (200 * 4 * 6) == pytest.approx(recall, abs=0.03)
 
 
 def test_the_replays_figures_are_the_worst_of_the_traces_and_the_spread_of_the_policies():

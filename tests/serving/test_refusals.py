@@ -91,6 +91,7 @@ CASES = {
         {"cache_config": SimpleNamespace(kv_cache_memory_bytes=1)},
     ],
     "an emulated link on a GPU": ["gpu", {"emulated_link_gbps": 5}],
+    "a recording of routing inside CUDA graphs": ["gpu", {"trace": "folder"}],
 }
 """What is refused -> what of vLLM's configuration asks for it; or the platform, keys of the plugin, and both."""
 
@@ -124,6 +125,11 @@ def test_it_is_refused_with_its_flag_and_remedy_and_nothing_else_is(monkeypatch,
         assert all(text in str(refused.value) for text in (what, refusal.flag, refusal.remedy))
     platform(monkeypatch, "cpu")
     check_refusals(served(), ExpertPrefetchConfig())
+
+
+def test_routing_is_recorded_in_eager_steps_of_a_gpu(monkeypatch):
+    platform(monkeypatch, "gpu")
+    check_refusals(served(model_config=model(enforce_eager=True)), ExpertPrefetchConfig(trace="folder"))
 
 
 class Method(UnquantizedFusedMoEMethod):

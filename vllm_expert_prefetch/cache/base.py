@@ -32,6 +32,8 @@ class LayerCache(ABC):
 
     on_device: ClassVar[bool]
     """As `Caches` has it."""
+    state: torch.Tensor
+    """The planner's, int64, on its device: see csrc/residency.h."""
 
     def __init__(self, store: HostStore, space: RowSpace, num_slots: int, top_k: int) -> None:
         self.store = store

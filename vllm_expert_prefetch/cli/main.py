@@ -4,9 +4,9 @@ import argparse
 import sys
 
 from vllm_expert_prefetch import __version__
-from vllm_expert_prefetch.cli import accuracy, bench, calibrate, demo_model, doctor, plan, top
+from vllm_expert_prefetch.cli import accuracy, bench, calibrate, demo_model, doctor, plan, simulate, top, trace
 
-COMMANDS = (plan, bench, doctor, demo_model, calibrate, accuracy, top)
+COMMANDS = (plan, bench, doctor, demo_model, calibrate, accuracy, top, trace, simulate)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -27,6 +27,8 @@ class StepClock:
         self._phase: str | None = None
         self._num_decoding = 0
         self._from = self._end = now()
+        self.seconds = 0.0
+        """What the last step took."""
 
     def begin(self, num_prefilling: int, num_decoding: int, continues: bool) -> None:
         """A step starts with so many sequences in their prompt and so many beyond their first token.
@@ -49,7 +51,7 @@ class StepClock:
             return
         self._phase = None
         self._end = now = self._now()
-        seconds = now - self._from
+        self.seconds = seconds = now - self._from
         bucket = bisect_left(STEP_BUCKETS, seconds)
         self._add(self._steps[phase], 1)
         buckets, total = self._seconds[phase]

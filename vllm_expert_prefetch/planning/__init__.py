@@ -1,1 +1,1 @@
-"""Sizing, and what a checkpoint tells of its experts before it is loaded. No torch, no vLLM."""
+"""Sizing, what a checkpoint tells of its experts before it is loaded, and replays of traces. No torch, no vLLM."""

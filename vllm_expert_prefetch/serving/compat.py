@@ -197,6 +197,11 @@ def breaks_graphs() -> bool:
     return bool(getattr(envs, "VLLM_USE_BREAKABLE_CUDAGRAPH", False))
 
 
+def captures_graphs(vllm_config: Any) -> bool:
+    """Whether steps may be replayed as CUDA graphs."""
+    return on_cuda_platform() and not vllm_config.model_config.enforce_eager
+
+
 def ranks_on_this_host(parallel_config: Any) -> int:
     """How many workers of a model share a host's memory, as far as it is known: Ray may place them anywhere."""
     if parallel_config.distributed_executor_backend == "ray":

@@ -26,6 +26,7 @@ from vllm_expert_prefetch.serving.refusals import check_kernel, check_layer_refu
 from vllm_expert_prefetch.serving.speculation import execute_instead
 from vllm_expert_prefetch.serving.takeover import CANNOT_RELOAD, replace_rows
 from vllm_expert_prefetch.serving.worker import worker_of
+from vllm_expert_prefetch.tracing.recorder import Recorder
 
 
 class CachedRoutedExperts(RoutedExperts):
@@ -66,6 +67,10 @@ class CachedRoutedExperts(RoutedExperts):
         self.cache: LayerCache | None = None
         """None before the takeover, and where every expert is resident."""
         self.look_ahead: LookAhead | None = None
+        self.recorder: Recorder | None = None
+        """Notes what is routed, while that is asked for."""
+        self.recorded_number = 0
+        """Among the layers that are recorded."""
         self.unprocessed_row_bytes = unprocessed_row_bytes(self, self.local_num_experts)
         # Plain Python: the module must not see these tensors a second time.
         object.__setattr__(self, "expert_tensors", {})
@@ -190,6 +195,8 @@ class CachedRoutedExperts(RoutedExperts):
         if guess is not None:
             routed = Signals(x, topk_ids, topk_weights)
             topk_weights, topk_ids = execute_instead(guess, topk_weights, topk_ids)
+        if self.recorder is not None:
+            self.recorder.note(self.recorded_number, topk_ids, rows)
         row_ids = self.cache.serve(topk_ids, rows, guess is not None)
         if look_ahead is not None:
             look_ahead.after(self.number, Signals(x, topk_ids, topk_weights), rows, routed)

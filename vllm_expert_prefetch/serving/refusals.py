@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from vllm_expert_prefetch.config import CONFIG_KEY, SPECULATIVE, ConfigError, ExpertPrefetchConfig
+from vllm_expert_prefetch.config import CONFIG_KEY, OFF, SPECULATIVE, ConfigError, ExpertPrefetchConfig
 from vllm_expert_prefetch.native.library import why_not_built
 from vllm_expert_prefetch.serving import compat
 
@@ -132,6 +132,12 @@ REFUSALS = (
         "emulated_link_gbps",
         "drop the key: a GPU has a real link",
         lambda vllm_config, config: config.emulated_link_gbps is not None and not compat.on_cpu_platform(),
+    ),
+    Refusal(
+        "a recording of routing inside CUDA graphs",
+        "trace",
+        "add --enforce-eager: nothing on the host sees the routing of a graph",
+        lambda vllm_config, config: config.trace != OFF and compat.captures_graphs(vllm_config),
     ),
 )
 

@@ -134,6 +134,7 @@ v1.request:Request.spec_token_ids
 v1.kv_cache_interface:KVCacheSpec.max_memory_usage_bytes(vllm_config)
 v1.kv_cache_interface:KVCacheSpec.page_size_bytes
 v1.worker.worker_base:WorkerWrapperBase.init_device
+v1.worker.worker_base:WorkerBase.shutdown()
 v1.worker.gpu_worker:Worker.determine_available_memory()
 v1.worker.gpu_worker:Worker.compile_or_warm_up_model()
 v1.worker.gpu_worker:Worker.get_kv_cache_spec()

@@ -3,7 +3,6 @@
 from typing import Any
 
 from vllm_expert_prefetch.config import config_of
-from vllm_expert_prefetch.metrics.publish import Publisher
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.expert_tensors import TakeoverError
 from vllm_expert_prefetch.serving.takeover import CANNOT_RELOAD
@@ -25,6 +24,7 @@ def extend_worker() -> None:
         if runner is not None and is_asked_for:
             watch_steps(runner, self.vllm_config)
             watch_memory(self.worker, self.vllm_config)
+            watch_end(self.worker, self.vllm_config)
             runner.reload_weights = refuse_reload
 
     WorkerWrapperBase.init_device = init_device_and_watch
@@ -42,28 +42,37 @@ def watch_steps(runner: Any, vllm_config: Any) -> None:
     """
     execute, sample = runner.execute_model, runner.sample_tokens
 
-    def publisher_now() -> Publisher | None:
-        worker = find_worker(vllm_config)
-        return None if worker is None else worker.publisher
-
     def timed_execute(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        publisher = publisher_now()
-        if publisher is None or not scheduler_output.total_num_scheduled_tokens:
+        worker = find_worker(vllm_config)
+        if worker is None or worker.publisher is None or not scheduler_output.total_num_scheduled_tokens:
             return execute(scheduler_output, *args, **kwargs)
-        publisher.step_begins(*count_sequences(scheduler_output))
+        worker.step_begins(*count_sequences(scheduler_output))
         output = execute(scheduler_output, *args, **kwargs)
         if output is not None:
-            publisher.step_ended()
+            worker.step_ended()
         return output
 
     def timed_sample(*args: Any, **kwargs: Any) -> Any:
         output = sample(*args, **kwargs)
-        publisher = publisher_now()
-        if publisher is not None:
-            publisher.step_ended()
+        worker = find_worker(vllm_config)
+        if worker is not None:
+            worker.step_ended()
         return output
 
     runner.execute_model, runner.sample_tokens = timed_execute, timed_sample
+
+
+def watch_end(worker: Any, vllm_config: Any) -> None:
+    """Let a recording of routing write what it has when vLLM shuts its `worker` down."""
+    shutdown = worker.shutdown
+
+    def finish_and_shutdown() -> None:
+        ours = find_worker(vllm_config)
+        if ours is not None and ours.traces is not None:
+            ours.traces.close()
+        shutdown()
+
+    worker.shutdown = finish_and_shutdown
 
 
 def watch_memory(worker: Any, vllm_config: Any) -> None:

@@ -23,11 +23,13 @@ from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.advice import PromptStep, measure_prompt_step
 from vllm_expert_prefetch.serving.places import place_of
 from vllm_expert_prefetch.serving.proof import prove
+from vllm_expert_prefetch.serving.recording import create_switch
 from vllm_expert_prefetch.serving.sizes import CacheSizes
 from vllm_expert_prefetch.serving.sources import create_look_ahead_of
 from vllm_expert_prefetch.serving.speculation import describe_execution
 from vllm_expert_prefetch.serving.takeover import verify_rows
 from vllm_expert_prefetch.serving.wording import describe_progress, short_name, span
+from vllm_expert_prefetch.tracing.switch import TraceSwitch
 
 if TYPE_CHECKING:
     from vllm_expert_prefetch.serving.layer import CachedRoutedExperts
@@ -59,6 +61,8 @@ class Worker:
         """The look-ahead's name, or why there is none; there once the model is loaded."""
         self.publisher: Publisher | None = None
         """There once the model is loaded: a start that fails shows no metrics."""
+        self.traces: TraceSwitch | None = None
+        """There with the publisher, on the first rank of those that route alike."""
         on_cuda = compat.on_cuda_platform()
         node = config.numa_node
         if node is None and on_cuda:
@@ -195,6 +199,7 @@ class Worker:
         link_rate = caches.measure_bandwidth() if caches else 0.0
         self._prompt_step = self._measure_prompt_step(link_rate)
         self.publisher = self._publish(self._look_ahead(model, link_rate), link_rate)
+        self.traces = create_switch(self, self._vllm_config)
         for line in self.describe():
             compat.logger().info("expert_prefetch: %s", line)
 
@@ -202,6 +207,21 @@ class Worker:
         served = [layer for layer in self.layers if layer.cache is not None]
         most = self._vllm_config.scheduler_config.max_num_batched_tokens
         return measure_prompt_step(served, link_rate, most) if served else None
+
+    def step_begins(self, num_prefilling: int, num_decoding: int, continues: bool) -> None:
+        """An engine step begins; see `StepClock.begin`."""
+        assert self.publisher is not None
+        if self.traces is not None:
+            self.traces.begin_step(num_prefilling, num_decoding)
+        self.publisher.step_begins(num_prefilling, num_decoding, continues)
+
+    def step_ended(self) -> None:
+        """The engine step that began is over."""
+        if self.publisher is None:
+            return
+        self.publisher.step_ended()
+        if self.traces is not None:
+            self.traces.end_step(self.publisher.clock.seconds)
 
     def _look_ahead(self, model: torch.nn.Module, link_rate: float) -> LookAhead | None:
         look_ahead, self.prefetch = create_look_ahead_of(

@@ -1,0 +1,166 @@
+"""Recordings start and stop between two steps, over a socket that only this user can reach."""
+
+import socket
+import threading
+
+import pytest
+
+from vllm_expert_prefetch.cli.main import main
+from vllm_expert_prefetch.metrics import runtime_dir
+from vllm_expert_prefetch.metrics.locks import hold_lock
+from vllm_expert_prefetch.tracing.card import TraceError
+from vllm_expert_prefetch.tracing.control import ask, serve_control
+from vllm_expert_prefetch.tracing.switch import TraceSwitch
+
+
+class Noted:
+    """Stands in for a recorder."""
+
+    def __init__(self, folder):
+        self.folder, self.num_steps, self.num_dropped = folder, 0, 0
+        self.steps = []
+
+    def end_step(self, *step):
+        self.num_steps += 1
+        self.steps.append(step)
+
+    def finish(self):
+        self.folder.close()
+
+
+@pytest.fixture
+def made():
+    """A switch, and every recorder that it has attached, with None for none."""
+    attached = []
+    return TraceSwitch(Noted, attached.append), attached
+
+
+def start(tmp_path, limit_mb=5):
+    return {"do": "start", "directory": str(tmp_path), "limit_mb": limit_mb}
+
+
+def step(switch, prefilling=0, decoding=1):
+    switch.begin_step(prefilling, decoding)
+    switch.end_step(0.5)
+
+
+def test_it_records_what_is_served_between_start_and_stop(made, tmp_path):
+    switch, attached = made
+    step(switch)
+    assert switch.answer({"do": "status"}) == {"recording": None}
+    answer = switch.answer(start(tmp_path))
+    assert answer["recording"].startswith(str(tmp_path))
+    step(switch, 2, 3)
+    assert switch.answer({"do": "status"})["steps"] == 1
+    assert switch.answer({"do": "stop"})["steps"] == 1
+    step(switch)
+    recorder, none = attached
+    assert (recorder.steps, none) == ([(2, 3, 0.5)], None)
+
+
+def test_a_request_amid_a_step_waits_for_its_end(made, tmp_path):
+    switch, attached = made
+    switch.begin_step(0, 1)
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(switch.answer(start(tmp_path))))
+    thread.start()
+    thread.join(0.1)
+    assert (answers, attached) == ([], [])
+    switch.end_step(0.5)
+    thread.join(5)
+    assert len(answers) == len(attached) == 1
+    assert attached[0].steps == [], "the step had begun before"
+
+
+@pytest.mark.parametrize(
+    ("requests", "message"),
+    [
+        ([{"do": "stop"}], "nothing is recorded"),
+        ([start("{tmp}"), start("{tmp}")], "is being recorded: stop it first"),
+        ([{"do": "dance"}], "unknown request 'dance'"),
+        ([{"do": "start"}], "directory"),
+        ([start("/proc/nowhere")], "give a folder that the server may write to"),
+    ],
+)
+def test_what_cannot_be_done_is_said(made, tmp_path, requests, message):
+    for request in requests:
+        own = {key: str(tmp_path) if value == "{tmp}" else value for key, value in request.items()}
+        answer = made[0].answer(own)
+    assert message in answer["error"]
+
+
+def test_a_recorder_that_cannot_be_made_leaves_no_folder(tmp_path):
+    def refuses(folder):
+        raise TraceError("inside CUDA graphs")
+
+    assert TraceSwitch(refuses, lambda recorder: None).answer(start(tmp_path)) == {"error": "inside CUDA graphs"}
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_recording_whose_disk_fails_is_ended(made, tmp_path):
+    switch, attached = made
+    switch.answer(start(tmp_path))
+    attached[0].folder.problem = "full"
+    step(switch)
+    assert attached[1] is None
+    assert switch.answer({"do": "status"}) == {"recording": None}
+
+
+def test_the_socket_is_private_and_its_name_may_be_long(tmp_path):
+    folder = tmp_path / ("x" * 120)
+    folder.mkdir()
+    serve_control(folder / "a.trace", lambda request: {"got": request["do"]})
+    assert (folder / "a.trace").stat().st_mode & 0o777 == 0o600
+    assert ask(folder / "a.trace", {"do": "something"}) == {"got": "something"}
+
+
+def test_one_that_says_nonsense_does_not_end_it(tmp_path):
+    serve_control(tmp_path / "a.trace", lambda request: {"ok": 1})
+    for nonsense in (b"{", b"\n", b"\xff\n", b""):
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(tmp_path / "a.trace"))
+            connection.sendall(nonsense)
+    assert ask(tmp_path / "a.trace", {}) == {"ok": 1}
+
+
+def test_errors_and_silence_are_raised(tmp_path):
+    serve_control(tmp_path / "a.trace", lambda request: {"error": "no"})
+    with pytest.raises(TraceError, match="no"):
+        ask(tmp_path / "a.trace", {})
+    with pytest.raises(TraceError, match="does not answer"):
+        ask(tmp_path / "b.trace", {})
+
+
+@pytest.fixture
+def servers(tmp_path, monkeypatch):
+    """Makes the runtime folders of servers with these process numbers."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr(runtime_dir.tempfile, "gettempdir", lambda: str(tmp_path))
+
+    def make(*processes):
+        for process in processes:
+            folder = tmp_path / f"expert-prefetch-{process}-abc"
+            folder.mkdir()
+            hold_lock(folder)
+            serve_control(folder / "engine0-rank0-000001.trace", lambda request, own=process: {"own": own, **request})
+
+    return make
+
+
+def test_the_command_reaches_the_server_that_there_is(servers, capsys, tmp_path):
+    servers(77)
+    assert main(["trace", "start", "rel", "--max-mb", "7"]) == 0
+    printed = capsys.readouterr().out
+    assert '"own": 77' in printed
+    assert '"limit_mb": 7' in printed
+    assert f'"directory": "{tmp_path.cwd()}/rel"' in printed, "the server has another working directory"
+
+
+def test_without_a_server_or_with_several_the_command_says_so(servers, capsys):
+    assert main(["trace", "status"]) == 2
+    assert "no server of this user" in capsys.readouterr().err
+    servers(77, 78)
+    assert main(["trace", "status"]) == 2
+    assert "give --server with one of 77, 78" in capsys.readouterr().err
+    assert main(["trace", "stop", "--server", "78"]) == 0
+    assert main(["trace", "stop", "--server", "79"]) == 2

@@ -1,0 +1,74 @@
+"""A worker's switch for recordings of its routing, and what each recording says of the server."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm_expert_prefetch import __version__
+from vllm_expert_prefetch.config import CONFIG_KEY, OFF, ConfigError
+from vllm_expert_prefetch.metrics.counters import SUFFIX as COUNTERS
+from vllm_expert_prefetch.serving import compat
+from vllm_expert_prefetch.serving.wording import short_name
+from vllm_expert_prefetch.tracing.card import TraceCard, TraceError
+from vllm_expert_prefetch.tracing.control import SUFFIX, serve_control
+from vllm_expert_prefetch.tracing.folder import TraceFolder
+from vllm_expert_prefetch.tracing.recorder import Recorder
+from vllm_expert_prefetch.tracing.switch import TraceSwitch
+
+if TYPE_CHECKING:
+    from vllm_expert_prefetch.serving.worker import Worker
+
+
+def create_switch(worker: "Worker", vllm_config: Any) -> TraceSwitch | None:
+    """The switch of `worker`, whose publisher is there, and its control socket; None on ranks that route as another.
+
+    Raises ConfigError when the key `trace` asks for what cannot be had.
+    """
+    assert worker.publisher is not None
+    parallel, config = vllm_config.parallel_config, worker.config
+    if parallel.rank % parallel.tensor_parallel_size:
+        return None
+
+    def attach(recorder: Recorder | None) -> None:
+        served = [layer for layer in worker.layers if layer.cache is not None]
+        for number, layer in enumerate(served):
+            layer.recorded_number, layer.recorder = number, recorder
+
+    switch = TraceSwitch(lambda folder: _recorder(worker, vllm_config, folder), attach)
+    path = worker.publisher.counters.path
+    try:
+        serve_control(path.with_name(path.name.removesuffix(COUNTERS) + SUFFIX), switch.answer)
+    except OSError as error:
+        compat.logger().warning("expert_prefetch: routing cannot be recorded on request: %s", error)
+    if config.trace != OFF:
+        try:
+            started = switch.start(Path(config.trace), config.trace_mb)
+        except TraceError as error:
+            raise ConfigError(f"{CONFIG_KEY}: trace: {error}, or drop the key") from error
+        compat.logger().info("expert_prefetch: routing is recorded into %s", started["recording"])
+    return switch
+
+
+def _recorder(worker: "Worker", vllm_config: Any, folder: TraceFolder) -> Recorder:
+    layers = [layer for layer in worker.layers if layer.cache is not None]
+    caches = [layer.cache for layer in layers if layer.cache is not None]
+    if not caches:
+        raise TraceError("every expert has a slot: nothing is routed through a cache. Give fewer slots")
+    if compat.captures_graphs(vllm_config):
+        raise TraceError("nothing on the host sees the routing inside CUDA graphs: serve with --enforce-eager")
+    assert worker.publisher is not None
+    card = TraceCard(
+        model=str(vllm_config.model_config.model),
+        layers=tuple(short_name(layer.layer_name, layer.number) for layer in layers),
+        num_experts=tuple(cache.num_experts for cache in caches),
+        top_k=tuple(cache.top_k for cache in caches),
+        record_bytes=tuple(cache.record_bytes for cache in caches),
+        num_slots=tuple(cache.num_slots for cache in caches),
+        policy=worker.config.policy,
+        execution=worker.execution,
+        prefetch=worker.prefetch,
+        link_bytes_per_second=worker.publisher.counters.get("link_bytes_per_second"),
+        made_by=f"vllm-expert-prefetch {__version__}, vLLM {compat.vllm_version()}",
+        recorded_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    return Recorder(caches, card, folder)

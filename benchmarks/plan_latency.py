@@ -48,7 +48,7 @@ def native_chunk(num_experts: int, steps: list[list[int]]) -> tuple[Callable[[],
     state = torch.zeros(library.planner_words(num_experts, num_slots), dtype=torch.int64)
     library.planner_init(state, num_experts, num_slots, 8, list(POLICIES).index("lru"))
     tensors = [torch.tensor(ids, dtype=torch.int32) for ids in steps]
-    rows, words = torch.empty_like(tensors[0]), torch.zeros(num_slots, dtype=torch.int32)
+    rows, words = torch.empty_like(tensors[0]), torch.zeros(num_experts, dtype=torch.int32)
     plan, num_routed = library.planner_plan, len(rows)
 
     def chunk() -> None:

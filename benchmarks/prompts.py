@@ -6,8 +6,8 @@ in a process of its own, and take turns, so that the machine's mood is shared: f
 *Alone*: a prompt of `--prompt` tokens in one step. `over_bound`: its time over the larger one of computing it (every
 expert resident) and of copying every absent expert over the link, with one area of overflow rows and with two.
 `over_full_copy`: 32 sequences that decode, over computing and then copying every absent expert of every layer.
-*Beside*: four sequences decode, a prompt of twice as many tokens comes; `itl_p99_ms`: the 99th percentile of the time between
-their tokens while it is computed, without `max_decode_delay_ms` and with it, and how long the prompt then takes.
+*Beside*: four sequences decode, a prompt of twice as many tokens comes; `itl_p99_ms`: the 99th percentile of the time
+between their tokens while it is computed, without `max_decode_delay_ms` and with it, and how long the prompt takes.
 """
 
 import json
@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -175,7 +176,8 @@ def serve(job: dict[str, Any]) -> int:
     for line in sys.stdin:
         question = json.loads(line)
         kind = question.pop("kind")
-        _say({"alone": _alone, "wide": _wide, "beside": _beside}[kind](engine, **question))
+        kinds: dict[str, Callable[..., Any]] = {"alone": _alone, "wide": _wide, "beside": _beside}
+        _say(kinds[kind](engine, **question))
     os._exit(0)  # nothing is worth waiting for
 
 

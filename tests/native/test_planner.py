@@ -323,7 +323,7 @@ def test_numbers_that_do_not_fit_are_refused_by_name(arguments, message):
 def test_tensors_of_the_wrong_kind_are_refused_before_anything_changes():
     native = planner()
     ids = torch.zeros(4, dtype=torch.int32)
-    words = torch.zeros(4, dtype=torch.int32)
+    words = torch.zeros(8, dtype=torch.int32)
     with pytest.raises(ValueError, match="row_words has 3 items, needs 8"):
         native.plan(ids, 4, torch.empty_like(ids), words[:3].clone())
     with pytest.raises(ValueError, match="ids has 4 items, needs 5"):

@@ -37,8 +37,8 @@ class Planner:
         self.num_experts = num_experts
         self.state = np.zeros(self._library.planner_words(num_experts, num_slots), dtype=np.int64)
         self._library.planner_init(self.state, num_experts, num_slots, top_k, list(POLICIES).index(policy))
-        self.slot_words = np.zeros(num_slots, dtype=np.int32)
-        """(C): LANDED, QUEUED or COPYING of each slot; whoever plays the lane writes it, and `plan` what it cancels."""
+        self.row_words = np.zeros(num_experts, dtype=np.int32)
+        """(E): LANDED, QUEUED or COPYING of each row; whoever plays the lane writes it, and `plan` what it cancels."""
         self._loads = np.zeros((num_experts, 2), dtype=np.int32)
         self._rows = np.zeros(0, dtype=np.int32)
 
@@ -62,11 +62,11 @@ class Planner:
         if len(self._rows) < len(ids):
             self._rows = np.zeros(len(ids), dtype=np.int32)
         rows = self._rows[: len(ids)]
-        return int(self._library.planner_plan(self.state, self.slot_words, ids, len(ids), rows, self._loads))
+        return int(self._library.planner_plan(self.state, self.row_words, ids, len(ids), rows, self._loads))
 
     def plan_prefetch(self, predicted: NDArray[np.int32], budget: int, is_far: bool) -> list[tuple[int, int]]:
         """Plan copies for `predicted` (P) experts, most wanted first: at most `budget` pairs (expert, slot)."""
-        arguments = (self.state, self.slot_words, predicted, budget, is_far, self._loads)
+        arguments = (self.state, self.row_words, predicted, budget, is_far, self._loads)
         number = self._library.planner_plan_prefetch(*arguments)
         return [(expert, slot) for expert, slot in self._loads[:number].tolist()]
 

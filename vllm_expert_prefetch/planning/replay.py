@@ -110,7 +110,7 @@ class Replay:
                 self.prefetched += copy.has_begun
                 self.demanded += not copy.has_begun
                 self.num_bytes += self._record_bytes[layer]
-                planner.slot_words[copy.slot] = LANDED
+                planner.row_words[copy.slot] = LANDED
                 self._queue.remove(copy)
         self._forget_cancelled(layer)
         self.stall += wait
@@ -118,7 +118,7 @@ class Replay:
         self._link_time = max(self._link_time, self.time)
 
     def _forget_cancelled(self, layer: int) -> None:
-        words = self.planners[layer].slot_words
+        words = self.planners[layer].row_words
         self._queue = [copy for copy in self._queue if copy.layer != layer or words[copy.slot] in (QUEUED, COPYING)]
 
     def _look_ahead(self, step: int, layer: int, compute: float) -> None:
@@ -135,13 +135,13 @@ class Replay:
             loads = planner.plan_prefetch(guessed, budget, distance > 1)
             self._forget_cancelled(target)
             for expert, slot in loads:
-                planner.slot_words[slot] = QUEUED
+                planner.row_words[slot] = QUEUED
                 self._queue.append(_Queued(target, expert, slot, record))
 
     def _copy_until(self, now: float) -> None:
         while self._queue and self._link_time < now:
             copy = self._queue[0]
-            words = self.planners[copy.layer].slot_words
+            words = self.planners[copy.layer].row_words
             if not copy.has_begun:
                 copy.has_begun = True
                 words[copy.slot] = COPYING

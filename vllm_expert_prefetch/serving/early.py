@@ -17,6 +17,8 @@ from vllm_expert_prefetch.planning.sizing import share_of, size_cache
 from vllm_expert_prefetch.prediction import ArtifactError
 from vllm_expert_prefetch.prediction.artifact import load_card
 from vllm_expert_prefetch.serving import compat
+from vllm_expert_prefetch.tracing.card import TraceError
+from vllm_expert_prefetch.tracing.profile import read_profile
 
 _WITHOUT_ARTIFACT = (AUTO, "router", "previous")
 _NODES = Path("/sys/devices/system/node")
@@ -30,6 +32,11 @@ def check_settings(vllm_config: Any, config: ExpertPrefetchConfig) -> None:
     if isinstance(num_layers, int) and config.prefetch != OFF:
         check_distance(config, num_layers, "layers")
     _check_bytes(vllm_config, config)
+    if config.profile is not None:
+        try:
+            read_profile(Path(config.profile), model.model)
+        except TraceError as error:
+            raise ConfigError(f"{CONFIG_KEY}: profile: {error}") from error
     if config.artifact is None and config.predictor not in _WITHOUT_ARTIFACT:
         raise ConfigError(
             f"{CONFIG_KEY}: predictor {config.predictor} needs an artifact: vllm-expert-prefetch calibrate makes one"

@@ -45,6 +45,7 @@ GOOD = {
     "metrics_port": [None, 9400, 65535],
     "trace": ["off", "/var/traces"],
     "trace_mb": [1, 4096],
+    "profile": [None, "file"],
 }
 BAD = {
     "cache_gb": [0, -1, math.nan, math.inf, "12 GB", True],
@@ -71,6 +72,7 @@ BAD = {
     "metrics_port": [0, 65536, 9400.5, "http", True],
     "trace": ["on", True, "", None, 1],
     "trace_mb": [0, -1, 0.5, "much", None, True],
+    "profile": [1, True],
 }
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from toy_moe import LAYERS, TOP_K, make_gates
 
+from vllm_expert_prefetch.cache.base import tables_of
 from vllm_expert_prefetch.cache.create import create_shared_rows
 from vllm_expert_prefetch.cache.host import HostCaches
 from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig
@@ -26,6 +27,7 @@ from vllm_expert_prefetch.serving.speculation import describe_execution
 from vllm_expert_prefetch.serving.worker import Worker
 from vllm_expert_prefetch.tracing import switch
 from vllm_expert_prefetch.tracing.folder import TraceFolder
+from vllm_expert_prefetch.tracing.profile import Profile, write_profile
 
 pytestmark = pytest.mark.skipif(host_library() is None, reason=str(why_not_host()))
 
@@ -201,6 +203,25 @@ def recording(monkeypatch, tmp_path, config):
     return status["recording"] is not None, limits
 
 
+def profile(monkeypatch, tmp_path, config):
+    """What is resident when the worker has started."""
+    write_profile(tmp_path / "p.json", Profile("folder/m", {"0": [0, 9, 0, 7, 0, 8, 6, 0]}))
+    monkeypatch.chdir(tmp_path)
+    made = made_worker(monkeypatch, config)
+    made._vllm_config = SimpleNamespace(model_config=SimpleNamespace(model="m"))
+    for name in ("verify_rows", "prove", "create_switch"):
+        monkeypatch.setattr(worker, name, lambda *_: None)
+    monkeypatch.setattr(worker, "create_look_ahead_of", lambda *_: (None, "off"))
+    monkeypatch.setattr(made, "_publish", lambda *_: None)
+    monkeypatch.setattr(made.layers[0], "expert_tensors", {}, raising=False)
+    made.start(torch.nn.Module())
+    return {expert for expert in tables_of(made.caches.layers[0].state)[1][4] if expert >= 0}
+
+
+def test_the_experts_that_a_profile_names_are_in_the_slots(monkeypatch, tmp_path):
+    assert profile(monkeypatch, tmp_path, ExpertPrefetchConfig(profile="p.json")) == {1, 3, 5, 6}
+
+
 LINKED = {"emulated_link_gbps": 5}
 TABLE = {
     "cache_gb": (slots, {"cache_gb": 0.00013}, {"cache_gb": 0.0002}),
@@ -226,6 +247,7 @@ TABLE = {
     "metrics_per_layer": (per_layer, {}, {"metrics_per_layer": True}),
     "trace": (recording, {}, {"trace": "traces"}),
     "trace_mb": (recording, {"trace": "traces"}, {"trace": "traces", "trace_mb": 7}),
+    "profile": (profile, {}, {"profile": "p.json"}),
     "metrics_port": (port, {}, {"metrics_port": 9400}),
 }
 """Key -> what is looked at, and two settings that differ in the key alone."""

@@ -217,6 +217,11 @@ class ExpertPrefetchConfig:
     trace_mb: Annotated[_Count, Field(ge=1)] = _key(
         256, "Size of all recordings in that folder, in MB (10^6 bytes): the oldest files go."
     )
+    profile: StrictStr | None = _key(
+        None,
+        "File that `vllm-expert-prefetch simulate TRACE --write-profile` has written for this model: its most used "
+        "experts are in the slots at start. Unset: slots start free.",
+    )
 
     @property
     def sizes_given(self) -> list[str]:

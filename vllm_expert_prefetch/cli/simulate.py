@@ -52,6 +52,7 @@ def add_parser(subparsers: Any) -> None:
     add("--no-bounds", action="store_true", help="leave the bounds out: they take most of the time")
     add("--processes", type=_count(1), default=1, metavar="N", help="at once (1)")
     add("--json", action="store_true", help="print JSON instead of the table")
+    add("--write-profile", type=Path, metavar="FILE", help="write how often experts are used, for the key `profile`")
     add("--plot", type=Path, metavar="FILE.png", help="draw hit rates and TPOT against the size of the cache")
     parser.set_defaults(run=run)
 
@@ -65,6 +66,11 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(report)) if args.json else print_report(report)
         if args.plot:
             plot(report, args.plot)
+        if args.write_profile:
+            from vllm_expert_prefetch.tracing.profile import profile_of, write_profile
+            from vllm_expert_prefetch.tracing.trace import read_trace
+
+            write_profile(args.write_profile, profile_of(read_trace(args.trace)))
     except (ConfigError, TraceError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -18,6 +18,8 @@ from vllm_expert_prefetch.prediction import ArtifactError
 from vllm_expert_prefetch.prediction.artifact import load_card
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.scheduling import check_scheduler
+from vllm_expert_prefetch.tracing.card import TraceError
+from vllm_expert_prefetch.tracing.profile import read_profile
 
 _WITHOUT_ARTIFACT = (AUTO, "router", "previous")
 _NODES = Path("/sys/devices/system/node")
@@ -32,6 +34,11 @@ def check_settings(vllm_config: Any, config: ExpertPrefetchConfig) -> None:
         check_distance(config, num_layers, "layers")
     check_scheduler(vllm_config, config)
     _check_bytes(vllm_config, config, areas_asked(config, compat.on_cuda_platform()))
+    if config.profile is not None:
+        try:
+            read_profile(Path(config.profile), model.model)
+        except TraceError as error:
+            raise ConfigError(f"{CONFIG_KEY}: profile: {error}") from error
     if config.artifact is None and config.predictor not in _WITHOUT_ARTIFACT:
         raise ConfigError(
             f"{CONFIG_KEY}: predictor {config.predictor} needs an artifact: vllm-expert-prefetch calibrate makes one"

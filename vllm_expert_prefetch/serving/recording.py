@@ -4,6 +4,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from vllm_expert_prefetch import __version__
 from vllm_expert_prefetch.config import CONFIG_KEY, OFF, ConfigError
 from vllm_expert_prefetch.metrics.counters import SUFFIX as COUNTERS
@@ -12,6 +14,7 @@ from vllm_expert_prefetch.serving.wording import short_name
 from vllm_expert_prefetch.tracing.card import TraceCard, TraceError
 from vllm_expert_prefetch.tracing.control import SUFFIX, serve_control
 from vllm_expert_prefetch.tracing.folder import TraceFolder
+from vllm_expert_prefetch.tracing.profile import read_profile
 from vllm_expert_prefetch.tracing.recorder import Recorder
 from vllm_expert_prefetch.tracing.switch import TraceSwitch
 
@@ -47,6 +50,26 @@ def create_switch(worker: "Worker", vllm_config: Any) -> TraceSwitch | None:
             raise ConfigError(f"{CONFIG_KEY}: trace: {error}, or drop the key") from error
         compat.logger().info("expert_prefetch: routing is recorded into %s", started["recording"])
     return switch
+
+
+def warm_slots(worker: "Worker", model: str) -> None:
+    """Bring the experts that the profile of `worker` names as the most used, as one step would, and say how many.
+
+    Raises ConfigError where it does not fit the layers.
+    """
+    path, num_slots = Path(str(worker.config.profile)), 0
+    try:
+        profile = read_profile(path, model)
+        for layer in worker.layers:
+            if layer.cache is None:
+                continue
+            name, cache = short_name(layer.layer_name, layer.number), layer.cache
+            ids = torch.tensor([profile.hottest(name, cache.num_experts, cache.num_slots)], device=layer.accelerator)
+            cache.serve(ids, torch.zeros(1, dtype=torch.int64, device=layer.accelerator) if cache.on_device else 1)
+            num_slots += cache.num_slots
+    except TraceError as error:
+        raise ConfigError(f"{CONFIG_KEY}: profile: {path}: {error}") from error
+    compat.logger().info("expert_prefetch: %d slots are warm with the most used experts of %s", num_slots, path)
 
 
 def _recorder(worker: "Worker", vllm_config: Any, folder: TraceFolder) -> Recorder:

@@ -23,7 +23,7 @@ from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.advice import PromptStep, measure_prompt_step
 from vllm_expert_prefetch.serving.places import place_of
 from vllm_expert_prefetch.serving.proof import prove
-from vllm_expert_prefetch.serving.recording import create_switch
+from vllm_expert_prefetch.serving.recording import create_switch, warm_slots
 from vllm_expert_prefetch.serving.sizes import CacheSizes
 from vllm_expert_prefetch.serving.sources import create_look_ahead_of
 from vllm_expert_prefetch.serving.speculation import describe_execution
@@ -198,6 +198,8 @@ class Worker:
             compat.logger().warning("expert_prefetch: self_check is off: NOTHING is proved of copies and kernels here")
         link_rate = caches.measure_bandwidth() if caches else 0.0
         self._prompt_step = self._measure_prompt_step(link_rate)
+        if self.config.profile is not None:  # before anything is counted
+            warm_slots(self, self._vllm_config.model_config.model)
         self.publisher = self._publish(self._look_ahead(model, link_rate), link_rate)
         self.traces = create_switch(self, self._vllm_config)
         for line in self.describe():

@@ -14,6 +14,7 @@ from vllm_expert_prefetch.memory.host_store import HostStore
 from vllm_expert_prefetch.prediction.base import Signals
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.block_order import blocks_by_expert, depends_on_order
+from vllm_expert_prefetch.serving.drafts import is_being_built
 from vllm_expert_prefetch.serving.expert_tensors import (
     ExpertTensor,
     TakeoverError,
@@ -48,7 +49,7 @@ class CachedRoutedExperts(RoutedExperts):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         vllm_config = get_current_vllm_config()
-        config = config_of(vllm_config)
+        config = None if is_being_built() else config_of(vllm_config)
         if config is None:
             vllm_class = self.vllm_class
             self.__class__ = vllm_class

@@ -25,12 +25,6 @@ def _offload_flags(vllm_config: Any, config: ExpertPrefetchConfig) -> bool:
     return bool(offload.uva.cpu_offload_gb or offload.prefetch.offload_group_size or offload.offload_backend != "auto")
 
 
-def _moe_draft(vllm_config: Any, config: ExpertPrefetchConfig) -> bool:
-    speculative = vllm_config.speculative_config
-    draft = getattr(speculative, "draft_model_config", None)
-    return draft is not None and draft is not vllm_config.model_config and draft.get_num_experts() > 0
-
-
 def _parallel(name: str, low: int | bool = False) -> Callable[[Any, ExpertPrefetchConfig], bool]:
     return lambda vllm_config, config: getattr(vllm_config.parallel_config, name, low) > low
 
@@ -94,12 +88,6 @@ REFUSALS = (
         "--load-format tensorizer, modelexpress, ipc_cache",
         "use --load-format auto",
         lambda vllm_config, config: compat.bypasses_loading(vllm_config.load_config.load_format),
-    ),
-    Refusal(
-        "speculative decoding with a Mixture-of-Experts draft",
-        "--speculative-config",
-        "use a dense draft or the ngram method",
-        _moe_draft,
     ),
     Refusal(
         "vLLM's own weight offloading",

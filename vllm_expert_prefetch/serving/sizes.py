@@ -16,7 +16,7 @@ from vllm_expert_prefetch.planning.sizing import (
     grow_cache,
     size_cache,
 )
-from vllm_expert_prefetch.serving import compat
+from vllm_expert_prefetch.serving import compat, drafts
 
 if TYPE_CHECKING:
     from vllm_expert_prefetch.serving.layer import CachedRoutedExperts
@@ -93,8 +93,8 @@ class CacheSizes:
 
     def _all_fit(self, layer: "CachedRoutedExperts", tensors: dict[str, torch.Tensor]) -> bool:
         """Whether every expert fits on this GPU for sure, before vLLM has measured what else is needed."""
-        if compat.quantises_while_loading(layer.quant_method):  # other weights are still to come
-            return False
+        if compat.quantises_while_loading(layer.quant_method) or drafts.has_own_weights(self._vllm_config):
+            return False  # other weights are still to come
         free, total = torch.cuda.mem_get_info()
         free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         free += sum(tensor.nbytes for tensor in tensors.values() if tensor.device.type != "cpu")

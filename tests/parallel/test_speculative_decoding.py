@@ -93,12 +93,13 @@ def mtp(folder: Path) -> Case:
     return Case(model, given, draft, OTHER_FAMILIES["glm4-moe"][2], has_tokenizer=False)
 
 
-@pytest.fixture(autouse=True)
-def not_compiled(monkeypatch):
-    """The ngram method in Python, as vLLM wrote it: Numba compiles it for a minute."""
-    import numba
-
-    monkeypatch.setattr(numba.config, "DISABLE_JIT", True)
+@pytest.fixture(autouse=True, scope="module")
+def not_compiled():
+    """The ngram method in Python, as vLLM wrote it: Numba, which must not be imported before vLLM has looked through
+    all modules, compiles it for a minute."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NUMBA_DISABLE_JIT", "1")
+        yield
 
 
 @pytest.mark.parametrize("make", [ngram, dense, experts, mtp])

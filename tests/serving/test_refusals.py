@@ -58,7 +58,6 @@ def model(**given):
     return SimpleNamespace(**({"get_num_experts": lambda: 8, "enable_sleep_mode": False} | given))
 
 
-DRAFT = SimpleNamespace(draft_model_config=SimpleNamespace(get_num_experts=lambda: 4))
 CASES = {
     "a dense model": [{"model_config": model(get_num_experts=lambda: 0)}],
     "accelerators other than NVIDIA GPUs and the CPU platform": ["rocm"],
@@ -77,7 +76,6 @@ CASES = {
     "weights that are not loaded and post-processed by vLLM's usual loader": [
         {"load_config": SimpleNamespace(load_format=name)} for name in ("ipc_cache", "tensorizer", "modelexpress")
     ],
-    "speculative decoding with a Mixture-of-Experts draft": [{"speculative_config": DRAFT}],
     "vLLM's own weight offloading": [
         {"offload_config": offloaded(cpu_offload_gb=1)},
         {"offload_config": offloaded(offload_group_size=2)},

@@ -46,7 +46,7 @@ def index(folder, *names):
 
 
 def read(folder, num_ranks=1):
-    return read_layer_shapes(folder, num_layers=2, top_k=2, element_bytes=2, num_ranks=num_ranks)
+    return read_layer_shapes(folder, range(2), top_k=2, element_bytes=2, num_ranks=num_ranks)
 
 
 def test_experts_one_by_one_in_the_type_that_they_are_served_in(tmp_path):

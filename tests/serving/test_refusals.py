@@ -66,8 +66,8 @@ CASES = {
     "elastic expert parallelism": [{"parallel_config": parallel(enable_elastic_ep=True)}],
     "dual-batch overlap": [{"parallel_config": parallel(enable_dbo=True)}],
     "micro-batching": [{"parallel_config": parallel(ubatch_size=2)}],
-    "data parallelism": [{"parallel_config": parallel(data_parallel_size=2)}],
-    "pipeline parallelism": [{"parallel_config": parallel(pipeline_parallel_size=2)}],
+    "data parallelism, for which vLLM divides the experts among its engines and gathers their tokens in the kernel's call, "
+    "past the cache": [{"parallel_config": parallel(data_parallel_size=2)}],
     "context parallelism in prefill": [{"parallel_config": parallel(prefill_context_parallel_size=2)}],
     "context parallelism in decode": [{"parallel_config": parallel(decode_context_parallel_size=2)}],
     "LoRA": [{"lora_config": object()}],

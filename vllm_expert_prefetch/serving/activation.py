@@ -88,8 +88,6 @@ def _extend_model_loader() -> None:
     """After a model is loaded, prove that every MoE layer was taken over, and start serving it."""
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-    from vllm_expert_prefetch.serving.takeover import verify_taken_over
-
     load = BaseModelLoader.load_model
 
     def load_and_verify(self: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -97,12 +95,26 @@ def _extend_model_loader() -> None:
         with drafts.building(is_left_alone):
             model = load(self, vllm_config, model_config, *args, **kwargs)
         if not is_left_alone:
-            layers = compat.moe_layers_of(model)
-            verify_taken_over(layers)
-            layers[0].worker.start(model)
+            start_serving(model, vllm_config)
         return model
 
     BaseModelLoader.load_model = load_and_verify
+
+
+def start_serving(model: Any, vllm_config: Any) -> None:
+    """Prove that every MoE layer of a loaded `model` was taken over, and start. A stage of a pipeline may have none.
+
+    Raises TakeoverError or ConfigError where it cannot be served.
+    """
+    from vllm_expert_prefetch.serving.takeover import verify_taken_over
+
+    layers = compat.moe_layers_of(model)
+    has_stages = vllm_config.parallel_config.pipeline_parallel_size > 1
+    if has_stages and compat.sum_of_stages(len(layers)) and not layers:
+        compat.logger().info("expert_prefetch: no MoE layer in this stage of the pipeline: nothing to cache here")
+        return
+    verify_taken_over(layers)
+    layers[0].worker.start(model)
 
 
 def _extend_worker() -> None:

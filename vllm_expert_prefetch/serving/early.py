@@ -28,7 +28,9 @@ def check_settings(vllm_config: Any, config: ExpertPrefetchConfig) -> None:
     _check_slots(config, model.get_num_experts(), getattr(model.hf_text_config, "num_experts_per_tok", None))
     num_layers = getattr(model.hf_text_config, "num_hidden_layers", None)
     if isinstance(num_layers, int) and config.prefetch != OFF:
-        check_distance(config, num_layers, "layers")
+        stages = compat.stages_of(num_layers, vllm_config.parallel_config)
+        what = "layers" if len(stages) == 1 else "layers in a stage of its pipeline"
+        check_distance(config, min(len(stage) for stage in stages), what)
     _check_bytes(vllm_config, config)
     if config.artifact is None and config.predictor not in _WITHOUT_ARTIFACT:
         raise ConfigError(
@@ -69,14 +71,17 @@ def _check_bytes(vllm_config: Any, config: ExpertPrefetchConfig) -> None:
         return
     parallel = vllm_config.parallel_config
     num_ranks = parallel.tensor_parallel_size
-    layers = read_layer_shapes(folder, num_layers, top_k, model.dtype.itemsize, num_ranks)
-    if layers and config.cache_gb is not None:
-        size_cache(config, layers, mmap.PAGESIZE)
-    if layers:
-        num_bytes = sum(layer.bytes for layer in layers)
-        check_experts_fit(num_bytes * compat.ranks_on_this_host(parallel))
-        if config.pin_memory == "on" and compat.on_cpu_platform():
-            check_can_lock(num_bytes)
+    stages = [
+        read_layer_shapes(folder, numbers, top_k, model.dtype.itemsize, num_ranks)
+        for numbers in compat.stages_of(num_layers, parallel)
+    ]
+    num_bytes = [sum(layer.bytes for layer in layers) for layers in stages]
+    for layers in stages:
+        if layers and config.cache_gb is not None:
+            size_cache(config, layers, mmap.PAGESIZE)
+    check_experts_fit(sum(num_bytes) * compat.ranks_on_this_host(parallel) // len(stages))
+    if config.pin_memory == "on" and compat.on_cpu_platform():
+        check_can_lock(max(num_bytes))
 
 
 def _folder_of(vllm_config: Any) -> Path | None:

@@ -50,13 +50,11 @@ REFUSALS = (
     Refusal("dual-batch overlap", "--enable-dbo", DROP, _parallel("enable_dbo")),
     Refusal("micro-batching", "--ubatch-size", DROP, _parallel("ubatch_size", 1)),
     Refusal(
-        "data parallelism", "--data-parallel-size", "run one server per replica", _parallel("data_parallel_size", 1)
-    ),
-    Refusal(
-        "pipeline parallelism",
-        "--pipeline-parallel-size",
-        "use --tensor-parallel-size",
-        _parallel("pipeline_parallel_size", 1),
+        "data parallelism, for which vLLM divides the experts among its engines and gathers their tokens in the kernel's "
+        "call, past the cache",
+        "--data-parallel-size",
+        "run one server per replica, behind a load balancer",
+        _parallel("data_parallel_size", 1),
     ),
     Refusal(
         "context parallelism in prefill",

@@ -55,7 +55,9 @@ class CacheSizes:
         self.is_host_checked = True
         known = [layer for layer in layers if not compat.quantises_while_loading(layer.quant_method)]
         num_bytes = sum(sum(layer.unprocessed_row_bytes) * layer.local_num_experts for layer in known)
-        note = check_experts_fit(num_bytes * compat.ranks_on_this_host(self._vllm_config.parallel_config))
+        parallel = self._vllm_config.parallel_config  # other stages of a pipeline have other layers, which check too
+        num_ranks = min(compat.ranks_on_this_host(parallel), parallel.tensor_parallel_size)
+        note = check_experts_fit(num_bytes * num_ranks)
         if note and pin:
             compat.logger().warning("expert_prefetch: %s", note)
 

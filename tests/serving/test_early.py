@@ -37,7 +37,7 @@ def check(executor="mp", top_k=2, num_layers=8, model="an/absent-one", num_stage
     ("settings", "message"),
     [
         ({"slots_per_layer": 1}, r"slots_per_layer = 1 gives 1 slots .* needs 2 .* at least slots_per_layer = 2"),
-        ({"slots_per_layer": 17}, r"more than the 16 experts.* at most slots_per_layer = 16"),
+        ({"slots_per_layer": 17}, r"more than the 16 experts of a rank.* at most slots_per_layer = 16"),
         ({"cache_fraction": 0.1}, r"cache_fraction = 0.1 gives 1 slots"),
         ({"lookahead_layers": 3, "num_layers": 3}, r"lookahead_layers is 3 and the model has 3 layers: set it to 2"),
         (

@@ -128,7 +128,7 @@ class LookAhead:
             predictor.observe(layer, true)
         num_ids = signals.topk_ids.numel()
         if self._caches.on_device:
-            fetching = [ahead for ahead in self._ahead[layer] if num_ids <= ahead.cache.num_experts]
+            fetching = [ahead for ahead in self._ahead[layer] if num_ids <= ahead.cache.num_routed]
             if fetching:
                 with self._caches.aside():
                     for ahead in fetching:
@@ -137,7 +137,7 @@ class LookAhead:
             return
         for ahead in self._open[layer]:
             speculates = ahead.distance == 1 and self._speculates(ahead.target, rows)
-            takes = num_ids <= ahead.cache.num_experts and ahead.cache.takes_guesses(ahead.distance)
+            takes = num_ids <= ahead.cache.num_routed and ahead.cache.takes_guesses(ahead.distance)
             if takes or speculates:
                 started = time.perf_counter()
                 guess = self._guess(layer, ahead, signals, rows, takes, speculates)
@@ -153,8 +153,8 @@ class LookAhead:
         if guess is None:
             return None
         if fetches:
-            wanted = most_wanted(guess, cache.num_experts) if isinstance(rows, int) else guess.ids
-            cache.prefetch(wanted, rows, distance)
+            own = Prediction(cache.local(guess.ids), guess.weights)
+            cache.prefetch(most_wanted(own, cache.num_experts) if isinstance(rows, int) else own.ids, rows, distance)
         # The next token's may be computed by another graph, which must not hold this one's tensors.
         if target > layer or isinstance(rows, int):
             self.recall.expect(target, guess.ids)
@@ -218,10 +218,12 @@ def _first(signals: Signals, num_tokens: int) -> Signals:
 def most_wanted(guess: Prediction, num_experts: int) -> torch.Tensor:
     """The union of all rows' guesses, int64, by falling sum of their gate weights.
 
-    A guess of one row is in that order already.
+    A guess of one row is in that order already. Negative ids are left out.
     """
     if guess.ids.shape[0] == 1:
         return guess.ids[0]
-    mass = torch.zeros(num_experts).index_add_(0, guess.ids.flatten(), guess.weights.flatten())
-    mass.index_add_(0, guess.ids.flatten(), torch.full((guess.ids.numel(),), 1e-9))  # guessed at all
+    places = torch.where(guess.ids < 0, num_experts, guess.ids).flatten()
+    mass = torch.zeros(num_experts + 1).index_add_(0, places, guess.weights.flatten())
+    mass.index_add_(0, places, torch.full((guess.ids.numel(),), 1e-9))  # guessed at all
+    mass = mass[:num_experts]
     return mass.topk(int((mass > 0).sum()))[1]

@@ -21,9 +21,10 @@ _FLOATS = ("BF16", "F16", "F32")
 
 
 def read_layer_shapes(
-    folder: Path, numbers: range, top_k: int, element_bytes: int, num_ranks: int
+    folder: Path, numbers: range, top_k: int, element_bytes: int, num_ranks: int, num_shares: int = 1
 ) -> list[LayerShape]:
-    """The MoE layers among those of these `numbers` of the checkpoint in `folder`, as one of `num_ranks` holds them.
+    """The MoE layers among those of these `numbers` of the checkpoint in `folder`, as a rank holds them: a part of every
+    expert, of `num_ranks`, or one of `num_shares` of the experts, the smallest.
 
     `element_bytes`: of the type in which the model is served. Empty where that cannot be told: files are missing or
     damaged, the experts are quantised or go unrecognised, or the files hold more than one model's layers.
@@ -53,7 +54,11 @@ def read_layer_shapes(
     if len(found_numbers) < len(elements):
         return []
     return [
-        LayerShape(count, top_k, tuple(rows[row] // count * element_bytes // num_ranks for row in sorted(rows)))
+        LayerShape(
+            count // num_shares,
+            min(top_k, count // num_shares),
+            tuple(rows[row] // count * element_bytes // num_ranks for row in sorted(rows)),
+        )
         for rows, count in zip(elements.values(), experts.values(), strict=True)
     ]
 

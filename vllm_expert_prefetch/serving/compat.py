@@ -278,6 +278,11 @@ def _reduced(value: int, group: Any, operation: Any) -> int:
     return int(tensor)
 
 
+def num_shares(parallel_config: Any) -> int:
+    """Among how many ranks the experts of a layer are divided, each whole: 1 without expert parallelism."""
+    return int(parallel_config.tensor_parallel_size) if parallel_config.enable_expert_parallel else 1
+
+
 def stages_of(num_layers: int, parallel_config: Any) -> list[range]:
     """The numbers of a model's layers in each stage of its pipeline."""
     from vllm.distributed.utils import get_pp_indices

@@ -44,8 +44,12 @@ REFUSALS = (
         "serve without the plugin",
         lambda vllm_config, config: not (compat.on_cpu_platform() or compat.on_cuda_platform()),
     ),
-    Refusal("expert parallelism", "--enable-expert-parallel", DROP, _parallel("enable_expert_parallel")),
-    Refusal("expert load balancing", "--enable-eplb", DROP, _parallel("enable_eplb")),
+    Refusal(
+        "expert load balancing (EPLB) and redundant experts, which move experts between ranks while they serve",
+        "--enable-eplb",
+        DROP,
+        _parallel("enable_eplb"),
+    ),
     Refusal("elastic expert parallelism", "--enable-elastic-ep", DROP, _parallel("enable_elastic_ep")),
     Refusal("dual-batch overlap", "--enable-dbo", DROP, _parallel("enable_dbo")),
     Refusal("micro-batching", "--ubatch-size", DROP, _parallel("ubatch_size", 1)),
@@ -141,7 +145,8 @@ def _is_unquantised_elsewhere(quant_method: Any) -> bool:
 _BACKENDS = ("TRITON", "CPU")
 """Of unquantised experts, by the names of vLLM's UnquantizedMoeBackend."""
 KERNELS = ("TritonExperts", "TritonWNA16Experts", "MarlinExperts")
-"""Of quantised experts, by the names of vLLM's classes: an expert's rows are all that they read of it."""
+"""Of quantised experts, by the names of vLLM's classes: an expert's rows are all that they read of it. They leave out the
+experts that vLLM's expert map leads nowhere."""
 
 LAYER_REFUSALS = (
     LayerRefusal(

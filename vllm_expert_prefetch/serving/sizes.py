@@ -120,7 +120,7 @@ def _shapes_like(
     return [
         LayerShape(
             layer.local_num_experts,
-            layer.top_k,
+            min(layer.top_k, layer.local_num_experts),
             after if layer.unprocessed_row_bytes == before else layer.unprocessed_row_bytes,
         )
         for layer in layers

@@ -58,13 +58,13 @@ def take_share(layer: Any, device: torch.device) -> ExpertShare | None:
     """
     if layer._expert_map is None:
         return None
-    expert_map = torch.cat((layer._expert_map.to(device, torch.int32), torch.tensor([-1], dtype=torch.int32).to(device)))
     has_map = kernel_name(layer.quant_method) in KERNELS
     if not has_map and device.type != "cpu":
         raise ConfigError(
             f"{CONFIG_KEY}: the kernel {kernel_name(layer.quant_method)} of {layer.layer_name} takes no expert map: "
             "choose --moe-backend triton or marlin, or drop --enable-expert-parallel"
         )
+    expert_map = torch.nn.functional.pad(layer._expert_map.to(device, torch.int32), (0, 1), value=-1)
     share = ExpertShare(expert_map, layer.local_num_experts, has_map)
     layer._expert_map = share.map_of_rows()
     return share

@@ -61,8 +61,7 @@ def model(**given):
 CASES = {
     "a dense model": [{"model_config": model(get_num_experts=lambda: 0)}],
     "accelerators other than NVIDIA GPUs and the CPU platform": ["rocm"],
-    "expert parallelism": [{"parallel_config": parallel(enable_expert_parallel=True)}],
-    "expert load balancing": [{"parallel_config": parallel(enable_eplb=True)}],
+    "expert load balancing (EPLB) and redundant experts, which move experts between ranks while they serve": [{"parallel_config": parallel(enable_eplb=True)}],
     "elastic expert parallelism": [{"parallel_config": parallel(enable_elastic_ep=True)}],
     "dual-batch overlap": [{"parallel_config": parallel(enable_dbo=True)}],
     "micro-batching": [{"parallel_config": parallel(ubatch_size=2)}],

@@ -22,7 +22,7 @@ class Run:
 
 
 def run(config: dict[str, Any] | None, **options: Any) -> Run:
-    """16 prompts x 32 tokens, eight sequences at a time: their decode steps route to no more ids than there are experts."""
+    """16 prompts x 32 tokens, eight sequences at a time: decode steps route to no more ids than there are experts."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
         with open_engine(TINY_MODEL, config, max_num_seqs=8, **options) as llm:

@@ -13,10 +13,10 @@ import torch
 from engines import TINY_MODEL, caches, counters, greedy, layers, open_engine, prompts
 from formats import standins
 from formats.checkpoints import family_of, write_quantised
-from parallel.engines_of_two import SERVED
 from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
 from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
+from parallel.engines_of_two import SERVED
 from vllm_expert_prefetch.config import ConfigError
 from vllm_expert_prefetch.serving.expert_share import own_experts, take_share
 

@@ -3,13 +3,13 @@
 from types import SimpleNamespace
 
 import pytest
-from parallel.engines_of_two import SERVED, run
 
+from parallel.engines_of_two import SERVED, run
 from vllm_expert_prefetch.serving import activation, compat
 from vllm_expert_prefetch.serving.expert_tensors import TakeoverError
 
 COMPILED = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
-"""vLLM's CPU build serves no pipeline eagerly: it makes the buffers between stages in its warm-up, which it leaves out."""
+"""vLLM's CPU build serves no pipeline eagerly: it makes the buffers between stages in a warm-up that it leaves out."""
 
 
 @pytest.mark.engine

@@ -53,9 +53,7 @@ def with_tokenizer(draft: Path) -> Path:
 def dense(folder: Path) -> Case:
     """A random draft that is right by chance."""
     draft = with_tokenizer(write_checkpoint("llama", folder / "dense", vocab_size=4096, num_hidden_layers=2))
-    return Case(
-        TINY_MODEL, prompts(16), {"model": str(draft), "method": "draft_model", "num_speculative_tokens": 2}, 8
-    )
+    return Case(TINY_MODEL, prompts(16), {"model": str(draft), "method": "draft_model", "num_speculative_tokens": 2}, 8)
 
 
 def experts(folder: Path) -> Case:

@@ -1,4 +1,4 @@
-"""What is refused because vLLM does not serve it in a way that the cache could: when that changes, a test here fails."""
+"""What is refused because vLLM does not serve it in a way that a cache could: when that changes, a test fails."""
 
 import inspect
 

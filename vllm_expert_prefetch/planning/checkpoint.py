@@ -23,8 +23,8 @@ _FLOATS = ("BF16", "F16", "F32")
 def read_layer_shapes(
     folder: Path, numbers: range, top_k: int, element_bytes: int, num_ranks: int, num_shares: int = 1
 ) -> list[LayerShape]:
-    """The MoE layers among those of these `numbers` of the checkpoint in `folder`, as a rank holds them: a part of every
-    expert, of `num_ranks`, or one of `num_shares` of the experts, the smallest.
+    """The MoE layers among those of these `numbers` of the checkpoint in `folder`, as a rank holds them: one of
+    `num_ranks` parts of every expert, or the smallest of `num_shares` shares of whole ones.
 
     `element_bytes`: of the type in which the model is served. Empty where that cannot be told: files are missing or
     damaged, the experts are quantised or go unrecognised, or the files hold more than one model's layers.

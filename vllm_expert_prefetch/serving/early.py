@@ -26,7 +26,9 @@ def check_settings(vllm_config: Any, config: ExpertPrefetchConfig) -> None:
     """Raise ConfigError for a setting that does not fit the model, as far as its configuration tells, or this host."""
     model = vllm_config.model_config
     num_shares = compat.num_shares(vllm_config.parallel_config)
-    _check_slots(config, model.get_num_experts() // num_shares, getattr(model.hf_text_config, "num_experts_per_tok", None))
+    _check_slots(
+        config, model.get_num_experts() // num_shares, getattr(model.hf_text_config, "num_experts_per_tok", None)
+    )
     num_layers = getattr(model.hf_text_config, "num_hidden_layers", None)
     if isinstance(num_layers, int) and config.prefetch != OFF:
         stages = compat.stages_of(num_layers, vllm_config.parallel_config)

@@ -46,7 +46,7 @@ class ExpertShare:
         return weights.masked_fill(is_others, 0.0), own_ids, torch.where(is_others, needed, row_ids)
 
     def map_of_rows(self) -> torch.Tensor:
-        """(routed experts,) int32, in place of vLLM's expert map: a row for each of the first ids, -1 for the others."""
+        """(routed experts,) int32, in place of vLLM's expert map: a row for each of the first ids, else -1."""
         rows = torch.arange(len(self.expert_map) - 1, dtype=torch.int32, device=self.expert_map.device)
         return rows.masked_fill(rows >= self.num_experts, -1)
 

@@ -173,7 +173,7 @@ class CachedRoutedExperts(RoutedExperts):
     ) -> torch.Tensor:
         """The routed output (T, H) for `x` (T, H), `topk_weights` (T, K) float32 and `topk_ids` (T, K), expert ids.
 
-        Shared experts were computed by vLLM's runner: its only kernels that compute them here need expert parallelism.
+        Shared experts were computed by vLLM's runner: its only kernels that compute them here need data parallelism.
         """
         if self.is_taken_over and self.cache is None:
             if self.share is None:

@@ -54,8 +54,8 @@ REFUSALS = (
     Refusal("dual-batch overlap", "--enable-dbo", DROP, _parallel("enable_dbo")),
     Refusal("micro-batching", "--ubatch-size", DROP, _parallel("ubatch_size", 1)),
     Refusal(
-        "data parallelism, for which vLLM divides the experts among its engines and gathers their tokens in the kernel's "
-        "call, past the cache",
+        "data parallelism, for which vLLM divides the experts among its engines and gathers their tokens within the "
+        "kernel's call, past the cache",
         "--data-parallel-size",
         "run one server per replica, behind a load balancer",
         _parallel("data_parallel_size", 1),
@@ -145,8 +145,8 @@ def _is_unquantised_elsewhere(quant_method: Any) -> bool:
 _BACKENDS = ("TRITON", "CPU")
 """Of unquantised experts, by the names of vLLM's UnquantizedMoeBackend."""
 KERNELS = ("TritonExperts", "TritonWNA16Experts", "MarlinExperts")
-"""Of quantised experts, by the names of vLLM's classes: an expert's rows are all that they read of it. They leave out the
-experts that vLLM's expert map leads nowhere."""
+"""Of quantised experts, by the names of vLLM's classes: an expert's rows are all that they read of it. They leave
+out the experts that vLLM's expert map leads nowhere."""
 
 LAYER_REFUSALS = (
     LayerRefusal(

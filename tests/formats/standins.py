@@ -96,8 +96,15 @@ def align_blocks(
     num_tokens[0] = len(tokens)
 
 
-def sum_over_topk(parts: torch.Tensor, out: torch.Tensor, *rest: Any) -> None:
-    """_C.moe_sum."""
+def sum_over_topk(
+    parts: torch.Tensor,
+    out: torch.Tensor,
+    topk_ids: torch.Tensor | None = None,
+    expert_map: torch.Tensor | None = None,
+) -> None:
+    """_C.moe_sum, which leaves out what the map leads nowhere: nothing was written there."""
+    if topk_ids is not None and expert_map is not None:
+        parts = parts.masked_fill((expert_map[topk_ids.long()] < 0).unsqueeze(-1), 0)
     out.copy_(parts.float().sum(dim=1))
 
 

@@ -21,7 +21,8 @@ NUM_SLOTS, RECORD_BYTES = 8, 1000
 class NotedCache:
     """Notes what it is asked to prefetch, and how many of it may come. `link_is_busy`: too busy for far guesses."""
 
-    num_experts, num_slots, top_k, record_bytes = EXPERTS, NUM_SLOTS, TOP_K, RECORD_BYTES
+    num_experts = num_routed = EXPERTS
+    num_slots, top_k, record_bytes = NUM_SLOTS, TOP_K, RECORD_BYTES
 
     def __init__(self, caches, number):
         self.caches, self.number = caches, number
@@ -35,6 +36,9 @@ class NotedCache:
     @property
     def guesses(self):
         return self.budgets[1][1]
+
+    def local(self, ids):
+        return ids
 
     def set_budget(self, num_records, num_guesses, distance=1):
         self.budgets[distance] = num_records, num_guesses
@@ -311,6 +315,11 @@ def test_a_batch_is_fetched_for_by_the_summed_weight_of_its_guesses():
 def test_a_guess_without_weight_comes_last_and_is_not_forgotten():
     guesses = prediction([[(4, 0.0), (6, 0.3)], [(6, 0.2), (0, 0.1)]])
     assert most_wanted(guesses, 8).tolist() == [6, 0, 4]
+
+
+def test_experts_of_other_ranks_are_not_wanted():
+    guesses = prediction([[(-1, 0.9), (2, 0.1)], [(3, 0.2), (-1, 0.8)]])
+    assert most_wanted(guesses, 8).tolist() == [3, 2]
 
 
 LINKED, WITHOUT_LINK = NotedCaches(3), NotedCaches(3)

@@ -46,13 +46,25 @@ def index(folder, *names):
 
 
 def read(folder, num_ranks=1):
-    return read_layer_shapes(folder, num_layers=2, top_k=2, element_bytes=2, num_ranks=num_ranks)
+    return read_layer_shapes(folder, range(2), top_k=2, element_bytes=2, num_ranks=num_ranks)
 
 
 def test_experts_one_by_one_in_the_type_that_they_are_served_in(tmp_path):
     write(tmp_path, model={**experts(0), **experts(1), "model.embed_tokens.weight": np.zeros((9, H))})
     assert read(tmp_path) == SHAPES
     assert [layer.row_bytes for layer in read(tmp_path, num_ranks=2)] == [(I * H * 2, H * I)] * 2
+
+
+def test_a_rank_may_hold_whole_experts_the_smallest_share_of_them(tmp_path):
+    write(tmp_path, model={**experts(0), **experts(1)})
+    shares = read_layer_shapes(tmp_path, range(2), 2, element_bytes=2, num_ranks=1, num_shares=3)
+    assert shares == [LayerShape(E // 3, 1, SHAPES[0].row_bytes)] * 2
+
+
+def test_only_layers_with_these_numbers_are_told(tmp_path):
+    write(tmp_path, model={**experts(0), **experts(1)})
+    told = [len(read_layer_shapes(tmp_path, numbers, 2, 2, 1)) for numbers in (range(1), range(1, 3), range(2, 4))]
+    assert told == [1, 1, 0]
 
 
 def test_all_experts_in_one_tensor_with_biases_and_what_is_beside_them(tmp_path):

@@ -1,29 +1,92 @@
-"""Speculative decoding with a draft model: vLLM hands it the target's settings, and the plugin leaves it alone."""
+"""What of speculative decoding is for the draft: its configurations, its layers, and no expert of the target's."""
+
+from types import SimpleNamespace
 
 import pytest
-from engines import TINY_MODEL, counters, greedy, layers, open_engine
-from families import write_checkpoint
+import torch
 
-pytestmark = pytest.mark.engine
-
-
-@pytest.fixture(scope="module")
-def draft(tmp_path_factory):
-    """A dense draft with the target's vocabulary."""
-    folder = write_checkpoint("llama", tmp_path_factory.mktemp("draft"), vocab_size=4096, num_hidden_layers=2)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (folder / name).write_text((TINY_MODEL / name).read_text())
-    return {"model": str(folder), "method": "draft_model", "num_speculative_tokens": 2}
+from vllm_expert_prefetch.config import ConfigError
+from vllm_expert_prefetch.serving import activation, backends, compat, drafts
 
 
-def test_a_dense_draft_gives_the_tokens_of_plain_vllm_and_only_the_targets_layers_count(draft):
-    prompts = [f"It is a truth, number {number}," for number in range(3)]
-    with open_engine(TINY_MODEL, None, speculative_config=draft) as llm:
-        stock = greedy(llm, prompts)
-    with open_engine(TINY_MODEL, {"cache_fraction": 0.5}, speculative_config=draft) as llm:
-        assert greedy(llm, prompts) == stock
-        values = counters(llm)
-        assert len(layers(llm)) == values["moe_layers"] == 8
-        assert values["lookups_total/miss"] > 0
-        steps = values["steps_total/decode"] + values["steps_total/prefill"] + values["steps_total/mixed"]
-        assert values["moe_steps_total/narrow"] + values["moe_steps_total/wide"] == 8 * steps
+class Config(SimpleNamespace):
+    """As vLLM's: compared by value, and it can be watched."""
+
+
+def configured(speculative=None):
+    """A configuration that asks for the plugin, of a model that is refused as soon as anyone looks."""
+    model = SimpleNamespace(get_num_experts=lambda: 0)
+    return Config(additional_config={"expert_prefetch": True}, model_config=model, speculative_config=speculative)
+
+
+def test_configurations_of_a_draft_are_not_checked_and_those_of_another_target_are():
+    speculative = Config(draft_model_config=object(), target_model_config=object())
+    with pytest.raises(ConfigError, match="a dense model"):
+        activation.check_config(configured(speculative))
+    drafts.worker_begins(configured(speculative))
+    activation.check_config(configured(speculative))
+    with pytest.raises(ConfigError, match="a dense model"):
+        activation.check_config(configured(Config(draft_model_config=object(), target_model_config=object())))
+    with pytest.raises(ConfigError, match="a dense model"):
+        activation.check_config(configured())
+
+
+def test_nothing_is_checked_while_a_draft_is_built():
+    with drafts.building(True):
+        activation.check_config(configured())
+        with drafts.building(False):
+            assert not drafts.is_being_built()
+        assert drafts.is_being_built()
+    assert not drafts.is_being_built()
+
+
+def layer(w13, cached=True):
+    return SimpleNamespace(layer_name="some.layer", w13_weight=w13, cache=object() if cached else None)
+
+
+@pytest.mark.parametrize("holder", ["drafter", "speculator"])
+def test_a_draft_with_the_experts_of_its_target_is_refused_by_name(monkeypatch, holder):
+    monkeypatch.setattr(compat, "moe_layers_of", lambda model: model)
+    rows = torch.zeros(4, 8)
+
+    def check(draft, target=None):
+        runner = SimpleNamespace(get_model=lambda: [target or layer(rows)], **{holder: SimpleNamespace(model=draft)})
+        drafts.check_shares_no_experts(runner)
+
+    with pytest.raises(ConfigError, match=r"the draft's some\.layer has the experts of the target.*drop --spec"):
+        check([layer(torch.zeros(4, 8)), layer(rows[1:])])
+    check([layer(torch.zeros(4, 8))])
+    check([layer(rows)], target=layer(rows, cached=False))
+    check([])
+    drafts.check_shares_no_experts(SimpleNamespace())
+
+
+def test_a_backend_that_is_chosen_for_the_target_is_not_its_drafts(monkeypatch):
+    monkeypatch.setattr(compat, "on_cuda_platform", lambda: True)
+    monkeypatch.setattr(compat, "compute_capability", lambda: 90)
+    model = SimpleNamespace(hf_text_config=None, hf_config=None, quantization=None, quantization_config=None)
+
+    def chosen(target, draft):
+        config = SimpleNamespace(
+            model_config=model,
+            kernel_config=SimpleNamespace(moe_backend=target),
+            speculative_config=SimpleNamespace(moe_backend=draft),
+        )
+        backends.choose_backend(config)
+        return config.kernel_config.moe_backend, config.speculative_config.moe_backend
+
+    assert chosen("auto", None) == ("triton", "auto")
+    assert chosen("auto", "marlin") == ("triton", "marlin")
+    assert chosen("marlin", None) == ("marlin", None)
+
+
+def test_a_draft_with_weights_is_told_from_a_method_without():
+    target = object()
+
+    def has(draft):
+        speculative = draft and SimpleNamespace(draft_model_config=draft, target_model_config=target)
+        return drafts.has_own_weights(SimpleNamespace(speculative_config=speculative))
+
+    assert has(object())
+    assert not has(target)
+    assert not has(None)

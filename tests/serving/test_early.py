@@ -15,7 +15,7 @@ from vllm_expert_prefetch.serving.early import check_settings
 from vllm_expert_prefetch.serving.sources import NotFound, create_look_ahead_of
 
 
-def check(executor="mp", top_k=2, num_layers=8, model="an/absent-one", **settings):
+def check(executor="mp", top_k=2, num_layers=8, model="an/absent-one", num_stages=1, num_shares=1, **settings):
     """A model of 16 experts, in the process that reads the flags."""
     text = SimpleNamespace(num_experts_per_tok=top_k, num_hidden_layers=num_layers)
     config = SimpleNamespace(
@@ -23,7 +23,11 @@ def check(executor="mp", top_k=2, num_layers=8, model="an/absent-one", **setting
             model=model, revision=None, quantization=None, get_num_experts=lambda: 16, hf_text_config=text
         ),
         parallel_config=SimpleNamespace(
-            distributed_executor_backend=executor, tensor_parallel_size=1, local_world_size=1
+            distributed_executor_backend=executor,
+            tensor_parallel_size=num_shares,
+            enable_expert_parallel=num_shares > 1,
+            pipeline_parallel_size=num_stages,
+            local_world_size=num_stages,
         ),
         load_config=SimpleNamespace(download_dir=None),
     )
@@ -34,9 +38,15 @@ def check(executor="mp", top_k=2, num_layers=8, model="an/absent-one", **setting
     ("settings", "message"),
     [
         ({"slots_per_layer": 1}, r"slots_per_layer = 1 gives 1 slots .* needs 2 .* at least slots_per_layer = 2"),
-        ({"slots_per_layer": 17}, r"more than the 16 experts.* at most slots_per_layer = 16"),
+        ({"slots_per_layer": 17}, r"more than the 16 experts of a rank.* at most slots_per_layer = 16"),
+        ({"slots_per_layer": 6, "num_shares": 3}, r"more than the 5 experts of a rank.* at most slots_per_layer = 5"),
+        ({"cache_fraction": 0.3, "num_shares": 3}, r"gives 1 slots .* needs 2 .* of 5 experts"),
         ({"cache_fraction": 0.1}, r"cache_fraction = 0.1 gives 1 slots"),
         ({"lookahead_layers": 3, "num_layers": 3}, r"lookahead_layers is 3 and the model has 3 layers: set it to 2"),
+        (
+            {"lookahead_layers": 3, "num_layers": 7, "num_stages": 2},
+            r"lookahead_layers is 3 and the model has 3 layers in a stage of its pipeline: set it to 2",
+        ),
         ({"predictor": "estimator"}, r"predictor estimator needs an artifact"),
         ({"predictor": "hybrid", "prefetch": "off"}, r"predictor hybrid needs an artifact"),
         ({"artifact": "/nowhere"}, r"no artifact at /nowhere.*calibrate"),
@@ -57,9 +67,12 @@ def test_a_setting_that_cannot_work_is_refused(settings, message, tmp_path, monk
         {},
         {"slots_per_layer": 2},
         {"slots_per_layer": 16},
+        {"slots_per_layer": 5, "num_shares": 3},
+        {"slots_per_layer": 1, "num_shares": 16},  # all that a rank has
         {"cache_fraction": 0.125},
         {"lookahead_layers": 3, "num_layers": 4},
         {"lookahead_layers": 3, "num_layers": 3, "prefetch": "off"},
+        {"lookahead_layers": 3, "num_layers": 8, "num_stages": 2},
         {"predictor": "previous"},
         {"executor": "ray", "artifact": "/on/the/workers", "numa_node": 99},
         {"cache_gb": 0.0001},  # not downloaded yet

@@ -126,5 +126,5 @@ def assert_the_checkpoint_tells_the_layers(model, llm):
         )
         for layer in layers(llm)
     ]
-    told = read_layer_shapes(model, config.num_hidden_layers, found[0][1], element_bytes=2, num_ranks=1)
+    told = read_layer_shapes(model, range(config.num_hidden_layers), found[0][1], element_bytes=2, num_ranks=1)
     assert [(layer.num_experts, layer.top_k, sorted(layer.row_bytes)) for layer in told] == found

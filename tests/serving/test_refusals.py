@@ -58,17 +58,20 @@ def model(**given):
     return SimpleNamespace(**({"get_num_experts": lambda: 8, "enable_sleep_mode": False} | given))
 
 
-DRAFT = SimpleNamespace(draft_model_config=SimpleNamespace(get_num_experts=lambda: 4))
+DATA_PARALLELISM = (
+    "data parallelism, for which vLLM divides the experts among its engines and gathers their tokens within the "
+    "kernel's call, past the cache"
+)
 CASES = {
     "a dense model": [{"model_config": model(get_num_experts=lambda: 0)}],
     "accelerators other than NVIDIA GPUs and the CPU platform": ["rocm"],
-    "expert parallelism": [{"parallel_config": parallel(enable_expert_parallel=True)}],
-    "expert load balancing": [{"parallel_config": parallel(enable_eplb=True)}],
+    "expert load balancing (EPLB) and redundant experts, which move experts between ranks while they serve": [
+        {"parallel_config": parallel(enable_eplb=True)}
+    ],
     "elastic expert parallelism": [{"parallel_config": parallel(enable_elastic_ep=True)}],
     "dual-batch overlap": [{"parallel_config": parallel(enable_dbo=True)}],
     "micro-batching": [{"parallel_config": parallel(ubatch_size=2)}],
-    "data parallelism": [{"parallel_config": parallel(data_parallel_size=2)}],
-    "pipeline parallelism": [{"parallel_config": parallel(pipeline_parallel_size=2)}],
+    DATA_PARALLELISM: [{"parallel_config": parallel(data_parallel_size=2)}],
     "context parallelism in prefill": [{"parallel_config": parallel(prefill_context_parallel_size=2)}],
     "context parallelism in decode": [{"parallel_config": parallel(decode_context_parallel_size=2)}],
     "LoRA": [{"lora_config": object()}],
@@ -77,7 +80,6 @@ CASES = {
     "weights that are not loaded and post-processed by vLLM's usual loader": [
         {"load_config": SimpleNamespace(load_format=name)} for name in ("ipc_cache", "tensorizer", "modelexpress")
     ],
-    "speculative decoding with a Mixture-of-Experts draft": [{"speculative_config": DRAFT}],
     "vLLM's own weight offloading": [
         {"offload_config": offloaded(cpu_offload_gb=1)},
         {"offload_config": offloaded(offload_group_size=2)},

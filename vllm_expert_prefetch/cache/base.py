@@ -40,6 +40,9 @@ class LayerCache(ABC):
         self.tensors = space
         self.num_experts, self.num_slots, self.top_k = store.num_experts, num_slots, top_k
         self.record_bytes = store.record_bytes
+        self.expert_map: torch.Tensor | None = None
+        """Where this rank has a share of the experts: (routed experts + 1,) int32, their numbers here or -1; the last
+        is -1, where negative ids lead."""
 
     @abstractmethod
     def serve(self, topk_ids: torch.Tensor, rows: Rows, speculated: bool = False) -> torch.Tensor:
@@ -94,6 +97,16 @@ class LayerCache(ABC):
     @abstractmethod
     def check_integrity(self) -> None:
         """Raise AssertionError, saying which, when an invariant of `residency.ExpertCache` is broken. For tests."""
+
+    def local(self, expert_ids: torch.Tensor) -> torch.Tensor:
+        """What `serve` and `prefetch` take: for ids as the router gives them, of the same shape and dtype, the numbers
+        of these experts among this rank's; -1 for those of other ranks and for negative ids."""
+        return expert_ids if self.expert_map is None else self.expert_map[expert_ids.long()].to(expert_ids.dtype)
+
+    @property
+    def num_routed(self) -> int:
+        """Experts that the router chooses from, those of other ranks included."""
+        return self.num_experts if self.expert_map is None else len(self.expert_map) - 1
 
     @property
     def num_resident(self) -> int:

@@ -129,7 +129,7 @@ class LookAhead:
         """
         num_tokens = rows if isinstance(rows, int) else len(signals.topk_ids)
         num_ids, preloaded = num_tokens * signals.topk_ids.shape[1], self._next[layer]
-        is_wide = preloaded is not None and num_ids > preloaded.cache.num_experts
+        is_wide = preloaded is not None and num_ids > preloaded.cache.num_routed
         if isinstance(rows, int):
             if not is_wide and not self._open[layer] and not self._observers and self.recall.is_idle(layer):
                 return
@@ -140,7 +140,7 @@ class LookAhead:
         for predictor in self._observers:
             predictor.observe(layer, true)
         if self._caches.on_device:
-            fetching = [ahead for ahead in self._ahead[layer] if num_ids <= ahead.cache.num_experts]
+            fetching = [ahead for ahead in self._ahead[layer] if num_ids <= ahead.cache.num_routed]
             if fetching or is_wide:
                 with self._caches.aside():
                     if preloaded is not None and is_wide:
@@ -153,7 +153,7 @@ class LookAhead:
             self._preload(layer, preloaded, signals, rows)
         for ahead in self._open[layer]:
             speculates = ahead.distance == 1 and self._speculates(ahead.target, rows)
-            takes = num_ids <= ahead.cache.num_experts and ahead.cache.takes_guesses(ahead.distance)
+            takes = num_ids <= ahead.cache.num_routed and ahead.cache.takes_guesses(ahead.distance)
             if takes or speculates:
                 started = time.perf_counter()
                 guess = self._guess(layer, ahead, signals, rows, takes, speculates)
@@ -163,8 +163,8 @@ class LookAhead:
 
     def _preload(self, layer: int, ahead: _Ahead, signals: Signals, rows: Rows) -> None:
         guess = ahead.predictor.predict(layer, signals, ahead.cache.top_k)
-        if guess is not None and guess.ids.numel() > ahead.cache.num_experts:
-            ahead.cache.preload(guess.ids, rows)
+        if guess is not None and guess.ids.numel() > ahead.cache.num_routed:
+            ahead.cache.preload(ahead.cache.local(guess.ids), rows)
 
     def _guess(
         self, layer: int, ahead: _Ahead, signals: Signals, rows: Rows, fetches: bool, speculates: bool = False
@@ -174,10 +174,10 @@ class LookAhead:
         if guess is None:
             return None
         if fetches:
-            wanted = most_wanted(guess, cache.num_experts) if isinstance(rows, int) else guess.ids
-            may_be_wide = wanted.numel() > cache.num_slots and ahead is self._next[layer]
-            if may_be_wide:
-                cache.preload(guess.ids[:, : cache.top_k] if isinstance(rows, int) else guess.ids, rows)
+            own = Prediction(cache.local(guess.ids), guess.weights)
+            wanted = most_wanted(own, cache.num_experts) if isinstance(rows, int) else own.ids
+            if wanted.numel() > cache.num_slots and ahead is self._next[layer]:
+                cache.preload(own.ids[:, : cache.top_k] if isinstance(rows, int) else own.ids, rows)
             else:
                 cache.prefetch(wanted, rows, distance)
         # The next token's may be computed by another graph, which must not hold this one's tensors.
@@ -243,10 +243,12 @@ def _first(signals: Signals, num_tokens: int) -> Signals:
 def most_wanted(guess: Prediction, num_experts: int) -> torch.Tensor:
     """The union of all rows' guesses, int64, by falling sum of their gate weights.
 
-    A guess of one row is in that order already.
+    A guess of one row is in that order already. Negative ids are left out.
     """
     if guess.ids.shape[0] == 1:
         return guess.ids[0]
-    mass = torch.zeros(num_experts).index_add_(0, guess.ids.flatten(), guess.weights.flatten())
-    mass.index_add_(0, guess.ids.flatten(), torch.full((guess.ids.numel(),), 1e-9))  # guessed at all
+    places = torch.where(guess.ids < 0, num_experts, guess.ids).flatten()
+    mass = torch.zeros(num_experts + 1).index_add_(0, places, guess.weights.flatten())
+    mass.index_add_(0, places, torch.full((guess.ids.numel(),), 1e-9))  # guessed at all
+    mass = mass[:num_experts]
     return mass.topk(int((mass > 0).sum()))[1]

@@ -143,7 +143,8 @@ METRICS = (
         "tpot_seconds",
         Kind.HISTOGRAM,
         "seconds",
-        "Time per output token: each step's time, once for every sequence that it gave a token after its first.",
+        "Time per output token: each step's time, once for every sequence that it gave a token after its first. A step "
+        "of speculative decoding may give several.",
         buckets=STEP_BUCKETS,
     ),
     Metric(

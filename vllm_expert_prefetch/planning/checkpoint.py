@@ -21,9 +21,10 @@ _FLOATS = ("BF16", "F16", "F32")
 
 
 def read_layer_shapes(
-    folder: Path, num_layers: int, top_k: int, element_bytes: int, num_ranks: int
+    folder: Path, numbers: range, top_k: int, element_bytes: int, num_ranks: int, num_shares: int = 1
 ) -> list[LayerShape]:
-    """The MoE layers among the first `num_layers` of the checkpoint in `folder`, as one of `num_ranks` holds them.
+    """The MoE layers among those of these `numbers` of the checkpoint in `folder`, as a rank holds them: one of
+    `num_ranks` parts of every expert, or the smallest of `num_shares` shares of whole ones.
 
     `element_bytes`: of the type in which the model is served. Empty where that cannot be told: files are missing or
     damaged, the experts are quantised or go unrecognised, or the files hold more than one model's layers.
@@ -34,10 +35,10 @@ def read_layer_shapes(
         return []
     experts: dict[str, int] = {}
     elements: dict[str, dict[str, int]] = {}
-    numbers = set()
+    found_numbers = set()
     for name, shape, dtype in headers:
         found = _OF_EXPERTS.fullmatch(name)
-        if not found or int(found["number"]) >= num_layers or name.startswith("mtp."):
+        if not found or int(found["number"]) not in numbers or name.startswith("mtp."):
             continue
         one, has_bias = found["expert"] is not None, found["bias"] is not None
         if len(shape) != 3 - one - has_bias:
@@ -45,15 +46,19 @@ def read_layer_shapes(
         if dtype not in _FLOATS:
             return []
         layer = found["layer"]
-        numbers.add(found["number"])
+        found_numbers.add(found["number"])
         experts[layer] = max(experts.get(layer, 0), int(found["expert"]) + 1 if one else shape[0])
         row = f"{'w2' if found['tensor'] in _SECOND else 'w13'}{'_bias' if has_bias else ''}"
         rows = elements.setdefault(layer, {})
         rows[row] = rows.get(row, 0) + math.prod(shape)
-    if len(numbers) < len(elements):
+    if len(found_numbers) < len(elements):
         return []
     return [
-        LayerShape(count, top_k, tuple(rows[row] // count * element_bytes // num_ranks for row in sorted(rows)))
+        LayerShape(
+            count // num_shares,
+            min(top_k, count // num_shares),
+            tuple(rows[row] // count * element_bytes // num_ranks for row in sorted(rows)),
+        )
         for rows, count in zip(elements.values(), experts.values(), strict=True)
     ]
 

@@ -37,7 +37,7 @@ class Model:
         if self.folder is None or self.form != "bf16":
             return []
         architecture = self.architecture
-        return read_layer_shapes(self.folder, len(architecture.attention), architecture.top_k, 2, num_ranks)
+        return read_layer_shapes(self.folder, range(len(architecture.attention)), architecture.top_k, 2, num_ranks)
 
 
 def find(name: str, quantization: str | None = None) -> Model:

@@ -15,8 +15,6 @@ HIT_RATES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 """Of the table of bytes per token."""
 PROMPT_TOKENS = 1024
 """Of the time to the first token, or half of the context."""
-_NOT_SERVED = {"pp": "--pipeline-parallel-size", "ep": "--enable-expert-parallel"}
-"""What planning can divide by and the plugin refuses at start (docs/compatibility.md)."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ def make_plan(
             for rate in HIT_RATES
         ),
         host_bytes=host,
-        notes=_notes(model, budget, ranks, looks_ahead),
+        notes=_notes(model, budget, looks_ahead),
     )
 
 
@@ -182,10 +180,8 @@ def _check_host(model: Model, host: int, limit: float | None) -> None:
     )
 
 
-def _notes(model: Model, budget: Budget, ranks: Ranks, looks_ahead: bool) -> tuple[str, ...]:
-    notes = [
-        f"{flag} is refused by this version at start" for key, flag in _NOT_SERVED.items() if getattr(ranks, key) > 1
-    ]
+def _notes(model: Model, budget: Budget, looks_ahead: bool) -> tuple[str, ...]:
+    notes = []
     if budget.fits_whole:
         notes.append("every expert has a slot: plain vLLM serves this as fast, and needs no host memory for experts")
     elif not looks_ahead:

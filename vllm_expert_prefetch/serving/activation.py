@@ -11,7 +11,7 @@ from typing import Any
 
 from vllm_expert_prefetch.config import CONFIG_KEY, config_of
 from vllm_expert_prefetch.metrics.runtime_dir import carry_to_ray_workers, ensure_runtime_dir
-from vllm_expert_prefetch.serving import compat
+from vllm_expert_prefetch.serving import compat, drafts
 from vllm_expert_prefetch.serving.backends import choose_backend
 from vllm_expert_prefetch.serving.early import check_settings
 from vllm_expert_prefetch.serving.refusals import check_libraries, check_refusals
@@ -55,7 +55,7 @@ def _replace_layers() -> None:
 def check_config(vllm_config: Any) -> None:
     """Refuse what cannot be served, in the process that reads the flags and before anything is loaded."""
     config = config_of(vllm_config)
-    if config is None or vllm_config.model_config is None:
+    if config is None or vllm_config.model_config is None or drafts.is_for_a_draft(vllm_config):
         return
     compat.check_version(compat.vllm_version(), compat.on_cpu_platform())
     check_refusals(vllm_config, config)
@@ -89,19 +89,33 @@ def _extend_model_loader() -> None:
     """After a model is loaded, prove that every MoE layer was taken over, and start serving it."""
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
-    from vllm_expert_prefetch.serving.takeover import verify_taken_over
-
     load = BaseModelLoader.load_model
 
     def load_and_verify(self: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
-        model = load(self, vllm_config, model_config, *args, **kwargs)
-        if config_of(vllm_config, model_config) is not None:
-            layers = compat.moe_layers_of(model)
-            verify_taken_over(layers)
-            layers[0].worker.start(model)
+        is_left_alone = config_of(vllm_config, model_config) is None
+        with drafts.building(is_left_alone):
+            model = load(self, vllm_config, model_config, *args, **kwargs)
+        if not is_left_alone:
+            start_serving(model, vllm_config)
         return model
 
     BaseModelLoader.load_model = load_and_verify
+
+
+def start_serving(model: Any, vllm_config: Any) -> None:
+    """Prove that every MoE layer of a loaded `model` was taken over, and start. A stage of a pipeline may have none.
+
+    Raises TakeoverError or ConfigError where it cannot be served.
+    """
+    from vllm_expert_prefetch.serving.takeover import verify_taken_over
+
+    layers = compat.moe_layers_of(model)
+    has_stages = vllm_config.parallel_config.pipeline_parallel_size > 1
+    if has_stages and compat.sum_of_stages(len(layers)) and not layers:
+        compat.logger().info("expert_prefetch: no MoE layer in this stage of the pipeline: nothing to cache here")
+        return
+    verify_taken_over(layers)
+    layers[0].worker.start(model)
 
 
 def _extend_worker() -> None:

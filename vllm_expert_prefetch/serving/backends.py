@@ -35,6 +35,9 @@ def choose_backend(vllm_config: Any) -> str | None:
     )
     name = compat.online_quantization(model) or model.quantization
     kernel_config.moe_backend = backend_for(name, given or {}, compat.compute_capability())
+    speculative: Any = getattr(vllm_config, "speculative_config", None)
+    if getattr(speculative, "moe_backend", "") is None:  # a draft would take its target's: left to vLLM
+        speculative.moe_backend = "auto"
     return str(kernel_config.moe_backend)
 
 

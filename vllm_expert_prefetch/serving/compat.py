@@ -258,13 +258,39 @@ def kv_bytes_of(worker: Any) -> int:
 
 
 def least_of_ranks(value: int) -> int:
-    """The least `value` among the workers that compute one model together: all of them must call it."""
+    """The least `value` among the workers that compute the same layers together: all of them must call it."""
     import torch
-    from vllm.distributed.parallel_state import get_world_group
+    from vllm.distributed.parallel_state import get_tp_group
 
-    group = get_world_group()
-    if group.world_size > 1:
-        least = torch.tensor(value)
-        torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN, group=group.cpu_group)
-        return int(least)
-    return value
+    return _reduced(value, get_tp_group(), torch.distributed.ReduceOp.MIN)
+
+
+def sum_of_stages(value: int) -> int:
+    """The sum of `value` over the stages of a pipeline: all of them must call it."""
+    import torch
+    from vllm.distributed.parallel_state import get_pp_group
+
+    return _reduced(value, get_pp_group(), torch.distributed.ReduceOp.SUM)
+
+
+def _reduced(value: int, group: Any, operation: Any) -> int:
+    import torch
+
+    if group.world_size == 1:
+        return value
+    tensor = torch.tensor(value)
+    torch.distributed.all_reduce(tensor, operation, group=group.cpu_group)
+    return int(tensor)
+
+
+def num_shares(parallel_config: Any) -> int:
+    """Among how many ranks the experts of a layer are divided, each whole: 1 without expert parallelism."""
+    return int(parallel_config.tensor_parallel_size) if parallel_config.enable_expert_parallel else 1
+
+
+def stages_of(num_layers: int, parallel_config: Any) -> list[range]:
+    """The numbers of a model's layers in each stage of its pipeline."""
+    from vllm.distributed.utils import get_pp_indices
+
+    num_stages = parallel_config.pipeline_parallel_size
+    return [range(*get_pp_indices(num_layers, stage, num_stages)) for stage in range(num_stages)]

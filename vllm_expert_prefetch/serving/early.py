@@ -28,10 +28,15 @@ _NODES = Path("/sys/devices/system/node")
 def check_settings(vllm_config: Any, config: ExpertPrefetchConfig) -> None:
     """Raise ConfigError for a setting that does not fit the model, as far as its configuration tells, or this host."""
     model = vllm_config.model_config
-    _check_slots(config, model.get_num_experts(), getattr(model.hf_text_config, "num_experts_per_tok", None))
+    num_shares = compat.num_shares(vllm_config.parallel_config)
+    _check_slots(
+        config, model.get_num_experts() // num_shares, getattr(model.hf_text_config, "num_experts_per_tok", None)
+    )
     num_layers = getattr(model.hf_text_config, "num_hidden_layers", None)
     if isinstance(num_layers, int) and config.prefetch != OFF:
-        check_distance(config, num_layers, "layers")
+        stages = compat.stages_of(num_layers, vllm_config.parallel_config)
+        what = "layers" if len(stages) == 1 else "layers in a stage of its pipeline"
+        check_distance(config, min(len(stage) for stage in stages), what)
     check_scheduler(vllm_config, config)
     _check_bytes(vllm_config, config, areas_asked(config, compat.on_cuda_platform()))
     if config.profile is not None:
@@ -55,15 +60,16 @@ def _check_slots(config: ExpertPrefetchConfig, num_experts: int, top_k: Any) -> 
     if slots is None:
         return
     given = f"{CONFIG_KEY}: {key} = {getattr(config, key)} gives {slots} slots per layer"
-    if isinstance(top_k, int) and slots < top_k:
+    fewest = min(top_k, num_experts) if isinstance(top_k, int) else 0
+    if slots < fewest:
         raise ConfigError(
-            f"{given}, and one token needs {top_k} (top-k). Give at least slots_per_layer = {top_k}, "
+            f"{given}, and one token needs {fewest} (top-k). Give at least slots_per_layer = {fewest}, "
             f"of {num_experts} experts"
         )
     if slots > num_experts:
         raise ConfigError(
-            f"{given}, more than the {num_experts} experts. Give at most slots_per_layer = {num_experts}, or drop "
-            f"{CONFIG_KEY}: the experts fit"
+            f"{given}, more than the {num_experts} experts of a rank. Give at most slots_per_layer = {num_experts}, or "
+            f"drop {CONFIG_KEY}: the experts fit"
         )
 
 
@@ -77,15 +83,20 @@ def _check_bytes(vllm_config: Any, config: ExpertPrefetchConfig, areas: Areas) -
     if folder is None or model.quantization or not isinstance(top_k, int) or not isinstance(num_layers, int):
         return
     parallel = vllm_config.parallel_config
-    num_ranks = parallel.tensor_parallel_size
-    layers = read_layer_shapes(folder, num_layers, top_k, model.dtype.itemsize, num_ranks)
-    if layers and config.cache_gb is not None:
-        size_cache(config, layers, mmap.PAGESIZE, areas=areas)
-    if layers:
-        num_bytes = sum(layer.bytes for layer in layers)
-        check_experts_fit(num_bytes * compat.ranks_on_this_host(parallel))
-        if config.pin_memory == "on" and compat.on_cpu_platform():
-            check_can_lock(num_bytes)
+    num_shares = compat.num_shares(parallel)
+    stages = [
+        read_layer_shapes(
+            folder, numbers, top_k, model.dtype.itemsize, parallel.tensor_parallel_size // num_shares, num_shares
+        )
+        for numbers in compat.stages_of(num_layers, parallel)
+    ]
+    num_bytes = [sum(layer.bytes for layer in layers) for layers in stages]
+    for layers in stages:
+        if layers and config.cache_gb is not None:
+            size_cache(config, layers, mmap.PAGESIZE, areas=areas)
+    check_experts_fit(sum(num_bytes) * compat.ranks_on_this_host(parallel) // len(stages))
+    if config.pin_memory == "on" and compat.on_cpu_platform():
+        check_can_lock(max(num_bytes))
 
 
 def _folder_of(vllm_config: Any) -> Path | None:

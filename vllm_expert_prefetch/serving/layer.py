@@ -14,6 +14,8 @@ from vllm_expert_prefetch.memory.host_store import HostStore
 from vllm_expert_prefetch.prediction.base import Signals
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.block_order import blocks_by_expert, depends_on_order
+from vllm_expert_prefetch.serving.drafts import is_being_built
+from vllm_expert_prefetch.serving.expert_share import ExpertShare, own_experts, take_share
 from vllm_expert_prefetch.serving.expert_tensors import (
     ExpertTensor,
     TakeoverError,
@@ -49,7 +51,7 @@ class CachedRoutedExperts(RoutedExperts):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         vllm_config = get_current_vllm_config()
-        config = config_of(vllm_config)
+        config = None if is_being_built() else config_of(vllm_config)
         if config is None:
             vllm_class = self.vllm_class
             self.__class__ = vllm_class
@@ -72,6 +74,8 @@ class CachedRoutedExperts(RoutedExperts):
         self.recorded_number = 0
         """Among the layers that are recorded."""
         self.unprocessed_row_bytes = unprocessed_row_bytes(self, self.local_num_experts)
+        self.share: ExpertShare | None = None
+        """Which experts are this rank's, under expert parallelism; there once the layer is taken over."""
         # Plain Python: the module must not see these tensors a second time.
         object.__setattr__(self, "expert_tensors", {})
         self.worker = worker_of(vllm_config, config)
@@ -98,6 +102,7 @@ class CachedRoutedExperts(RoutedExperts):
 
     def _take_over(self) -> None:
         check_kernel(self.layer_name, self.quant_method)
+        self.share = take_share(self, self.accelerator)
         found = find_expert_tensors(self, self.local_num_experts)
         check_weights_are_among(self, found)
         tensors = {name: tensor.rows for name, tensor in found.items()}
@@ -149,7 +154,7 @@ class CachedRoutedExperts(RoutedExperts):
         """vLLM does not notice single experts that are missing or too small: it serves uninitialised memory there."""
         for (name, shard_id), shapes in self._loaded.items():
             usual = max(shapes.values(), key=list(shapes.values()).count)
-            wrong = [expert for expert in range(self.local_num_experts) if shapes.get(expert) != usual]
+            wrong = [expert for expert in own_experts(self) if shapes.get(expert) != usual]
             if wrong:
                 found = {expert: tuple(shapes[expert]) if expert in shapes else "missing" for expert in wrong}
                 raise TakeoverError(
@@ -173,10 +178,13 @@ class CachedRoutedExperts(RoutedExperts):
     ) -> torch.Tensor:
         """The routed output (T, H) for `x` (T, H), `topk_weights` (T, K) float32 and `topk_ids` (T, K), expert ids.
 
-        Shared experts were computed by vLLM's runner: its only kernels that compute them here need expert parallelism.
+        Shared experts were computed by vLLM's runner: its only kernels that compute them here need data parallelism.
         """
         if self.is_taken_over and self.cache is None:
-            return super().forward_modular(x, topk_weights, topk_ids)
+            if self.share is None:
+                return super().forward_modular(x, topk_weights, topk_ids)
+            own_ids = self.share.local(topk_ids)
+            return self.compute(x, topk_weights, own_ids, own_ids)
         if torch.compiler.is_compiling():
             return torch.ops.expert_prefetch.routed_experts(x, topk_weights, topk_ids, self._handle)
         return self.run_step(x, topk_weights, topk_ids)
@@ -189,23 +197,30 @@ class CachedRoutedExperts(RoutedExperts):
             )
         rows = compat.rows_of(x)
         if isinstance(rows, int) and rows == 0:  # a dummy or profile run: the right shapes and load, nothing to serve
-            return self._compute(x, topk_weights, topk_ids)
+            own_ids = self.cache.local(topk_ids)
+            return self.compute(x, topk_weights, own_ids, own_ids)
         look_ahead, routed = self.look_ahead, None
         guess = look_ahead.to_execute(self.number, rows) if look_ahead and look_ahead.speculated_layers else None
         if guess is not None:
             routed = Signals(x, topk_ids, topk_weights)
             topk_weights, topk_ids = execute_instead(guess, topk_weights, topk_ids)
+        own_ids = self.cache.local(topk_ids)
         if self.recorder is not None:
-            self.recorder.note(self.recorded_number, topk_ids, rows)
-        row_ids = self.cache.serve(topk_ids, rows, guess is not None)
+            self.recorder.note(self.recorded_number, own_ids, rows)
+        row_ids = self.cache.serve(own_ids, rows, guess is not None)
         if look_ahead is not None:
             look_ahead.after(self.number, Signals(x, topk_ids, topk_weights), rows, routed)
-        return self.compute(x, topk_weights, topk_ids, row_ids)
+        return self.compute(x, topk_weights, own_ids, row_ids)
 
     def compute(
         self, x: torch.Tensor, topk_weights: torch.Tensor, topk_ids: torch.Tensor, row_ids: torch.Tensor
     ) -> torch.Tensor:
-        """What vLLM's kernel gives with the expert of each id of `topk_ids` (T, K) in the row of `row_ids` (T, K)."""
+        """What vLLM's kernel gives with the expert of each id of `topk_ids` (T, K) in the row of `row_ids` (T, K).
+
+        Under expert parallelism ids are numbers among this rank's experts, negative for those of other ranks.
+        """
+        if self.share is not None:
+            topk_weights, topk_ids, row_ids = self.share.without_others(topk_weights, topk_ids, row_ids)
         if not self._depends_on_order:
             return self._compute(x, topk_weights, row_ids)
         with blocks_by_expert(topk_ids, row_ids):

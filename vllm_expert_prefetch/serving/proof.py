@@ -144,6 +144,8 @@ def _prove_kernel(layer: "CachedRoutedExperts") -> None:
         x = torch.randn((num_tokens, layer.hidden_size), generator=generator)
         scores = torch.rand((num_tokens, num_experts), generator=generator).topk(layer.top_k)
         weights = scores.values / scores.values.sum(-1, keepdim=True)
+        if layer.share is not None:
+            scores.indices[::2, 0] = -1  # another rank's
         pads = num_tokens > 1 and gives_padding_no_expert()
         if pads:
             scores.indices[-1] = -1

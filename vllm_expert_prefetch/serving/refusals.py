@@ -25,12 +25,6 @@ def _offload_flags(vllm_config: Any, config: ExpertPrefetchConfig) -> bool:
     return bool(offload.uva.cpu_offload_gb or offload.prefetch.offload_group_size or offload.offload_backend != "auto")
 
 
-def _moe_draft(vllm_config: Any, config: ExpertPrefetchConfig) -> bool:
-    speculative = vllm_config.speculative_config
-    draft = getattr(speculative, "draft_model_config", None)
-    return draft is not None and draft is not vllm_config.model_config and draft.get_num_experts() > 0
-
-
 def _parallel(name: str, low: int | bool = False) -> Callable[[Any, ExpertPrefetchConfig], bool]:
     return lambda vllm_config, config: getattr(vllm_config.parallel_config, name, low) > low
 
@@ -50,19 +44,21 @@ REFUSALS = (
         "serve without the plugin",
         lambda vllm_config, config: not (compat.on_cpu_platform() or compat.on_cuda_platform()),
     ),
-    Refusal("expert parallelism", "--enable-expert-parallel", DROP, _parallel("enable_expert_parallel")),
-    Refusal("expert load balancing", "--enable-eplb", DROP, _parallel("enable_eplb")),
+    Refusal(
+        "expert load balancing (EPLB) and redundant experts, which move experts between ranks while they serve",
+        "--enable-eplb",
+        DROP,
+        _parallel("enable_eplb"),
+    ),
     Refusal("elastic expert parallelism", "--enable-elastic-ep", DROP, _parallel("enable_elastic_ep")),
     Refusal("dual-batch overlap", "--enable-dbo", DROP, _parallel("enable_dbo")),
     Refusal("micro-batching", "--ubatch-size", DROP, _parallel("ubatch_size", 1)),
     Refusal(
-        "data parallelism", "--data-parallel-size", "run one server per replica", _parallel("data_parallel_size", 1)
-    ),
-    Refusal(
-        "pipeline parallelism",
-        "--pipeline-parallel-size",
-        "use --tensor-parallel-size",
-        _parallel("pipeline_parallel_size", 1),
+        "data parallelism, for which vLLM divides the experts among its engines and gathers their tokens within the "
+        "kernel's call, past the cache",
+        "--data-parallel-size",
+        "run one server per replica, behind a load balancer",
+        _parallel("data_parallel_size", 1),
     ),
     Refusal(
         "context parallelism in prefill",
@@ -94,12 +90,6 @@ REFUSALS = (
         "--load-format tensorizer, modelexpress, ipc_cache",
         "use --load-format auto",
         lambda vllm_config, config: compat.bypasses_loading(vllm_config.load_config.load_format),
-    ),
-    Refusal(
-        "speculative decoding with a Mixture-of-Experts draft",
-        "--speculative-config",
-        "use a dense draft or the ngram method",
-        _moe_draft,
     ),
     Refusal(
         "vLLM's own weight offloading",
@@ -161,7 +151,8 @@ def _is_unquantised_elsewhere(quant_method: Any) -> bool:
 _BACKENDS = ("TRITON", "CPU")
 """Of unquantised experts, by the names of vLLM's UnquantizedMoeBackend."""
 KERNELS = ("TritonExperts", "TritonWNA16Experts", "MarlinExperts")
-"""Of quantised experts, by the names of vLLM's classes: an expert's rows are all that they read of it."""
+"""Of quantised experts, by the names of vLLM's classes: an expert's rows are all that they read of it. They leave
+out the experts that vLLM's expert map leads nowhere."""
 
 LAYER_REFUSALS = (
     LayerRefusal(

@@ -33,6 +33,9 @@ forward_context:ForwardContext.attn_metadata
 forward_context:ForwardContext.slot_mapping
 forward_context:ForwardContext.no_compile_layers
 distributed.parallel_state:get_world_group()
+distributed.parallel_state:get_tp_group()
+distributed.parallel_state:get_pp_group()
+distributed.utils:get_pp_indices(num_hidden_layers, pp_rank, pp_size)
 distributed.parallel_state:GroupCoordinator.cpu_group
 distributed.parallel_state:GroupCoordinator.local_rank
 distributed.parallel_state:GroupCoordinator.world_size

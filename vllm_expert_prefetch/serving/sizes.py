@@ -18,7 +18,7 @@ from vllm_expert_prefetch.planning.sizing import (
     num_areas,
     size_cache,
 )
-from vllm_expert_prefetch.serving import compat
+from vllm_expert_prefetch.serving import compat, drafts
 
 if TYPE_CHECKING:
     from vllm_expert_prefetch.serving.layer import CachedRoutedExperts
@@ -56,7 +56,9 @@ class CacheSizes:
         self.is_host_checked = True
         known = [layer for layer in layers if not compat.quantises_while_loading(layer.quant_method)]
         num_bytes = sum(sum(layer.unprocessed_row_bytes) * layer.local_num_experts for layer in known)
-        note = check_experts_fit(num_bytes * compat.ranks_on_this_host(self._vllm_config.parallel_config))
+        parallel = self._vllm_config.parallel_config  # other stages of a pipeline have other layers, which check too
+        num_ranks = min(compat.ranks_on_this_host(parallel), parallel.tensor_parallel_size)
+        note = check_experts_fit(num_bytes * num_ranks)
         if note and pin:
             compat.logger().warning("expert_prefetch: %s", note)
 
@@ -96,8 +98,8 @@ class CacheSizes:
 
     def _all_fit(self, layer: "CachedRoutedExperts", tensors: dict[str, torch.Tensor]) -> bool:
         """Whether every expert fits on this GPU for sure, before vLLM has measured what else is needed."""
-        if compat.quantises_while_loading(layer.quant_method):  # other weights are still to come
-            return False
+        if compat.quantises_while_loading(layer.quant_method) or drafts.has_own_weights(self._vllm_config):
+            return False  # other weights are still to come
         free, total = torch.cuda.mem_get_info()
         free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         free += sum(tensor.nbytes for tensor in tensors.values() if tensor.device.type != "cpu")
@@ -122,7 +124,7 @@ def _shapes_like(
     return [
         LayerShape(
             layer.local_num_experts,
-            layer.top_k,
+            min(layer.top_k, layer.local_num_experts),
             after if layer.unprocessed_row_bytes == before else layer.unprocessed_row_bytes,
         )
         for layer in layers

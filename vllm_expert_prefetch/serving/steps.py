@@ -3,7 +3,7 @@
 from typing import Any
 
 from vllm_expert_prefetch.config import config_of
-from vllm_expert_prefetch.serving import compat
+from vllm_expert_prefetch.serving import compat, drafts
 from vllm_expert_prefetch.serving.expert_tensors import TakeoverError
 from vllm_expert_prefetch.serving.takeover import CANNOT_RELOAD
 from vllm_expert_prefetch.serving.worker import Worker, find_worker
@@ -17,6 +17,8 @@ def extend_worker() -> None:
 
     def init_device_and_watch(self: Any) -> None:
         is_asked_for = config_of(self.vllm_config) is not None
+        if is_asked_for:
+            drafts.worker_begins(self.vllm_config)
         if is_asked_for and compat.on_cpu_platform():
             compat.allow_amx()
         init_device(self)
@@ -25,6 +27,7 @@ def extend_worker() -> None:
             watch_steps(runner, self.vllm_config)
             watch_memory(self.worker, self.vllm_config)
             watch_end(self.worker, self.vllm_config)
+            watch_loading(runner)
             runner.reload_weights = refuse_reload
 
     WorkerWrapperBase.init_device = init_device_and_watch
@@ -33,6 +36,17 @@ def extend_worker() -> None:
 def refuse_reload(*args: Any, **kwargs: Any) -> None:
     """Before vLLM has emptied the layers: the old weights keep serving."""
     raise TakeoverError(CANNOT_RELOAD)
+
+
+def watch_loading(runner: Any) -> None:
+    """Look at the draft of `runner`, if it has one, when it is loaded."""
+    load = runner.load_model
+
+    def load_and_look(*args: Any, **kwargs: Any) -> None:
+        load(*args, **kwargs)
+        drafts.check_shares_no_experts(runner)
+
+    runner.load_model = load_and_look
 
 
 def watch_steps(runner: Any, vllm_config: Any) -> None:

@@ -15,6 +15,7 @@ from vllm_expert_prefetch.lookahead.create import depth_of
 from vllm_expert_prefetch.memory.host_memory import HostMemoryOptions, numa_node_of_gpu
 from vllm_expert_prefetch.memory.host_store import HostStore
 from vllm_expert_prefetch.memory.link import EmulatedLink
+from vllm_expert_prefetch.memory.row_space import RowSpace
 from vllm_expert_prefetch.metrics.counters import Counters
 from vllm_expert_prefetch.metrics.publish import Publisher
 from vllm_expert_prefetch.metrics.scrape_port import serve_counters
@@ -115,7 +116,13 @@ class Worker:
         shared, numbers = self._groups[key]
         space = shared.row_space(len(numbers))
         numbers.append(layer.number)
-        return self.caches.add(layer.number, store, space, num_slots, layer.top_k, self.config.policy)
+        return self._add(layer, store, space, num_slots)
+
+    def _add(self, layer: "CachedRoutedExperts", store: HostStore, space: RowSpace, num_slots: int) -> LayerCache:
+        assert self.caches is not None
+        cache = self.caches.add(layer.number, store, space, num_slots, layer.top_k, self.config.policy)
+        cache.expert_map = None if layer.share is None else layer.share.expert_map
+        return cache
 
     def measured(self, requested: int, activations: int, available: int, sequence: int) -> int:
         """vLLM has measured memory: grow the cache and start. Returns what is left for the KV cache.
@@ -154,11 +161,8 @@ class Worker:
     def _renew(self, layer: "CachedRoutedExperts") -> None:
         """Another cache over the same memory, with the slots that the layer has now, all of them free."""
         cache, num_slots = layer.cache, self.sizes.slots[layer.number]
-        assert self.caches is not None
         assert cache is not None
-        layer.cache = self.caches.add(
-            layer.number, cache.store, cache.tensors, num_slots, layer.top_k, self.config.policy
-        )
+        layer.cache = self._add(layer, cache.store, cache.tensors, num_slots)
 
     def layer_taken_over(self) -> None:
         """Called by each layer. Says what of the host memory could not be as it should, and how far a long load is."""

@@ -1,0 +1,153 @@
+"""Expert parallelism: a rank caches its own experts, and others' add nothing to what it computes.
+
+One rank of a group is computed alone: what it adds to the sum of all ranks must be what plain vLLM's would. The CPU
+build's kernel takes ids of all experts for rows of the rank's, which ends plain vLLM by a segmentation fault: the
+reference calls it with rows.
+"""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+import torch
+from engines import TINY_MODEL, caches, counters, greedy, layers, open_engine, prompts
+from formats import standins
+from formats.checkpoints import family_of, write_quantised
+from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
+from vllm.model_executor.layers.fused_moe.experts import cpu_moe
+
+from parallel.engines_of_two import SERVED
+from vllm_expert_prefetch.config import ConfigError
+from vllm_expert_prefetch.serving.expert_share import own_experts, take_share
+
+
+@pytest.fixture
+def as_rank(monkeypatch):
+    """`as_rank(rank, size)`: MoE layers that are made from now on are those of one rank of a group."""
+    make = FusedMoEParallelConfig.make
+
+    def be(rank, size):
+        share = {"ep_size": size, "ep_rank": rank, "use_ep": True}
+        monkeypatch.setattr(
+            FusedMoEParallelConfig, "make", staticmethod(lambda *a, **k: dataclasses.replace(make(*a, **k), **share))
+        )
+
+    return be
+
+
+def told_rows(patch):
+    """Let plain vLLM's CPU kernel know which of the ids are a rank's: others get weight 0."""
+    kernel, apply = cpu_moe.cpu_fused_moe, cpu_moe.CPUUnquantizedExperts.apply
+    maps = []
+
+    def apply_with_map(self, *args, **kwargs):
+        maps.append(kwargs["expert_map"])
+        apply(self, *args, **kwargs)
+
+    def kernel_with_rows(output, x, w1, w2, b1, b2, weights, ids, *rest):
+        rows = maps[-1][ids.long()].to(ids.dtype)
+        kernel(output, x, w1, w2, b1, b2, weights * (rows >= 0), rows.clamp(min=0), *rest)
+
+    patch.setattr(cpu_moe.CPUUnquantizedExperts, "apply", apply_with_map)
+    patch.setattr(cpu_moe, "cpu_fused_moe", kernel_with_rows)
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("rank", "size", "own"), [(1, 2, 8), (0, 3, 6)], ids=["a half", "the larger third"])
+def test_a_rank_adds_what_plain_vllms_rank_adds(as_rank, rank, size, own):
+    def run(config):
+        as_rank(rank, size)
+        with open_engine(TINY_MODEL, config, max_num_seqs=8) as llm:
+            outputs = greedy(llm, prompts(16), 32)
+            return outputs, [layer.local_num_experts for layer in layers(llm)], config and (counters(llm), caches(llm))
+
+    served, shares, (ours, of_layers) = run(SERVED)
+    resident = run(SERVED | {"cache_fraction": 1.0, "prefetch": "auto"})[0]
+    with pytest.MonkeyPatch.context() as patch:
+        told_rows(patch)
+        expected, stock_shares, _ = run(None)
+    assert shares == stock_shares == [own] * 8
+    assert served == expected == resident
+    assert [cache.num_experts for cache in of_layers] == [own] * 8
+    assert [cache.num_slots for cache in of_layers] == [own // 2] * 8
+    assert min(ours["lookups_total/miss"], ours["predictions_total/used"]) > 0
+    assert ours["experts"] == 8 * own
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(("name", "backend"), [("gptq", "marlin"), ("int8", "triton")])
+def test_kernels_of_gpus_leave_out_other_ranks_experts(as_rank, monkeypatch, tmp_path, name, backend):
+    """vLLM's expert classes, which read its expert map, over stand-ins for the CUDA operators."""
+    standins.install(monkeypatch)
+    model, given = write_quantised(name, tmp_path / name), family_of(name).prompts[:3]
+    options = {"skip_tokenizer_init": True, "moe_backend": backend, "dtype": "bfloat16", "max_model_len": 256}
+
+    def run(config):
+        as_rank(1, 3)
+        with open_engine(model, config, max_num_batched_tokens=256, **options) as llm:
+            outputs = [greedy(llm, given, 8), greedy(llm, given[:1], 8)]
+            return outputs, config and [cache.words() for cache in caches(llm)]
+
+    expected, _ = run(None)
+    served, words = run({"cache_fraction": 0.8, "prefetch": "on", "emulated_link_gbps": 0.05})
+    resident, _ = run({"cache_fraction": 1.0})
+    assert served == expected == resident
+    assert all(min(layer.hits, layer.misses) > 0 for layer in words)
+    assert sum(layer.used for layer in words) > 0
+
+
+def layer_of(expert_map, kernel):
+    method = SimpleNamespace(moe_kernel=SimpleNamespace(fused_experts=kernel()))
+    return SimpleNamespace(
+        layer_name="layer.7",
+        local_num_experts=sum(number >= 0 for number in expert_map),
+        _expert_map=torch.tensor(expert_map, dtype=torch.int32),
+        quant_method=method,
+    )
+
+
+class TritonExperts:
+    """By its name a kernel that reads an expert map."""
+
+
+class OtherExperts:
+    """By its name one that does not."""
+
+
+MAP = [-1, 0, -1, 1, 2, -1]
+
+
+def test_rows_stand_for_themselves_in_the_map_and_others_lead_nowhere():
+    layer = layer_of(MAP, TritonExperts)
+    assert own_experts(layer) == [1, 3, 4]
+    share = take_share(layer, torch.device("cpu"))
+    assert layer._expert_map.tolist() == [0, 1, 2, -1, -1, -1]
+    ids = torch.tensor([[1, 0], [4, -1]], dtype=torch.int32)
+    own = share.local(ids)
+    assert own.tolist() == [[0, -1], [2, -1]]
+    assert own.dtype == torch.int32
+    weights, experts, rows = share.without_others(torch.ones(2, 2), own, torch.tensor([[2, -1], [0, -1]]))
+    assert weights.tolist() == [[1, 1], [1, 1]]
+    assert rows.tolist() == [[2, 3], [0, 3]]
+    assert experts.tolist() == [[0, 3], [2, 3]]
+    assert layer._expert_map[rows].tolist() == [[2, -1], [0, -1]]
+
+
+def test_the_cpu_kernel_computes_a_row_that_is_needed_with_weight_0():
+    share = take_share(layer_of(MAP, OtherExperts), torch.device("cpu"))
+    weights, _, rows = share.without_others(torch.ones(2, 2), torch.zeros(2, 2), torch.tensor([[2, -1], [0, -1]]))
+    assert weights.tolist() == [[1, 0], [1, 0]]
+    assert rows.tolist() == [[2, 2], [0, 2]]
+    none = share.without_others(torch.ones(1, 2), torch.zeros(1, 2), torch.full((1, 2), -1))
+    assert none[2].tolist() == [[0, 0]]
+
+
+def test_a_kernel_that_takes_no_map_is_refused_on_a_gpu_by_name():
+    with pytest.raises(ConfigError, match=r"OtherExperts of layer\.7 takes no expert map: choose --moe-backend"):
+        take_share(layer_of(MAP, OtherExperts), torch.device("meta"))
+
+
+def test_a_layer_with_all_experts_has_no_share():
+    layer = SimpleNamespace(_expert_map=None, local_num_experts=3)
+    assert take_share(layer, torch.device("cpu")) is None
+    assert own_experts(layer) == [0, 1, 2]

@@ -1,0 +1,129 @@
+"""Speculative decoding: verification goes through the cache, and what vLLM drafts with is left to it."""
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from engines import TINY_MODEL, Output, caches, counters, greedy, layers, open_engine, prompts
+from families import OTHER_FAMILIES, prompt, random_values, write_checkpoint
+
+pytestmark = pytest.mark.engine
+
+SERVED = {"cache_fraction": 0.5, "prefetch": "on", "emulated_link_gbps": 0.2}
+ACCEPTED = "vllm:spec_decode_num_accepted_tokens"
+DRAFTED = "vllm:spec_decode_num_draft_tokens"
+NUM_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, what it is asked, and what drafts for it."""
+
+    model: Path
+    prompts: list
+    draft: dict
+    num_layers: int
+    num_seqs: int
+    """At a time, so that steps that verify route to no more ids than there are experts."""
+    has_tokenizer: bool = True
+    is_right: bool = False
+    """At times at least: some of its tokens are accepted."""
+
+    def run(self, config: dict | None) -> tuple[list[Output], dict[str, float], dict[str, float]]:
+        """Outputs, what vLLM counted, what the plugin counted."""
+        options = {
+            "max_num_seqs": self.num_seqs,
+            "disable_log_stats": False,
+            "skip_tokenizer_init": not self.has_tokenizer,
+        }
+        with open_engine(self.model, config, speculative_config=self.draft, **options) as llm:
+            outputs = greedy(llm, self.prompts, NUM_TOKENS)
+            counted = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
+            if config is None:
+                return outputs, counted, {}
+            assert len(caches(llm)) == len(layers(llm)) == self.num_layers
+            return outputs, counted, counters(llm)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("drafts")
+
+
+def with_tokenizer(draft: Path) -> Path:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY_MODEL / name, draft)
+    return draft
+
+
+def dense(folder: Path) -> Case:
+    """A random draft that is right by chance."""
+    draft = with_tokenizer(write_checkpoint("llama", folder / "dense", vocab_size=4096, num_hidden_layers=2))
+    given = {"model": str(draft), "method": "draft_model", "num_speculative_tokens": 1}
+    return Case(TINY_MODEL, prompts(16), given, 8, num_seqs=4)
+
+
+def experts(folder: Path) -> Case:
+    """A draft with experts of its own: the model itself, which is always right."""
+    draft = {"model": str(TINY_MODEL), "method": "draft_model", "num_speculative_tokens": 3}
+    return Case(TINY_MODEL, prompts(16), draft, 8, num_seqs=2, is_right=True)
+
+
+def ngram(folder: Path) -> Case:
+    """What the prompt or the text repeats."""
+    draft = {"method": "ngram", "num_speculative_tokens": 1, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    return Case(TINY_MODEL, prompts(16), draft, 8, num_seqs=4, is_right=True)
+
+
+def mtp(folder: Path) -> Case:
+    """A head with experts: the last of a checkpoint's layers, and what an MTP head has beside one."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    model = write_checkpoint("glm4-moe", folder / "mtp", num_hidden_layers=4)
+    tensors, config = load_file(model / "model.safetensors"), json.loads((model / "config.json").read_text())
+    hidden, generator = config["hidden_size"], torch.Generator().manual_seed(1)
+    shapes = {"enorm": (hidden,), "hnorm": (hidden,), "eh_proj": (hidden, 2 * hidden), "shared_head.norm": (hidden,)}
+    for name, shape in shapes.items():
+        full = f"model.layers.3.{name}.weight"
+        tensors[full] = random_values(full, torch.empty(shape), generator).to(torch.bfloat16)
+    tensors["model.layers.3.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    tensors["model.layers.3.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    config |= {"num_hidden_layers": 3, "num_nextn_predict_layers": 1}
+    (model / "config.json").write_text(json.dumps(config))
+    given = [prompt(5 + number, number) for number in range(16)]
+    draft = {"method": "mtp", "num_speculative_tokens": 1}
+    return Case(model, given, draft, OTHER_FAMILIES["glm4-moe"][2], num_seqs=4, has_tokenizer=False)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def not_compiled():
+    """The ngram method in Python, as vLLM wrote it: Numba, which must not be imported before vLLM has looked through
+    all modules, compiles it for a minute."""
+    imported = sys.modules.get("vllm.v1.spec_decode.ngram_proposer")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NUMBA_DISABLE_JIT", "1")
+        for name in ("batch_propose_numba", "_find_longest_matched_ngram_and_propose_tokens") if imported else ():
+            function = getattr(imported, name)
+            patch.setattr(imported, name, getattr(function, "py_func", function))
+        yield
+
+
+@pytest.mark.parametrize("make", [ngram, dense, experts, mtp])
+def test_tokens_and_acceptance_are_those_of_plain_vllm_and_only_the_targets_layers_count(make, folder):
+    case = make(folder)
+    expected, in_stock, _ = case.run(None)
+    outputs, counted, ours = case.run(SERVED)
+    assert [one.tokens for one in outputs] == [one.tokens for one in expected]
+    assert outputs == expected
+    assert [counted[name] for name in (DRAFTED, ACCEPTED)] == [in_stock[name] for name in (DRAFTED, ACCEPTED)]
+    assert counted[DRAFTED] > 0
+    assert counted[ACCEPTED] > 0 or not case.is_right
+    assert min(ours["lookups_total/miss"], ours["predictions_total/used"]) > 0
+    assert ours["moe_layers"] == case.num_layers
+    steps = sum(ours[f"steps_total/{phase}"] for phase in ("decode", "prefill", "mixed"))
+    assert ours["moe_steps_total/narrow"] + ours["moe_steps_total/wide"] == case.num_layers * steps

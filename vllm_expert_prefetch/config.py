@@ -72,9 +72,9 @@ def _switch(value: Any) -> Any:
 
 
 def _folder_or_off(value: Any) -> Any:
-    if value is True or value in ("", "on", "true"):
+    if str(value).lower() in ("", "on", "true"):
         raise ValueError("must be off, or the folder to record into")
-    return OFF if value is False else value
+    return OFF if str(value).lower() == "false" else value
 
 
 def _flag(value: Any) -> Any:

@@ -117,8 +117,9 @@ WRITTEN = {
     "planned_hit_rate": ("90 %", 0.9),
     "metrics_per_layer": ("on", True),
     "metrics_port": ("9400", 9400),
-    "trace": ("/var/traces", "/var/traces"),
-    "trace_mb": ("64", 64),
+    "trace": ("a/folder", "a/folder"),
+    "trace_mb": ("512", 512),
+    "profile": ("a/file.json", "a/file.json"),
 }
 """Every key: as people write it, and what it means."""
 SIZES = ("cache_gb", "cache_fraction", "slots_per_layer", "kv_cache_tokens")

@@ -25,12 +25,10 @@ def create_config(model=TINY_MODEL, config=None, **options):
 @pytest.mark.parametrize(
     ("options", "flag"),
     [
-        ({"enable_expert_parallel": True}, "--enable-expert-parallel"),
         ({"enable_lora": True}, "--enable-lora"),
         ({"cpu_offload_gb": 1}, "--cpu-offload-gb"),
         ({"offload_group_size": 2}, "--offload-group-size"),
         ({"data_parallel_size": 2}, "--data-parallel-size"),
-        ({"pipeline_parallel_size": 2}, "--pipeline-parallel-size"),
         ({"enable_dbo": True}, "--enable-dbo"),
     ],
 )
@@ -52,10 +50,17 @@ def test_a_dense_model_is_refused(tmp_path):
         create_config(model, skip_tokenizer_init=True)
 
 
-def test_a_speculative_draft_with_experts_is_refused():
-    draft = {"model": str(TINY_MODEL), "method": "draft_model", "num_speculative_tokens": 2}
-    with pytest.raises(ConfigError, match="--speculative-config"):
-        create_config(speculative_config=draft)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tensor_parallel_size": 2, "enable_expert_parallel": True},
+        {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+        {"speculative_config": {"model": str(TINY_MODEL), "method": "draft_model", "num_speculative_tokens": 2}},
+    ],
+)
+def test_flags_with_a_test_are_let_through(options):
+    """Their tests are in `tests/parallel`."""
+    create_config(**options)
 
 
 def test_an_unknown_key_names_the_nearest_one():

@@ -31,6 +31,7 @@ class Layer:
     layer_name, local_num_experts, hidden_size, top_k, activation = "model.layers.3.mlp.experts", E, H, TOP_K, "silu"
     accelerator = CPU
     moe_config = SimpleNamespace(in_dtype=torch.float32)
+    share = None
 
     def __init__(self, fault=None, kernel=TidyExperts, link=None):
         generator = torch.Generator().manual_seed(1)

@@ -62,7 +62,9 @@ def test_more_experts_than_the_host_holds_are_refused_before_the_first_weight(
     """Three layers of 16 bytes on each rank of a host of 48. What vLLM makes smaller while it loads is not known."""
     monkeypatch.setattr(compat, "on_cuda_platform", lambda: False)
     monkeypatch.setattr(host_limit, "host_limit", lambda: host_limit.HostLimit(48, "the memory of this host"))
-    parallel = SimpleNamespace(distributed_executor_backend="mp", local_world_size=num_ranks)
+    parallel = SimpleNamespace(
+        distributed_executor_backend="mp", local_world_size=num_ranks, tensor_parallel_size=num_ranks
+    )
     loading = worker.Worker(SimpleNamespace(parallel_config=parallel), ExpertPrefetchConfig())
     layers = [Layer(loading) for _ in range(3)]
     for layer in layers:
@@ -75,11 +77,23 @@ def test_more_experts_than_the_host_holds_are_refused_before_the_first_weight(
     loading.loading_begins()  # asked once
 
 
+def test_other_stages_of_a_pipeline_have_other_experts(monkeypatch):
+    """48 bytes on each of four ranks: two have parts of these layers, the others of others."""
+    monkeypatch.setattr(compat, "on_cuda_platform", lambda: False)
+    monkeypatch.setattr(host_limit, "host_limit", lambda: host_limit.HostLimit(96, "the memory of this host"))
+    parallel = SimpleNamespace(distributed_executor_backend="mp", local_world_size=4, tensor_parallel_size=2)
+    loading = worker.Worker(SimpleNamespace(parallel_config=parallel), ExpertPrefetchConfig())
+    layers = [Layer(loading) for _ in range(3)]
+    for layer in layers:
+        layer.quant_method = SimpleNamespace()
+    loading.loading_begins()
+
+
 @pytest.mark.parametrize(("pin", "says"), [("on", True), ("off", False)])
 def test_little_room_beside_page_locked_experts_is_said(monkeypatch, caplog, pin, says):
     monkeypatch.setattr(compat, "on_cuda_platform", lambda: False)
     monkeypatch.setattr(host_limit, "host_limit", lambda: host_limit.HostLimit(50, "the memory of this host"))
-    parallel = SimpleNamespace(distributed_executor_backend="ray", local_world_size=8)
+    parallel = SimpleNamespace(distributed_executor_backend="ray", local_world_size=8, tensor_parallel_size=8)
     loading = worker.Worker(SimpleNamespace(parallel_config=parallel), ExpertPrefetchConfig(pin_memory=pin))
     layers = [Layer(loading) for _ in range(3)]
     for layer in layers:

@@ -105,6 +105,7 @@ config.compilation:CompilationConfig.static_forward_context
 {_MOE}routed_experts:RoutedExperts.layer_name
 {_MOE}routed_experts:RoutedExperts.top_k
 {_MOE}routed_experts:RoutedExperts.local_num_experts
+{_MOE}routed_experts:RoutedExperts.expert_map
 {_MOE}routed_experts:RoutedExperts.quant_method
 {_MOE}routed_experts:RoutedExperts.moe_config
 {_MOE}fused_moe_method_base:FusedMoEMethodBase.apply(layer, x, topk_weights, topk_ids)

@@ -43,7 +43,7 @@ def made_worker(monkeypatch, config):
     """A worker with one layer of eight experts, half of them with a slot, and its cache."""
     monkeypatch.setattr(compat, "on_cuda_platform", lambda: False)
     made = Worker(SimpleNamespace(scheduler_config=SimpleNamespace(max_num_batched_tokens=512)), config)
-    layer = SimpleNamespace(accelerator=torch.device("cpu"), number=0, top_k=TOP_K, local_num_experts=8)
+    layer = SimpleNamespace(accelerator=torch.device("cpu"), number=0, top_k=TOP_K, local_num_experts=8, share=None)
     layer.layer_name, layer.look_ahead, layer.quant_method = "model.layers.0.mlp.experts", None, None
     made._layers.append(lambda: layer)
     made.sizes.slots = [4]

@@ -208,8 +208,8 @@ def profile(monkeypatch, tmp_path, config):
     write_profile(tmp_path / "p.json", Profile("folder/m", {"0": [0, 9, 0, 7, 0, 8, 6, 0]}))
     monkeypatch.chdir(tmp_path)
     made = made_worker(monkeypatch, config)
-    made._vllm_config = SimpleNamespace(model_config=SimpleNamespace(model="m"))
-    for name in ("verify_rows", "prove", "create_switch"):
+    made._vllm_config.model_config = SimpleNamespace(model="m")
+    for name in ("verify_rows", "prove", "create_switch", "measure_prompt_step"):
         monkeypatch.setattr(worker, name, lambda *_: None)
     monkeypatch.setattr(worker, "create_look_ahead_of", lambda *_: (None, "off"))
     monkeypatch.setattr(made, "_publish", lambda *_: None)

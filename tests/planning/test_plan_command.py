@@ -43,6 +43,13 @@ def test_qwen3_30b_on_a_card_of_24_gb(capsys):
     )
 
 
+@pytest.mark.parametrize(("memory", "areas"), [(24, 1), (44, 2)])
+def test_it_says_how_many_areas_of_overflow_rows_there_are(capsys, memory, areas):
+    assert planned(capsys, "Qwen3-30B-A3B", "--gpu-memory", memory)["areas"] == areas
+    assert main(["plan", "Qwen3-30B-A3B", "--gpu-memory", str(memory)]) == 0
+    assert ("overflow rows in two areas" in capsys.readouterr().out) == (areas == 2)
+
+
 def test_flags_reach_the_command(capsys):
     given = ("--gpu", "H100", "--tp", 2, "--kv-cache-dtype", "fp8", "--quantization", "int8", "--concurrency", 4)
     command = planned(capsys, "Qwen3-235B-A22B", *given)["command"]

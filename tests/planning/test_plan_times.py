@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 
+from vllm_expert_prefetch.config import ExpertPrefetchConfig
 from vllm_expert_prefetch.planning.budget import Load, Ranks
 from vllm_expert_prefetch.planning.facts import load_facts
 from vllm_expert_prefetch.planning.hits import hit_rates, needed_experts
@@ -90,6 +91,17 @@ def test_ranks_share_the_link_traffic():
     assert two.host_bytes == alone.host_bytes == 48 * 128 * 9_437_184
     apart = make_plan(QWEN, CARD, Load(8192, 1), Ranks(tp=2, ep=2))
     assert apart.decode.needed_bytes == two.decode.needed_bytes
+
+
+def test_a_second_area_of_overflow_rows_shortens_prompts_and_wide_steps():
+    card, load = Machine(44e9, 1e12, 150e12, 25e9), Load(2048, 32)
+    one, two = (make_plan(QWEN, card, load, config=ExpertPrefetchConfig(areas=areas)) for areas in (1, 2))
+    assert (one.budget.areas, two.budget.areas) == (1, 2)
+    assert make_plan(QWEN, card, load) == two, "it costs less than a twentieth of the cache"
+    assert two.ttft < one.ttft
+    assert two.tpot.expected < one.tpot.expected == one.tpot_without.expected
+    assert one.notes
+    assert not two.notes
 
 
 def test_a_model_that_fits_needs_no_plugin_and_no_host_memory():

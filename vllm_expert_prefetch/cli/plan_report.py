@@ -27,7 +27,8 @@ def as_text(plan: Plan, others: Mapping[str, Plan], place: str, command: str, no
         f"  activations and room    {budget.activation_bytes / GB:8.2f} GB",
         f"  KV cache                {budget.kv_bytes / GB:8.2f} GB",
         f"  expert cache            {budget.cache_bytes / GB:8.2f} GB: {budget.slots[0]} slots per layer "
-        f"({budget.share:.0%} of the experts), {budget.overflow_rows} overflow rows",
+        f"({budget.share:.0%} of the experts), {budget.overflow_rows} overflow rows"
+        f"{' in two areas' if budget.areas > 1 and budget.overflow_rows else ''}",
         f"experts: {budget.record_bytes:,} bytes each{per_rank}, {budget.experts_bytes / GB:.2f} GB in all; "
         f"host memory {plan.host_bytes / GB:.2f} GB",
         "",
@@ -121,6 +122,7 @@ def _sizes(plan: Plan) -> dict[str, Any]:
         "experts_bytes": budget.experts_bytes,
         "slots_per_layer": budget.slots[0],
         "overflow_rows": budget.overflow_rows,
+        "areas": budget.areas,
         "cache_bytes": budget.cache_bytes,
         "share_of_experts": round(budget.share, 4),
         "hit_rate": _rounded(plan.hits, 1),

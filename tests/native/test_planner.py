@@ -204,13 +204,17 @@ def walk_part(part):
             if rng.random() < 0.2:
                 twins.preload(random_ids(rng, twins))
                 preloads = bool(twins.cache.preloaded)
-                twins.check()
                 twins.copies_advance()
             else:
                 preloads = False
             plan = twins.step(random_ids(rng, twins), rng.choice([torch.int32, torch.int64]))
             overflows = any(load.row >= twins.num_slots for load in plan.loads)
-            kinds = bool(plan.late), plan.num_used > 0, plan.num_unused > 0, preloads and overflows
+            kinds = (
+                bool(plan.late),
+                plan.num_used > 0,
+                plan.num_unused > 0,
+                (preloads and overflows) or not plan.is_wide,
+            )
             seen.add((policy, plan.is_wide, overflows, *kinds, bool(plan.awaited)))
         twins.check()
     for policy in POLICIES:

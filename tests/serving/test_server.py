@@ -100,8 +100,8 @@ def test_metrics_of_the_worker_process_appear_on_vllms_endpoint(server):
 def test_files_of_the_metrics_are_private(server):
     (directory,) = server.runtime.iterdir()
     assert directory.stat().st_mode & 0o777 == 0o700
-    (counters,) = directory.iterdir()
-    assert counters.stat().st_mode & 0o777 == 0o600
+    files = {path.suffix: path.stat().st_mode & 0o777 for path in directory.iterdir()}
+    assert files == {".counters": 0o600, ".trace": 0o600}
 
 
 def assert_ends_cleanly(running: Server) -> None:

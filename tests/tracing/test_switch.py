@@ -1,5 +1,6 @@
 """Recordings start and stop between two steps, over a socket that only this user can reach."""
 
+import json
 import socket
 import threading
 
@@ -131,6 +132,21 @@ def test_errors_and_silence_are_raised(tmp_path):
         ask(tmp_path / "b.trace", {})
 
 
+def leave_a_socket(path, monkeypatch):
+    """As a worker does that was killed."""
+    with monkeypatch.context() as patch, socket.socket(socket.AF_UNIX) as listener:
+        patch.chdir(path.parent)  # a socket's name is short
+        listener.bind(path.name)
+        listener.listen()
+
+
+def test_the_socket_of_a_worker_that_is_gone_gives_way(tmp_path, monkeypatch):
+    leave_a_socket(tmp_path / "a.trace", monkeypatch)
+    assert ask(tmp_path / "a.trace", {}) is None
+    serve_control(tmp_path / "a.trace", lambda request: {"ok": 1})
+    assert ask(tmp_path / "a.trace", {}) == {"ok": 1}
+
+
 @pytest.fixture
 def servers(tmp_path, monkeypatch):
     """Makes the runtime folders of servers with these process numbers."""
@@ -164,3 +180,15 @@ def test_without_a_server_or_with_several_the_command_says_so(servers, capsys):
     assert "give --server with one of 77, 78" in capsys.readouterr().err
     assert main(["trace", "stop", "--server", "78"]) == 0
     assert main(["trace", "stop", "--server", "79"]) == 2
+
+
+def test_every_stage_of_a_pipeline_is_asked_and_who_is_gone_is_left_out(servers, capsys, tmp_path, monkeypatch):
+    servers(77)
+    folder = tmp_path / "expert-prefetch-77-abc"
+    leave_a_socket(folder / "engine0-rank2-000001.trace", monkeypatch)
+    assert main(["trace", "status"]) == 0
+    assert '"workers"' not in capsys.readouterr().out
+    serve_control(folder / "engine0-rank1-000001.trace", lambda request: {"own": "the second", **request})
+    assert main(["trace", "status"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [answer["own"] for answer in printed["workers"]] == [77, "the second"]

@@ -120,7 +120,8 @@ def _status(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _ask(server: int | None, request: dict[str, Any]) -> dict[str, Any]:
-    """The answer of the one server of this user that there is, or of the one with the process number `server`."""
+    """The answer of the one server of this user that there is, or of the one with the process number `server`: of each
+    of its workers that record, where there are several (the stages of a pipeline)."""
     from vllm_expert_prefetch.metrics.locks import is_locked
     from vllm_expert_prefetch.metrics.runtime_dir import folders
     from vllm_expert_prefetch.tracing.control import SUFFIX, ask
@@ -128,14 +129,15 @@ def _ask(server: int | None, request: dict[str, Any]) -> dict[str, Any]:
     found = {int(folder.name.split("-")[2]): folder for folder in folders() if is_locked(folder)}
     sockets = {process: sorted(folder.glob(f"*{SUFFIX}")) for process, folder in found.items()}
     sockets = {process: own for process, own in sockets.items() if own and server in (None, process)}
-    if not sockets:
+    if len(sockets) > 1:
+        raise TraceError(f"several servers: give --server with one of {', '.join(map(str, sorted(sockets)))}")
+    answers = [answer for own in sockets.values() for path in own if (answer := ask(path, request)) is not None]
+    if not answers:
         which = "no server" if server is None else f"no server with process number {server}"
         raise TraceError(
             f"{which} of this user serves with the plugin on this host, as far as it can be seen from here"
         )
-    if len(sockets) > 1:
-        raise TraceError(f"several servers: give --server with one of {', '.join(map(str, sorted(sockets)))}")
-    return ask(sockets.popitem()[1][-1], request)
+    return answers[0] if len(answers) == 1 else {"workers": answers}
 
 
 def _show(args: argparse.Namespace) -> dict[str, Any]:

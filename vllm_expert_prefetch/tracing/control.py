@@ -17,7 +17,11 @@ _MOST_BYTES = 1 << 16
 
 
 def serve_control(path: Path, answer: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
-    """Answer requests at `path` (mode 0600), in a thread that ends with the process. Raises OSError."""
+    """Answer requests at `path` (mode 0600), in a thread that ends with the process. Raises OSError.
+
+    What lies at `path` is of a worker that is gone.
+    """
+    path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     with _short(path) as name:
         listener.bind(name)
@@ -26,8 +30,9 @@ def serve_control(path: Path, answer: Callable[[Mapping[str, Any]], Mapping[str,
     threading.Thread(target=_serve, args=(listener, answer), name="expert-prefetch-control", daemon=True).start()
 
 
-def ask(path: Path, request: Mapping[str, Any]) -> dict[str, Any]:
-    """The answer of whoever serves `path`. Raises TraceError with what it objects to, or where nobody answers."""
+def ask(path: Path, request: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The answer of whoever serves `path`; None where its worker is gone. Raises TraceError with what it objects to, or
+    where it does not answer."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     connection.settimeout(_TIMEOUT_SECONDS)
     try:
@@ -35,6 +40,8 @@ def ask(path: Path, request: Mapping[str, Any]) -> dict[str, Any]:
             connection.connect(name)
             connection.sendall(json.dumps(request).encode() + b"\n")
             answer: dict[str, Any] = json.loads(connection.makefile().readline())
+    except ConnectionRefusedError:
+        return None
     except (OSError, ValueError) as error:
         raise TraceError(f"the server at {path} does not answer ({error})") from error
     if "error" in answer:

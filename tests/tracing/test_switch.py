@@ -147,6 +147,14 @@ def test_the_socket_of_a_worker_that_is_gone_gives_way(tmp_path, monkeypatch):
     assert ask(tmp_path / "a.trace", {}) == {"ok": 1}
 
 
+def test_whoever_has_ended_answers_no_more_and_leaves_no_socket(tmp_path):
+    close = serve_control(tmp_path / "a.trace", lambda request: {"ok": 1})
+    assert ask(tmp_path / "a.trace", {}) == {"ok": 1}
+    close()
+    close()
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.fixture
 def servers(tmp_path, monkeypatch):
     """Makes the runtime folders of servers with these process numbers."""

@@ -40,7 +40,8 @@ def create_switch(worker: "Worker", vllm_config: Any) -> TraceSwitch | None:
     switch = TraceSwitch(lambda folder: _recorder(worker, vllm_config, folder), attach)
     path = worker.publisher.counters.path
     try:
-        serve_control(path.with_name(path.name.removesuffix(COUNTERS) + SUFFIX), switch.answer)
+        socket = path.with_name(path.name.removesuffix(COUNTERS) + SUFFIX)
+        switch.stop_answering = serve_control(socket, switch.answer)
     except OSError as error:
         compat.logger().warning("expert_prefetch: routing cannot be recorded on request: %s", error)
     if config.trace != OFF:

@@ -16,10 +16,10 @@ _TIMEOUT_SECONDS = 90
 _MOST_BYTES = 1 << 16
 
 
-def serve_control(path: Path, answer: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
-    """Answer requests at `path` (mode 0600), in a thread that ends with the process. Raises OSError.
+def serve_control(path: Path, answer: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Callable[[], None]:
+    """Answer requests at `path` (mode 0600), in a thread, until the process ends or what is returned is called.
 
-    What lies at `path` is of a worker that is gone.
+    What lies at `path` is of a worker that is gone. Raises OSError.
     """
     path.unlink(missing_ok=True)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -28,6 +28,13 @@ def serve_control(path: Path, answer: Callable[[Mapping[str, Any]], Mapping[str,
     path.chmod(0o600)
     listener.listen()
     threading.Thread(target=_serve, args=(listener, answer), name="expert-prefetch-control", daemon=True).start()
+
+    def close() -> None:
+        with suppress(OSError):
+            listener.shutdown(socket.SHUT_RDWR)  # ends the thread, which waits for the next request
+        path.unlink(missing_ok=True)
+
+    return close
 
 
 def ask(path: Path, request: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -51,7 +58,11 @@ def ask(path: Path, request: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _serve(listener: socket.socket, answer: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> None:
     while True:
-        connection, _ = listener.accept()
+        try:
+            connection, _ = listener.accept()
+        except OSError:
+            listener.close()
+            return
         with suppress(OSError, ValueError), connection:
             connection.settimeout(_TIMEOUT_SECONDS)
             request = json.loads(connection.makefile().readline(_MOST_BYTES))

@@ -27,6 +27,8 @@ class TraceSwitch:
         self._is_in_step = False
         self._requests: list[Callable[[], None]] = []
         self._sequences = (0, 0)
+        self.stop_answering: Callable[[], None] = lambda: None
+        """Ends the control socket, where there is one."""
 
     def begin_step(self, prefilling: int, decoding: int) -> None:
         """A step starts with so many sequences in their prompt, and so many beyond their first token."""
@@ -79,7 +81,8 @@ class TraceSwitch:
         return {"error": f"unknown request {request.get('do')!r}"} if do is None else self._between_steps(do)
 
     def close(self) -> None:
-        """The server ends: write what there is."""
+        """The server ends: write what there is, and answer no more."""
+        self.stop_answering()
         if self._recorder is not None:
             self._stop()
 

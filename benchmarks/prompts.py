@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from harness import TINY_MODEL, engine_environment, finish, load_prompts, parser
+from harness import TINY_MODEL, Engine, engine_environment, finish, load_prompts, parser
 
 NUM_DECODING, NUM_WIDE = 4, 32
 DELAY_SHARE = 0.5
@@ -58,7 +58,6 @@ class Server:
             [sys.executable, __file__, "--job", job],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
             text=True,
             env=engine_environment(),
         )
@@ -159,19 +158,10 @@ def report(found: dict[str, dict[str, list[Any]]], copy: float, result: dict[str
 
 def serve(job: dict[str, Any]) -> int:
     """In the engine's process: answer questions from the standard input."""
-    from vllm import LLM
-
-    extra = {} if job["config"] is None else {"additional_config": {"expert_prefetch": job["config"]}}
-    llm = LLM(
-        job["model"],
-        enforce_eager=True,
-        max_model_len=job["most_tokens"],
-        max_num_batched_tokens=job["most_tokens"],
-        max_num_seqs=NUM_WIDE,
-        enable_prefix_caching=False,
-        **extra,
+    most = job["most_tokens"]
+    engine = (
+        Engine(job["model"], True, job["config"], NUM_WIDE, most, {"max_num_batched_tokens": most}).open().llm_engine
     )
-    engine = llm.llm_engine
     _say(_facts(engine))
     for line in sys.stdin:
         question = json.loads(line)

@@ -253,7 +253,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 // At most `wanted[0]` and at most `most` loads, of the first `wanted[1]` guesses of each token. `is_far`: as in
 // residency.h, and what is queued already counts towards wanted[0]. `preloads`: where the first top-k guesses are more
-// experts than there are slots, plan_preload of these instead, whatever is wanted.
+// experts than there are slots, plan_preload of these instead; where nothing is wanted, only ahead of a step with more
+// routed ids than experts.
 template <int kThreads, class Id>
 __global__ void __launch_bounds__(kThreads, 1)
     plan_prefetch_kernel(const LayerMemory memory, const PredictedIds<Id> ids, const int num_ids,
@@ -274,9 +275,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   int32_t entry;
   int num_loads;
   int num_needed = 0, num_preloaded = 0;
-  if (preloads) {
-    TokenIds<Id> tokens = ids.tokens;
-    tokens.num_counting = static_cast<int>(desk.layer.header[kTopK]);
+  TokenIds<Id> tokens = ids.tokens;
+  tokens.num_counting = static_cast<int>(desk.layer.header[kTopK]);
+  if (preloads && (budget > 0 || ids.num_tokens * tokens.num_counting > desk.layer.num_experts())) {
     num_preloaded = list_ids(desk, tokens, num_ids, false, true, &entry);
     find_first(team, desk.layer, listed, num_preloaded, false, desk.scratch);
     num_needed = count_needed(team, desk.layer, desk.scratch);

@@ -66,34 +66,38 @@ int64_t Plan(TensorView state, TensorView row_words, TensorView ids, int64_t num
   return loads ? write_loads(work, step.num_misses, *loads) : step.num_misses;
 }
 
-// Plans copies for all `predicted` (int32 or int64), in the order of their tokens; `loads` as above.
-int64_t PlanPreload(TensorView state, TensorView row_words, TensorView predicted, TensorView loads) {
+// Plans copies ahead: `plan(team, layer, lane, ids, num_ids, work)` says how many of `work.loads` there are.
+template <class Plan>
+int64_t plan_ahead(const TensorView& state, const TensorView& row_words, const TensorView& predicted,
+                   const TensorView& loads, Plan plan) {
   const Layer layer = layer_in(state);
   Workspace& work = Workspace::of_this_thread();
   work.fit(layer);
   SlotWords lane{cpu_data<int32_t>(row_words, layer.num_experts(), "row_words")};
   const auto plan_as = [&](auto id) {
     Alone team;
-    return plan_preload(team, layer, lane, cpu_data<decltype(id)>(predicted, 0, "predicted"),
-                        static_cast<int>(predicted.numel()), work.scratch, work.loads);
+    const auto* ids = cpu_data<decltype(id)>(predicted, 0, "predicted");
+    return plan(team, layer, lane, ids, static_cast<int>(predicted.numel()), work);
   };
   return write_loads(work, is_int64(predicted) ? plan_as(int64_t{}) : plan_as(int32_t{}), loads);
+}
+
+// Plans copies for all `predicted` (int32 or int64), in the order of their tokens; `loads` as above.
+int64_t PlanPreload(TensorView state, TensorView row_words, TensorView predicted, TensorView loads) {
+  return plan_ahead(state, row_words, predicted, loads,
+                    [](auto& team, const Layer& layer, auto& lane, const auto* ids, int num_ids, Workspace& work) {
+                      return plan_preload(team, layer, lane, ids, num_ids, work.scratch, work.loads);
+                    });
 }
 
 // Plans copies for `predicted` (int32 or int64), most wanted first; `loads` as above.
 int64_t PlanPrefetch(TensorView state, TensorView row_words, TensorView predicted, int64_t budget, bool is_far,
                      TensorView loads) {
-  const Layer layer = layer_in(state);
-  Workspace& work = Workspace::of_this_thread();
-  work.fit(layer);
-  SlotWords lane{cpu_data<int32_t>(row_words, layer.num_experts(), "row_words")};
-  const auto plan_as = [&](auto id) {
-    Alone team;
-    return plan_prefetch(team, layer, lane, cpu_data<decltype(id)>(predicted, 0, "predicted"),
-                         static_cast<int>(predicted.numel()), static_cast<int>(budget), is_far, work.scratch,
-                         work.loads);
-  };
-  return write_loads(work, is_int64(predicted) ? plan_as(int64_t{}) : plan_as(int32_t{}), loads);
+  return plan_ahead(state, row_words, predicted, loads,
+                    [&](auto& team, const Layer& layer, auto& lane, const auto* ids, int num_ids, Workspace& work) {
+                      return plan_prefetch(team, layer, lane, ids, num_ids, static_cast<int>(budget), is_far,
+                                           work.scratch, work.loads);
+                    });
 }
 
 // Plans every step of a recording of one layer, without look-ahead. `ids`: int32 (N, K), the routed ids of all tokens,

@@ -70,9 +70,10 @@ class Walk:
         likely = [row[: self.top_k] for row, at in zip(rows, real, strict=True) if at >= 0]
         in_order = [expert for row in likely for expert in row if expert >= 0]
         preloads = self.rng.random() < 0.7
-        is_wide = preloads and len(set(in_order)) > self.num_slots
+        num_queued = sum(state == QUEUED for state in self.states())
+        is_asked = preloads and (budget - num_queued * is_far > 0 or num_tokens * self.top_k > self.num_experts)
+        is_wide = is_asked and len(set(in_order)) > self.num_slots
         self.settle(set(in_order if is_wide else predicted))
-        num_queued = sum(word & 7 == QUEUED for word in self.words.tolist())
         self.lane[2] = num_queued
         if is_wide:
             plan = self.cache.plan_preload(in_order)

@@ -151,7 +151,7 @@ class Caches(ABC):
         seconds = min(sum(cache.measure_copy() for cache in caches) for _ in range(2)) if caches else 0.0
         return sum(cache.record_bytes for cache in caches) / seconds if seconds else 0.0
 
-    def begin_step(self, cache: LayerCache, topk_ids: torch.Tensor, rows: Rows) -> None:
+    def claim_area(self, cache: LayerCache, topk_ids: torch.Tensor, rows: Rows) -> None:
         """Called by each layer before it plans a step: nothing is on its way to overflow rows but for this layer.
 
         Only a step that broke off can have left something behind. One of no token, for that layer, ends it.

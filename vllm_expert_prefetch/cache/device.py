@@ -81,7 +81,7 @@ class DeviceCache(LayerCache):
             self.set_budget(num_slots, self.num_experts, distance)
 
     def serve(self, topk_ids: torch.Tensor, rows: Rows, speculated: bool = False) -> torch.Tensor:
-        self._caches.begin_step(self, topk_ids, rows)
+        self._caches.claim_area(self, topk_ids, rows)
         topk_ids, orders = topk_ids.contiguous(), self.demand
         row_ids = torch.empty_like(topk_ids)
         self._caches.await_plans()

@@ -47,7 +47,7 @@ class HostCache(LayerCache):
         self._caches = caches
 
     def serve(self, topk_ids: torch.Tensor, rows: Rows, speculated: bool = False) -> torch.Tensor:
-        self._caches.begin_step(self, topk_ids, rows)
+        self._caches.claim_area(self, topk_ids, rows)
         topk_ids = topk_ids.contiguous()
         row_ids = torch.empty_like(topk_ids)
         self._serve(self._native, topk_ids, rows * topk_ids.shape[1], row_ids, speculated)

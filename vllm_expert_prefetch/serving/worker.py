@@ -245,6 +245,8 @@ class Worker:
         store, private, shared = self._host_bytes(), self._private_bytes(), self._overflow_bytes()
         share = 100 * sum(self.sizes.slots) / sum(layer.local_num_experts for layer in layers)
         num_served = sum(layer.cache is not None for layer in layers)
+        most = self._vllm_config.scheduler_config.max_num_batched_tokens
+        prompts = [self._prompt_step.describe(most)] if self._prompt_step else []
         return [
             f"{len(layers)} MoE layers x {span(experts)} experts, {span(slots)} slots each: {private / GB:.4g} GB "
             f"cache ({share:.0f} % of the experts), {shared / GB:.4g} GB overflow rows"
@@ -255,11 +257,7 @@ class Worker:
             f"{self._link() or 'not emulated'}; sized by {self.sizes.description}",
             f"proved: all {len(layers)} MoE layers were taken over, {num_served} read their row spaces, no other copy "
             "of their experts can be reached" + (f", {self._proved()}" if num_served else ""),
-            *(
-                [self._prompt_step.describe(self._vllm_config.scheduler_config.max_num_batched_tokens)]
-                if self._prompt_step
-                else []
-            ),
+            *prompts,
             "look: vllm_expert_prefetch_* on the server's /metrics, or vllm-expert-prefetch top URL",
         ]
 

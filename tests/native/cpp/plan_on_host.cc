@@ -169,7 +169,7 @@ void play_lane(TestLayer& layer) {
 
 struct Totals {
   int64_t wide = 0, overflow = 0, claimed = 0, late = 0, cancelled = 0, used = 0, many_ids = 0, held_back = 0,
-          preloaded = 0;
+          preloaded = 0, shut = 0;
 };
 
 void walk(Totals& totals) {
@@ -197,8 +197,10 @@ void walk(Totals& totals) {
       const bool is_far = pick(0, 1);
       const int budget = wanted[0] - (is_far ? one.queued : 0);
       totals.held_back += budget != wanted[0];
+      const bool is_asked = preloads && (budget > 0 || num_tokens * top_k > num_experts);
+      totals.shut += preloads && !is_asked;
       reference.prefetch(predicted, num_counting, std::min(budget, one.layer().num_slots()), is_far,
-                         preloads ? num_ids : 0, expected);
+                         is_asked ? num_ids : 0, expected);
       totals.preloaded += one.state[kNumPreloaded];
       launch(shared, [&] {
         plan_prefetch_kernel<kThreads, int32_t>(other.memory(nullptr), predicted, num_ids, wanted,
@@ -243,6 +245,6 @@ int main() {
   for (int i = 0; i < 60; ++i) walk(totals);
   REQUIRE(totals.wide > 0 && totals.overflow > 0 && totals.late > totals.claimed && totals.claimed > 0);
   REQUIRE(totals.cancelled > 0 && totals.used > 0 && totals.many_ids > 0 && totals.held_back > 0);
-  REQUIRE(totals.preloaded > 0);
+  REQUIRE(totals.preloaded > 0 && totals.shut > 0);
   return 0;
 }

@@ -21,7 +21,6 @@ from vllm_expert_prefetch.planning.simulate import (
     look_ahead,
     simulate_all,
     simulate_layer,
-    slots_of_bytes,
     slots_of_share,
     tpot,
 )
@@ -251,5 +250,6 @@ def test_the_published_curve_of_another_simulator():
     """Helldez/BigMoeOnEdge, docs/bench-data/2026-07-15-route-trace: lru per layer, Qwen3-30B-A3B."""
     trace = read_csv(TRACES / "qwen3-30b-a3b.route.csv", by_token=True)
     for mib, published in ((1500, 50.5), (3000, 71.1), (6000, 90.3)):
-        sums = simulate_all(trace, Setting(slots_of_bytes(trace, mib * 2**20), "lru"))
+        each = int(mib * 2**20 / sum(trace.card.record_bytes))
+        sums = simulate_all(trace, Setting((each,) * trace.card.num_layers, "lru"))
         assert 100 * sums.decode_hit_rate == pytest.approx(published, abs=1.2)

@@ -12,6 +12,7 @@ from vllm_expert_prefetch.planning.clock import Clock
 from vllm_expert_prefetch.planning.guesses import drawn, oracle
 from vllm_expert_prefetch.planning.planner import Planner
 from vllm_expert_prefetch.planning.replay import Replay, Setting
+from vllm_expert_prefetch.planning.sizing import share_of
 from vllm_expert_prefetch.tracing.card import TraceError
 from vllm_expert_prefetch.tracing.trace import Trace
 
@@ -149,7 +150,7 @@ def as_recorded(trace: Trace) -> dict[str, tuple[int, int]] | None:
 def slots_of_share(trace: Trace, share: float) -> tuple[int, ...]:
     """Slots of each layer when a `share` of its experts has one: rounded down, a token's experts at least."""
     pairs = zip(trace.card.num_experts, trace.card.top_k, strict=True)
-    return tuple(max(top_k, min(num, int(share * num + 1e-9))) for num, top_k in pairs)
+    return tuple(max(top_k, min(num, share_of(num, share))) for num, top_k in pairs)
 
 
 def slots_with_more(trace: Trace, slots: tuple[int, ...], more_bytes: float) -> tuple[int, ...]:
@@ -157,10 +158,3 @@ def slots_with_more(trace: Trace, slots: tuple[int, ...], more_bytes: float) -> 
     sizes = trace.card.record_bytes
     more = int(more_bytes / (sum(sizes) - max(sizes) if len(sizes) > 1 else sizes[0]))
     return tuple(min(num, own + more) for num, own in zip(trace.card.num_experts, slots, strict=True))
-
-
-def slots_of_bytes(trace: Trace, num_bytes: float) -> tuple[int, ...]:
-    """As many slots in every layer as `num_bytes` hold, overflow rows left out."""
-    card = trace.card
-    each = int(num_bytes / sum(card.record_bytes))
-    return tuple(max(k, min(num, each)) for num, k in zip(card.num_experts, card.top_k, strict=True))

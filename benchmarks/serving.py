@@ -24,8 +24,9 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "serving")]
 
 from servers import Server, serve  # noqa: E402
 
-from vllm_expert_prefetch.bench.client import Lengths, ask, totals  # noqa: E402
+from vllm_expert_prefetch.bench.client import Lengths, ask, scrape  # noqa: E402
 from vllm_expert_prefetch.bench.server import read  # noqa: E402
+from vllm_expert_prefetch.metrics.rates import Between  # noqa: E402
 
 CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64)
 SHARES, COPY_COMPUTE = (0.25, 0.5, 0.75), (0.5, 1.0, 2.0)
@@ -125,9 +126,9 @@ def layer_seconds(rows: list[dict[str, Any]], shape: dict[str, Any]) -> float:
 def one_row(server: Server, variant: Variant, concurrency: int, options: Any) -> dict[str, Any]:
     """What a load gave, by the client and by the plugin's counters."""
     num_requests = max(4, concurrency) if options.quick else max(12, 3 * concurrency)
-    before = totals(read(f"{server.url}/metrics"))
+    before = scrape(read(f"{server.url}/metrics"))
     found = load(server, concurrency, num_requests, options.out.parent)
-    after = totals(read(f"{server.url}/metrics"))
+    seen = Between(before, scrape(read(f"{server.url}/metrics")))
     row = {
         "kind": options.kind,
         "variant": variant.name,
@@ -141,17 +142,14 @@ def one_row(server: Server, variant: Variant, concurrency: int, options: Any) ->
         "itl_ms_p99": found["p99_itl_ms"],
     }
     if variant != PLAIN:
-        grown = {name: after[name] - before.get(name, 0.0) for name in after}
-        lookups = sum(value for name, value in grown.items() if name.startswith("lookups_total"))
+        lookups = seen.gained("lookups_total")
         row |= {
-            "hit_rate": grown.get("lookups_total/hit", 0.0) / lookups,
-            "mb_per_token": sum(value for name, value in grown.items() if name.startswith("transfer_bytes_total"))
-            / 1e6
-            / found["total_output_tokens"],
-            "stall_share": grown["stall_seconds_total"] / found["duration"],
-            "record_mb": after["expert_record_bytes"] / 1e6,
-            "absent_records": after["experts"] - after["slots"],
-            "link_gbps": after["link_bytes_per_second"] / 1e9,
+            "hit_rate": seen.gained("lookups_total", outcome="hit") / lookups,
+            "mb_per_token": seen.gained("transfer_bytes_total") / 1e6 / found["total_output_tokens"],
+            "stall_share": seen.gained("stall_seconds_total") / found["duration"],
+            "record_mb": seen.after.total("expert_record_bytes") / 1e6,
+            "absent_records": seen.after.total("experts") - seen.after.total("slots"),
+            "link_gbps": seen.after.total("link_bytes_per_second") / 1e9,
         }
     return {name: round(float(value), 4) if isinstance(value, float) else value for name, value in row.items()}
 

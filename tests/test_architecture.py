@@ -26,7 +26,7 @@ RULES = {
     "lookahead": Rule(["config", "memory", "cache", "metrics", "prediction"], torch="yes"),
     "calibration": Rule(["residency", "config", "prediction"], torch="yes"),
     "demo": Rule(torch="yes"),
-    "bench": Rule(["planning"], late_parts=["demo"], vllm="late"),
+    "bench": Rule(["metrics", "planning"], late_parts=["demo"], vllm="late"),
     "serving": Rule(
         [
             *["native", "residency", "config", "memory", "cache", "metrics", "tracing", "planning", "prediction"],

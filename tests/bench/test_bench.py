@@ -9,13 +9,14 @@ import pytest
 from engines import TINY_MODEL
 
 from vllm_expert_prefetch.bench import BenchError, rounds, server
-from vllm_expert_prefetch.bench.client import Lengths, totals
+from vllm_expert_prefetch.bench.client import Lengths, scrape
 from vllm_expert_prefetch.bench.contestants import NAMES, OFF, ON, STOCK, UVA, Contestant, contestants
 from vllm_expert_prefetch.bench.contestants import PREFETCH as LAYERS
 from vllm_expert_prefetch.bench.rounds import Job, Rows, run_rounds
 from vllm_expert_prefetch.bench.verdict import configuration, judge, medians
 from vllm_expert_prefetch.cli.main import main
 from vllm_expert_prefetch.config import ExpertPrefetchConfig, config_from_additional
+from vllm_expert_prefetch.metrics.rates import Between
 from vllm_expert_prefetch.planning.budget import Load, make_budget
 from vllm_expert_prefetch.planning.model_files import find
 from vllm_expert_prefetch.planning.timing import Machine
@@ -32,7 +33,7 @@ if "--refuse" in sys.argv:
     sys.exit("INFO: loading\\nConfigError: expert_prefetch: that cannot be. Do this")
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        self.send_response(200); self.end_headers(); self.wfile.write(b"fine")
+        self.send_response(200); self.end_headers(); self.wfile.write(b"fine 1")
     def log_message(self, *arguments): pass
 http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
 """
@@ -69,7 +70,7 @@ def job(num_rounds=2):
 
 def test_a_server_is_ready_and_gone_afterwards(fake_vllm, tmp_path):
     with server.serve(["model"], tmp_path / "log", 30) as url:
-        assert server.read(f"{url}/metrics") == "fine"
+        assert server.read(f"{url}/metrics") == "fine 1"
     with pytest.raises(OSError, match="refused"):
         server.read(f"{url}/metrics")
 
@@ -118,8 +119,10 @@ def test_an_interrupted_run_goes_on_where_it_was(fake_vllm, loads, tmp_path):
         Rows.open(path, "job", fresh=False)
 
 
-def test_series_of_all_ranks_are_added_up():
-    assert totals(PAGE) == {"lookups_total/hit": 8.0, "lookups_total/miss": 2.0, "slots": 64.0}
+def test_series_of_all_ranks_are_added_up_and_plain_vllm_has_none():
+    found = {"total_output_tokens": 4}
+    assert rounds._counted(Between(scrape("x 1\n"), scrape(PAGE)), found)["hit_rate"] == 0.8
+    assert rounds._counted(Between(scrape("x 1\n"), scrape("x 2\n")), found) == {}
 
 
 def test_everybody_keeps_as_many_bytes_of_experts_on_the_accelerator():

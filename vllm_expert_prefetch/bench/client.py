@@ -4,10 +4,12 @@ import contextlib
 import io
 import json
 import random
-import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from vllm_expert_prefetch.metrics.rates import NoMetrics, Scrape, parse_scrape
 
 _SPREAD_PROMPT, _SPREAD_ANSWER = 0.8, 0.6
 """Standard deviations of the logarithm of lengths, as those of chats have."""
@@ -71,14 +73,9 @@ def conversations(number: int, seed: int, lengths: Lengths = Lengths()) -> list[
     return made
 
 
-def totals(page: str) -> dict[str, float]:
-    """The plugin's series on a page of /metrics, by name and outcome or kind, ranks added up."""
-    found: dict[str, float] = {}
-    for line in page.splitlines():
-        if line.startswith("vllm_expert_prefetch_"):
-            series, _, value = line.rpartition(" ")
-            name = series.partition("{")[0].removeprefix("vllm_expert_prefetch_")
-            outcome = re.search(r'(?:outcome|kind|cause)="(\w+)"', series)
-            key = f"{name}/{outcome[1]}" if outcome else name
-            found[key] = found.get(key, 0.0) + float(value)
-    return found
+def scrape(page: str) -> Scrape:
+    """The plugin's series on a page of /metrics; none where plain vLLM serves."""
+    try:
+        return parse_scrape(page, time.monotonic())
+    except NoMetrics:
+        return Scrape(time.monotonic(), {})

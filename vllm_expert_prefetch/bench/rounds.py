@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from vllm_expert_prefetch.bench import BenchError
-from vllm_expert_prefetch.bench.client import Lengths, ask, totals
+from vllm_expert_prefetch.bench.client import Lengths, ask, scrape
 from vllm_expert_prefetch.bench.contestants import Contestant
 from vllm_expert_prefetch.bench.server import SERVED_NAME, DidNotStart, read, serve
+from vllm_expert_prefetch.metrics.rates import Between
 
 _WARM_UP = 4
 """Requests, two at a time, that are not counted."""
@@ -95,7 +96,7 @@ def _measure(
     with serve([*job.common, *one.arguments], folder / "log", job.start_seconds) as url:
         load(url, 2, _WARM_UP)
         for concurrency in concurrencies:
-            before = totals(read(f"{url}/metrics"))
+            before = scrape(read(f"{url}/metrics"))
             found = load(url, concurrency, max(job.num_requests, 3 * concurrency))
             row = {
                 "name": one.name,
@@ -106,21 +107,19 @@ def _measure(
                 "tpot_ms": round(found["p50_tpot_ms"], 3),
                 "tpot_ms_p99": round(found["p99_tpot_ms"], 3),
                 "ttft_ms": round(found["p50_ttft_ms"], 3),
-                **_counted(before, totals(read(f"{url}/metrics")), found),
+                **_counted(Between(before, scrape(read(f"{url}/metrics"))), found),
             }
             rows.add(row)
             say(f"  {concurrency} at a time: TPOT {row['tpot_ms']:.1f} ms, {row['output_tokens_per_s']:.1f} tokens/s")
 
 
-def _counted(before: dict[str, float], after: dict[str, float], found: dict[str, Any]) -> dict[str, float]:
+def _counted(seen: Between, found: dict[str, Any]) -> dict[str, float]:
     """By the plugin; nothing for plain vLLM."""
-    grown = {name: after[name] - before.get(name, 0.0) for name in after}
-    lookups = sum(value for name, value in grown.items() if name.startswith("lookups_total"))
+    lookups = seen.gained("lookups_total")
     if not lookups:
         return {}
-    moved = sum(value for name, value in grown.items() if name.startswith("transfer_bytes_total"))
     return {
-        "hit_rate": round(grown.get("lookups_total/hit", 0.0) / lookups, 4),
-        "mb_per_token": round(moved / 1e6 / found["total_output_tokens"], 4),
-        "link_gbps": round(after.get("link_bytes_per_second", 0.0) / 1e9, 3),
+        "hit_rate": round(seen.gained("lookups_total", outcome="hit") / lookups, 4),
+        "mb_per_token": round(seen.gained("transfer_bytes_total") / 1e6 / found["total_output_tokens"], 4),
+        "link_gbps": round(seen.after.total("link_bytes_per_second") / 1e9, 3),
     }

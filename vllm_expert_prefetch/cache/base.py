@@ -101,7 +101,7 @@ class LayerCache(ABC):
     def local(self, expert_ids: torch.Tensor) -> torch.Tensor:
         """What `serve` and `prefetch` take: for ids as the router gives them, of the same shape and dtype, the numbers
         of these experts among this rank's; -1 for those of other ranks and for negative ids."""
-        return expert_ids if self.expert_map is None else self.expert_map[expert_ids.long()].to(expert_ids.dtype)
+        return expert_ids if self.expert_map is None else mapped(self.expert_map, expert_ids)
 
     @property
     def num_routed(self) -> int:
@@ -167,6 +167,11 @@ class Caches(ABC):
     @abstractmethod
     def close(self) -> None:
         """End the prefetch lane and drop what is queued; later calls raise RuntimeError."""
+
+
+def mapped(expert_map: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:
+    """Where `expert_map` (its last item for -1) leads each of `expert_ids`, of their shape and dtype."""
+    return expert_map[expert_ids.long()].to(expert_ids.dtype)
 
 
 def check_tables(row_of: list[int], expert_in: list[int], flags: list[int], free: list[int], words: Words) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from vllm_expert_prefetch.cache.base import mapped
 from vllm_expert_prefetch.config import CONFIG_KEY, ConfigError
 from vllm_expert_prefetch.serving.compat import kernel_name
 from vllm_expert_prefetch.serving.refusals import KERNELS
@@ -29,7 +30,7 @@ class ExpertShare:
 
     def local(self, expert_ids: torch.Tensor) -> torch.Tensor:
         """The number among this rank's experts of each id of the router's, of its shape and dtype; -1 for others'."""
-        return self.expert_map[expert_ids.long()].to(expert_ids.dtype)
+        return mapped(self.expert_map, expert_ids)
 
     def without_others(
         self, weights: torch.Tensor, own_ids: torch.Tensor, row_ids: torch.Tensor

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import httpx
 from engines import TINY_MODEL
+from processes import is_running
 
 START_SECONDS = 180
 
@@ -73,8 +74,8 @@ class Server:
         return not self.descendants()
 
     def descendants(self) -> list[int]:
-        """Process ids that belong to this server, itself included: they share its session."""
-        return [pid for pid in _pids() if _session(pid) == self.process.pid]
+        """Process ids that belong to this server, itself included, and have not ended: they share its session."""
+        return [pid for pid in _pids() if _session(pid) == self.process.pid and is_running(pid)]
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """When a server that gets SIGTERM is ended by force: after vLLM's own time to finish requests, not before."""
 
 import signal
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -12,11 +14,16 @@ from vllm_expert_prefetch.serving import termination
 def clock(monkeypatch):
     """Seconds slept, and exit codes; nothing waits, nothing ends."""
     seen = SimpleNamespace(slept=[], codes=[])
-    monkeypatch.setattr(termination.time, "sleep", seen.slept.append)
+    monkeypatch.setattr(termination, "time", SimpleNamespace(sleep=seen.slept.append, monotonic=time.monotonic))
     monkeypatch.setattr(termination, "_exit", seen.codes.append)
     monkeypatch.setattr(termination.multiprocessing, "active_children", list)
+    # Names of the module, not of `time` and `threading`: threads of other tests go on with theirs.
     started = lambda target, args=(), daemon=None: SimpleNamespace(start=lambda: target(*args))  # noqa: E731
-    monkeypatch.setattr(termination.threading, "Thread", started)
+    monkeypatch.setattr(
+        termination,
+        "threading",
+        SimpleNamespace(Thread=started, current_thread=threading.current_thread, main_thread=threading.main_thread),
+    )
     return seen
 
 

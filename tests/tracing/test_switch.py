@@ -1,14 +1,17 @@
 """Recordings start and stop between two steps, over a socket that only this user can reach."""
 
+import gc
 import json
 import socket
 import threading
+from types import SimpleNamespace
 
 import pytest
 
 from vllm_expert_prefetch.cli.main import main
 from vllm_expert_prefetch.metrics import runtime_dir
 from vllm_expert_prefetch.metrics.locks import hold_lock
+from vllm_expert_prefetch.serving.recording import create_switch
 from vllm_expert_prefetch.tracing.card import TraceError
 from vllm_expert_prefetch.tracing.control import ask, serve_control
 from vllm_expert_prefetch.tracing.switch import TraceSwitch
@@ -76,7 +79,6 @@ def test_a_request_amid_a_step_waits_for_its_end(made, tmp_path):
 @pytest.mark.parametrize(
     ("requests", "message"),
     [
-        ([{"do": "stop"}], "nothing is recorded"),
         ([start("{tmp}"), start("{tmp}")], "is being recorded: stop it first"),
         ([{"do": "dance"}], "unknown request 'dance'"),
         ([{"do": "start"}], "directory"),
@@ -166,7 +168,8 @@ def servers(tmp_path, monkeypatch):
             folder = tmp_path / f"expert-prefetch-{process}-abc"
             folder.mkdir()
             hold_lock(folder)
-            serve_control(folder / "engine0-rank0-000001.trace", lambda request, own=process: {"own": own, **request})
+            answer = lambda request, own=process: {"own": own, "recording": "there", **request}  # noqa: E731
+            serve_control(folder / "engine0-rank0-000001.trace", answer)
 
     return make
 
@@ -188,6 +191,39 @@ def test_without_a_server_or_with_several_the_command_says_so(servers, capsys):
     assert "give --server with one of 77, 78" in capsys.readouterr().err
     assert main(["trace", "stop", "--server", "78"]) == 0
     assert main(["trace", "stop", "--server", "79"]) == 2
+
+
+def test_an_engine_that_records_nothing_does_not_hinder_the_end_of_a_recording_beside_it(
+    servers, made, capsys, tmp_path
+):
+    servers(77)
+    serve_control(tmp_path / "expert-prefetch-77-abc" / "engine0-rank0-000002.trace", made[0].answer)
+    assert main(["trace", "stop"]) == 0
+    assert json.loads(capsys.readouterr().out)["own"] == 77
+
+
+def test_to_end_what_has_not_begun_is_an_error(servers, made, capsys, tmp_path):
+    servers(77)
+    serve_control(tmp_path / "expert-prefetch-77-abc" / "engine0-rank0-000001.trace", made[0].answer)
+    assert main(["trace", "stop"]) == 2
+    assert "nothing is recorded" in capsys.readouterr().err
+
+
+def test_an_engine_that_is_gone_without_an_end_answers_no_more(tmp_path):
+    """As one that fails to start, in a process that goes on."""
+    worker = SimpleNamespace(
+        layers=[],
+        config=SimpleNamespace(trace="off"),
+        publisher=SimpleNamespace(counters=SimpleNamespace(path=tmp_path / "engine0-rank0-000001.counters")),
+    )
+    worker.traces = create_switch(
+        worker, SimpleNamespace(parallel_config=SimpleNamespace(rank=0, tensor_parallel_size=1))
+    )
+    (path,) = tmp_path.iterdir()
+    assert ask(path, {"do": "status"}) == {"recording": None}
+    del worker
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_stage_of_a_pipeline_is_asked_and_who_is_gone_is_left_out(servers, capsys, tmp_path, monkeypatch):

@@ -108,20 +108,28 @@ def _guarded(do: Any) -> Any:
 def _start(args: argparse.Namespace) -> dict[str, Any]:
     if args.max_mb < 1:
         raise TraceError(f"--max-mb must be at least 1, got {args.max_mb}")
-    return _ask(args.server, {"do": "start", "directory": str(args.directory.absolute()), "limit_mb": args.max_mb})
+    request = {"do": "start", "directory": str(args.directory.absolute()), "limit_mb": args.max_mb}
+    return _joined(_ask(args.server, request))
 
 
 def _stop(args: argparse.Namespace) -> dict[str, Any]:
-    return _ask(args.server, {"do": "stop"})
+    stopped = [answer for answer in _ask(args.server, {"do": "stop"}) if answer["recording"] is not None]
+    if not stopped:
+        raise TraceError("nothing is recorded")
+    return _joined(stopped)
 
 
 def _status(args: argparse.Namespace) -> dict[str, Any]:
-    return _ask(args.server, {"do": "status"})
+    return _joined(_ask(args.server, {"do": "status"}))
 
 
-def _ask(server: int | None, request: dict[str, Any]) -> dict[str, Any]:
-    """The answer of the one server of this user that there is, or of the one with the process number `server`: of each
-    of its workers that record, where there are several (the stages of a pipeline)."""
+def _joined(answers: list[dict[str, Any]]) -> dict[str, Any]:
+    return answers[0] if len(answers) == 1 else {"workers": answers}
+
+
+def _ask(server: int | None, request: dict[str, Any]) -> list[dict[str, Any]]:
+    """The answers of the one server of this user that there is, or of the one with the process number `server`: one of
+    each worker that can record, several where a pipeline has stages or a process has engines."""
     from vllm_expert_prefetch.metrics.locks import is_locked
     from vllm_expert_prefetch.metrics.runtime_dir import folders
     from vllm_expert_prefetch.tracing.control import SUFFIX, ask
@@ -137,7 +145,7 @@ def _ask(server: int | None, request: dict[str, Any]) -> dict[str, Any]:
         raise TraceError(
             f"{which} of this user serves with the plugin on this host, as far as it can be seen from here"
         )
-    return answers[0] if len(answers) == 1 else {"workers": answers}
+    return answers
 
 
 def _show(args: argparse.Namespace) -> dict[str, Any]:

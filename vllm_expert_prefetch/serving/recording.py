@@ -1,5 +1,7 @@
 """A worker's switch for recordings of its routing, and what each recording says of the server."""
 
+import weakref
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +43,8 @@ def create_switch(worker: "Worker", vllm_config: Any) -> TraceSwitch | None:
     path = worker.publisher.counters.path
     try:
         socket = path.with_name(path.name.removesuffix(COUNTERS) + SUFFIX)
-        switch.stop_answering = serve_control(socket, switch.answer)
+        switch.stop_answering = serve_control(socket, _answer_of(weakref.ref(switch)))
+        weakref.finalize(switch, switch.stop_answering)  # an engine that fails to start is never shut down
     except OSError as error:
         compat.logger().warning("expert_prefetch: routing cannot be recorded on request: %s", error)
     if config.trace != OFF:
@@ -51,6 +54,16 @@ def create_switch(worker: "Worker", vllm_config: Any) -> TraceSwitch | None:
             raise ConfigError(f"{CONFIG_KEY}: trace: {error}, or drop the key") from error
         compat.logger().info("expert_prefetch: routing is recorded into %s", started["recording"])
     return switch
+
+
+def _answer_of(held: "weakref.ref[TraceSwitch]") -> Callable[[Mapping[str, Any]], Mapping[str, Any]]:
+    """What the switch answers for as long as its worker lives: who asks does not keep it, nor its caches, alive."""
+
+    def answer(request: Mapping[str, Any]) -> Mapping[str, Any]:
+        switch = held()
+        return {"error": "this engine has ended"} if switch is None else switch.answer(request)
+
+    return answer
 
 
 def warm_slots(worker: "Worker", model: str) -> None:

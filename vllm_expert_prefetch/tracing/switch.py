@@ -107,10 +107,9 @@ class TraceSwitch:
         return found
 
     def _stop(self) -> Answer:
-        own = self._recorder
+        own, answer = self._recorder, self.status()
         if own is None:
-            raise TraceError("nothing is recorded")
-        answer = self.status()
+            return answer
         self._attach(None)
         self._recorder = None
         own.finish()

@@ -1,10 +1,15 @@
 """The publisher keeps the counters' file where somebody removes it, and complains once where it cannot."""
 
 import shutil
+import threading
+import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 from counter_files import make_counters
 
+from vllm_expert_prefetch.cache.words import Words
 from vllm_expert_prefetch.metrics import publish
 from vllm_expert_prefetch.metrics.publish import Publisher
 
@@ -38,3 +43,21 @@ def test_a_place_that_is_gone_is_said_once_and_serving_goes_on(publisher, caplog
     run_step(publisher)
     assert len(caplog.messages) == 1
     assert "shows nothing" in caplog.text
+
+
+def test_counters_of_a_device_are_published_without_steps_until_their_engine_is_gone(tmp_path, monkeypatch):
+    monkeypatch.setattr(publish, "_PERIOD_SECONDS", 0.01)
+    (tmp_path / "runtime").mkdir()
+    mirror = torch.zeros(1, len(Words._fields), dtype=torch.int64)
+    caches = SimpleNamespace(layers=[None], mirror=mirror, on_device=True)
+    before = set(threading.enumerate())
+    publisher = Publisher(make_counters(tmp_path / "runtime"), caches, None)
+    (thread,) = set(threading.enumerate()) - before
+    mirror[0, Words._fields.index("hits")] = 3
+    deadline = time.monotonic() + 10
+    while publisher.counters.get("lookups_total/hit") != 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    del publisher
+    thread.join(10)
+    assert not thread.is_alive()

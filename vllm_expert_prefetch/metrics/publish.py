@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -51,7 +52,10 @@ class Publisher:
             record_bytes = [0 if cache is None else cache.record_bytes for cache in caches.layers]
             self._ledger = Ledger(counters, record_bytes, caches.mirror, counters.get("link_bytes_per_second"))
             if caches.on_device:
-                threading.Thread(target=self._publish_now_and_then, name="expert-prefetch", daemon=True).start()
+                held = weakref.ref(self)
+                threading.Thread(
+                    target=_publish_now_and_then, args=(held,), name="expert-prefetch", daemon=True
+                ).start()
 
     def step_begins(self, num_prefilling: int, num_decoding: int, continues: bool) -> None:
         """See `StepClock.begin`."""
@@ -93,7 +97,13 @@ class Publisher:
         self._decoded = (steps, seconds)
         return spent / num_steps if num_steps else None
 
-    def _publish_now_and_then(self) -> None:
-        while True:
-            time.sleep(_PERIOD_SECONDS)
-            self.publish()
+
+def _publish_now_and_then(held: "weakref.ref[Publisher]") -> None:
+    """For as long as the publisher lives: the thread does not keep it, nor its caches, alive."""
+    while True:
+        time.sleep(_PERIOD_SECONDS)
+        publisher = held()
+        if publisher is None:
+            return
+        publisher.publish()
+        del publisher

@@ -5,9 +5,13 @@ waits for nothing: what is predicted one layer ahead can be hidden up to a ratio
 batch. TPOT is the mean time that decode steps wait for experts, plus the lower quartile of the rest of a step: waiting
 is irregular by nature, the rest only where other programs disturb. Exact variants must give the same tokens.
 
+Names of variants that look farther than one layer ahead say so; `auto` does, and tries how far in each layer.
+
 `tpot_gain_best` is 1 - TPOT / TPOT_off at half residency and copy_compute 1 of the best predictor that needs no
 knowledge of the future, and `oracle_share` its share of the gain of one that has it: where they are lowest, over models
-and batch sizes (`gains` has them all). `auto_worst_ratio` is the worst TPOT / TPOT_off of prefetch=auto where the link
+and batch sizes (`gains` has them all). `depths`: at one request, the share of stalls that each depth hides, its TPOT
+over `max(compute, missed bytes / link)` of the same cache without look-ahead, and the bytes that it copies over those
+without. `auto_worst_ratio` is the worst TPOT / TPOT_off of prefetch=auto where the link
 is so fast or so slow that nothing can be gained.
 """
 
@@ -25,6 +29,8 @@ UNCALIBRATED = ("previous", "router")
 BASELINES = ("previous", "frequency", "transition", "router")
 CALIBRATED = ("router_defaults", "estimator", "hybrid")
 BATCHES = (1, 4)
+DEPTHS, DEPTH_RATIOS = (1, 2, 4), (1.0, 2.0)
+"""How many layers are looked ahead, where it matters."""
 EXTREMES = (0.02, 20.0)
 
 
@@ -120,11 +126,14 @@ def choose_variants(make: Any, ratio: float, job: dict[str, Any], engine: Any) -
     """What is compared in a cell: everything where it tells most, elsewhere what the plots show."""
     has_artifact = job["artifact"] is not None
     best = "hybrid+transition" if has_artifact else "router"
-    auto = make("auto", best, is_forced=False)
+    auto = make("auto", best, is_forced=False, depth=max(DEPTHS))
     if ratio in EXTREMES:
         return [make("off"), auto]
     names = ["router", best] if has_artifact else ["router"]
     variants = [make("off"), auto, make("oracle", "oracle")]
+    if ratio in DEPTH_RATIOS:
+        farther = [make(f"{best}, {depth} layers", best, depth=depth) for depth in DEPTHS if depth > 1]
+        variants += [*farther, make(f"oracle, {max(DEPTHS)} layers", "oracle", depth=max(DEPTHS))]
     if (ratio, job["residency"]) == (1, 0.5):
         names = list(BASELINES if has_artifact else UNCALIBRATED)
     if (ratio, job["residency"], has_artifact) == (1, 0.5, True):
@@ -157,7 +166,7 @@ def recall_of(engine: Any, variants: list[Any], requests: list[tuple[str, ...]])
 
     found = {}
     for variant in variants:
-        if variant.predictor and not variant.speculates:
+        if variant.predictor and not variant.speculates and variant.depth == 1:
             runs = [engine.run(variant, INSTANT_GBPS, request, scores_all=True) for request in requests]
             sums = {
                 name: sum(run.counted[f"recall_{name}"] for run in runs)
@@ -228,7 +237,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for model, batch in dict.fromkeys((row["model"], row["batch"]) for row in timed):
         where = {"model": model, "batch": batch, "residency": 0.5, "copy_compute": 1}
         cell = {r["variant"]: r for r in timed if where.items() <= r.items()}
-        practical = [row for name, row in cell.items() if name not in ("off", "oracle", "auto") and "spec" not in name]
+        practical = [row for name, row in cell.items() if name not in ("off", "auto") and not _is_special(name)]
         if practical:
             best, oracle = max(practical, key=lambda row: row["gain"]), cell["oracle"]["gain"]
             gain = {"best": best["variant"], "gain": best["gain"], "oracle_gain": oracle, "auto": cell["auto"]["gain"]}
@@ -245,8 +254,36 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "oracle_share": min((row["oracle_share"] for row in gains), default=None),
         "auto_worst_ratio": max(autos, default=None),
         "gains": gains,
+        "depths": depths(timed),
         "recall": recall,
     }
+
+
+def _is_special(name: str) -> bool:
+    """Not exact, or it knows the future."""
+    return name.startswith(("oracle", "speculative"))
+
+
+def depths(timed: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each exact variant where several depths were compared, at one request."""
+    found = []
+    cells: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in timed:
+        if row["batch"] == 1 and row["copy_compute"] in DEPTH_RATIOS:
+            key = (row["model"], row["residency"], row["copy_compute"])
+            cells.setdefault(key, {})[row["variant"]] = row
+    for (model, residency, ratio), cell in cells.items():
+        off = cell["off"]
+        for name, row in cell.items():
+            if name != "off" and not name.startswith("speculative"):
+                where = {"model": model, "residency": residency, "copy_compute": ratio, "variant": name}
+                shares = {
+                    "hidden": 1 - row["stall_ms"] / off["stall_ms"],
+                    "over_bound": row["tpot_ms"] / row["bound_ms"],
+                    "bytes_over_off": (row["demand_mb"] + row["prefetch_mb"]) / off["demand_mb"],
+                }
+                found.append(where | {key: round(value, 3) for key, value in shares.items()})
+    return found
 
 
 def print_rows(rows: list[dict[str, Any]]) -> None:

@@ -10,7 +10,14 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 Row = dict[str, Any]
-LINES = {"off": "C0", "router": "C1", "hybrid+transition": "C2", "auto": "C3", "oracle": "C4"}
+LINES = {
+    "off": "C0",
+    "router": "C1",
+    "hybrid+transition": "C2",
+    "hybrid+transition, 4 layers": "C5",
+    "auto": "C3",
+    "oracle": "C4",
+}
 """Variants drawn over something, and their colours."""
 
 

@@ -125,7 +125,7 @@ def layer_seconds(rows: list[dict[str, Any]], shape: dict[str, Any]) -> float:
 
 def one_row(server: Server, variant: Variant, concurrency: int, options: Any) -> dict[str, Any]:
     """What a load gave, by the client and by the plugin's counters."""
-    num_requests = max(4, concurrency) if options.quick else max(12, 3 * concurrency)
+    num_requests = max(4, concurrency) if options.quick else max(10, 2 * concurrency)
     before = scrape(read(f"{server.url}/metrics"))
     found = load(server, concurrency, num_requests, options.out.parent)
     seen = Between(before, scrape(read(f"{server.url}/metrics")))

@@ -229,6 +229,17 @@ def test_a_step_that_broke_off_leaves_nothing_on_its_way_to_overflow_rows(make_m
         assert all(model.holds(3, row, expert) for row, expert in read)
 
 
+def test_a_step_waits_for_what_is_under_way_into_rows_that_it_gives_back(make_model):
+    model = make_model(3, 6, large_tensors, 2, EmulatedLink(1e-3, 0.0))
+    held, others = torch.arange(6).view(3, 2), torch.arange(6, 16).view(5, 2)
+    model.serve(1, held, 3)
+    model.layers[1].preload(torch.cat([others, held]), 8)
+    assert model.layers[1].words().num_preloaded == 10
+    until(lambda: host_library().engine_num_queued(model.caches.engine) == 9)
+    model.serve(1, held, 3)
+    assert any(model.holds(1, row, expert) for row in range(6, 16) for expert in range(6, 16))
+
+
 SLOW = EmulatedLink(1e-4, 0.0)
 """Nothing but what has begun gets anywhere within a test."""
 

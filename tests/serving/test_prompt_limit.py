@@ -1,6 +1,7 @@
 """How many prompt tokens steps that decode may take, learnt from what they take."""
 
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 from engines import TINY_MODEL, layers, open_engine
@@ -52,9 +53,11 @@ def test_what_a_short_prompt_takes_says_nothing_of_the_limit():
 class Scheduler(SimpleNamespace):
     """vLLM's rule in short: requests in their order, a prompt no more than the threshold, all within the budget."""
 
+    waiting: ClassVar = ()
+
     def schedule(self):
         budget, taken = self.max_num_scheduled_tokens, {}
-        for request in self.running:
+        for request in [*self.running, *self.waiting]:
             wanted = 1 if request.num_output_tokens else request.num_left
             threshold = self.scheduler_config.long_prefill_token_threshold
             number = min(wanted, budget, threshold or wanted)
@@ -75,12 +78,16 @@ def request(name, num_output_tokens, num_left=4000):
         (["p", "d", "p", "d"], [8, 1, 8, 1]),
         (["d", "d"], [1, 1]),
         (["p", "p"], [4000, 96]),
+        (["d", "w", "w"], [1, 16, 0]),
+        (["d", "p", "w"], [1, 16, 0]),
     ],
 )
 def test_prompts_share_the_limit_and_every_decode_has_its_token(running, taken):
     settings = SimpleNamespace(long_prefill_token_threshold=0)
     requests = [request(str(number), int(kind == "d")) for number, kind in enumerate(running)]
-    scheduler = Scheduler(max_num_scheduled_tokens=4096, scheduler_config=settings, running=requests)
+    num_running = len(running) - running.count("w")
+    scheduler = Scheduler(max_num_scheduled_tokens=4096, scheduler_config=settings, running=requests[:num_running])
+    scheduler.waiting = requests[num_running:]
     step = Bound(PromptLimit(1.0, 4096)).schedule(scheduler, scheduler.schedule)
     assert list(step.num_scheduled_tokens.values()) == taken
     assert (scheduler.max_num_scheduled_tokens, settings.long_prefill_token_threshold) == (4096, 0)

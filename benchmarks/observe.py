@@ -28,7 +28,7 @@ from observatory import (  # noqa: E402
 from servers import serve  # noqa: E402
 
 RECORDING_SECONDS = 16
-CONFIG = {"cache_fraction": 0.5, "metrics_per_layer": True, "emulated_link_gbps": 1.0}
+CONFIG = {"cache_fraction": 0.5, "metrics_per_layer": True, "ghost_caches": True, "emulated_link_gbps": 1.0}
 
 
 def value_of(query: Query, samples: list[dict[str, Any]]) -> str:

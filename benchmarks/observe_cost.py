@@ -4,6 +4,7 @@ One engine in a process of its own; every few steps the counting is taken out or
 machine's speed reaches both. `share_of_tpot` is the difference of the medians; `counted_share_of_tpot` is the time of
 the counting code alone, timed in a loop, for the calls that one step makes. The second is the one to trust when the
 first is within the machine's noise (`noise_share` is what the same comparison gives with counting on in both).
+`ghosts_share_of_tpot` is the same comparison of ghost caches in place and taken out.
 """
 
 import statistics
@@ -30,6 +31,7 @@ class Switch:
         self._runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
         self.layers = moe_layers_of(self._runner.get_model())
         self.publisher = self.layers[0].worker.publisher
+        self._ghost_mirror = self.layers[0].worker.caches.ghost_mirror
         self._watched = {name: self._runner.__dict__[name] for name in ("execute_model", "sample_tokens")}
 
     def off(self) -> None:
@@ -40,6 +42,22 @@ class Switch:
     def on(self) -> None:
         """As it is served."""
         self._runner.__dict__.update(self._watched)
+
+    def ghosts_off(self) -> None:
+        """No step is planned for ghost caches, and none of their words is read."""
+        self._set_ghosts(False)
+
+    def ghosts_on(self) -> None:
+        """As it is served."""
+        self._set_ghosts(True)
+
+    def _set_ghosts(self, are_on: bool) -> None:
+        mirror = self._ghost_mirror
+        self.publisher._ledger._ghosts = mirror if are_on else None
+        for layer in self.layers:
+            states, own = layer.cache._ghosts
+            given = (states, own) if are_on else (states[:0], own[:0])
+            layer.worker.caches.library.cache_add_ghosts(layer.cache._native, *given)
 
 
 def decode_steps(llm: Any, prompt: str, num_tokens: int, number: int, between: Callable[[int], None]) -> list[float]:
@@ -100,15 +118,20 @@ def measure(path: str) -> None:
     with job_output(path) as (job, result):
         llm = Engine(**job["engine"]).open()
         switch = Switch(llm)
+        switch.ghosts_off()
         compare(llm, 4, job["tokens"], (switch.on, switch.off))  # warm-up
         on, off = compare(llm, job["rounds"], job["tokens"], (switch.on, switch.off))
         same = compare(llm, job["rounds"], job["tokens"], (switch.on, switch.on))
         counting = counting_seconds(switch)
+        turns = (switch.ghosts_on, switch.ghosts_off)
+        ghosts_on, ghosts_off = compare(llm, job["rounds"], job["tokens"], turns)
         result.update(
             tpot_ms=1000 * on,
             tpot_ms_without=1000 * off,
             share_of_tpot=(on - off) / off,
             noise_share=abs(same[0] - same[1]) / same[1],
+            ghosts_us_per_step=1e6 * (ghosts_on - ghosts_off),
+            ghosts_share_of_tpot=(ghosts_on - ghosts_off) / ghosts_off,
             counting_us_per_step=1e6 * counting,
             counted_share_of_tpot=counting / off,
         )
@@ -127,7 +150,8 @@ def main() -> int:
         options.rounds = 16
     rows = []
     for per_layer in (False, True):
-        engine = Engine(str(TINY_MODEL), True, {"cache_fraction": 0.5, "metrics_per_layer": per_layer}, max_num_seqs=1)
+        config = {"cache_fraction": 0.5, "metrics_per_layer": per_layer, "ghost_caches": True}
+        engine = Engine(str(TINY_MODEL), True, config, max_num_seqs=1)
         job = engine_job(engine, rounds=options.rounds, tokens=options.tokens)
         rows.append({"metrics_per_layer": per_layer, **run_in_process(__file__, job)})
         if not options.json:

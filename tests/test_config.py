@@ -42,6 +42,7 @@ GOOD = {
     "self_check": ["on", "off"],
     "planned_hit_rate": [None, 0.9, 1],
     "metrics_per_layer": [True, False],
+    "ghost_caches": [True, False],
     "metrics_port": [None, 9400, 65535],
     "trace": ["off", "/var/traces"],
     "trace_mb": [1, 4096],
@@ -69,6 +70,7 @@ BAD = {
     "self_check": ["auto", "yes", None, 1],
     "planned_hit_rate": [0, 1.5, math.nan, "90", "101%", True],
     "metrics_per_layer": [1, "maybe", None],
+    "ghost_caches": [1, "1.5", None],
     "metrics_port": [0, 65536, 9400.5, "http", True],
     "trace": ["on", True, "", None, 1],
     "trace_mb": [0, -1, 0.5, "much", None, True],
@@ -101,7 +103,7 @@ def test_bad_values_are_refused_with_the_name_of_their_key(key, value):
         ExpertPrefetchConfig.from_mapping({key: value})
 
 
-SWITCHES = ("prefetch", "pin_memory", "huge_pages", "self_check", "metrics_per_layer")
+SWITCHES = ("prefetch", "pin_memory", "huge_pages", "self_check", "metrics_per_layer", "ghost_caches")
 
 
 @pytest.mark.parametrize("key", [key for key in KEYS if key not in SWITCHES])
@@ -127,6 +129,7 @@ def test_true_is_not_a_number_and_not_a_name(key):
         ("huge_pages", "True", "on"),
         ("huge_pages", "false", "off"),
         ("metrics_per_layer", "on", True),
+        ("ghost_caches", "on", True),
         ("metrics_per_layer", "false", False),
         ("cache_fraction", ".5", 0.5),
         ("cache_fraction", "50%", 0.5),

@@ -203,19 +203,35 @@ def recording(monkeypatch, tmp_path, config):
     return status["recording"] is not None, limits
 
 
-def profile(monkeypatch, tmp_path, config):
-    """What is resident when the worker has started."""
-    write_profile(tmp_path / "p.json", Profile("folder/m", {"0": [0, 9, 0, 7, 0, 8, 6, 0]}))
-    monkeypatch.chdir(tmp_path)
-    made = made_worker(monkeypatch, config)
-    made._vllm_config.model_config = SimpleNamespace(model="m")
+def started(monkeypatch, made):
+    """The same worker, which has started to serve."""
     for name in ("verify_rows", "prove", "create_switch", "measure_prompt_step"):
         monkeypatch.setattr(worker, name, lambda *_: None)
     monkeypatch.setattr(worker, "create_look_ahead_of", lambda *_: (None, "off"))
     monkeypatch.setattr(made, "_publish", lambda *_: None)
     monkeypatch.setattr(made.layers[0], "expert_tensors", {}, raising=False)
     made.start(torch.nn.Module())
-    return {expert for expert in tables_of(made.caches.layers[0].state)[1][4] if expert >= 0}
+    return made
+
+
+def ghosts(monkeypatch, tmp_path, config):
+    """The slots of the ghost caches of a worker that has started, whose cache has four."""
+    mirror = started(monkeypatch, made_worker(monkeypatch, config)).caches.ghost_mirror
+    return None if mirror is None else mirror[0, :, 1].tolist()
+
+
+def test_ghost_caches_have_slots_in_proportion(monkeypatch, tmp_path):
+    assert ghosts(monkeypatch, tmp_path, ExpertPrefetchConfig(ghost_caches=True)) == [6, 8]
+    assert ghosts(monkeypatch, tmp_path, ExpertPrefetchConfig()) is None
+
+
+def profile(monkeypatch, tmp_path, config):
+    """What is resident when the worker has started."""
+    write_profile(tmp_path / "p.json", Profile("folder/m", {"0": [0, 9, 0, 7, 0, 8, 6, 0]}))
+    monkeypatch.chdir(tmp_path)
+    made = made_worker(monkeypatch, config)
+    made._vllm_config.model_config = SimpleNamespace(model="m")
+    return {expert for expert in tables_of(started(monkeypatch, made).caches.layers[0].state)[1][4] if expert >= 0}
 
 
 def test_the_experts_that_a_profile_names_are_in_the_slots(monkeypatch, tmp_path):
@@ -248,6 +264,7 @@ TABLE = {
     "trace": (recording, {}, {"trace": "traces"}),
     "trace_mb": (recording, {"trace": "traces"}, {"trace": "traces", "trace_mb": 7}),
     "profile": (profile, {}, {"profile": "p.json"}),
+    "ghost_caches": (ghosts, {}, {"ghost_caches": True}),
     "metrics_port": (port, {}, {"metrics_port": 9400}),
 }
 """Key -> what is looked at, and two settings that differ in the key alone."""

@@ -23,6 +23,8 @@ EXACT, SPECULATIVE = "exact", "speculative"
 
 DEFAULT_CPU_FRACTION = 0.5
 MOST_LOOKAHEAD_LAYERS = 4
+GHOST_SCALES = ("1.5", "2")
+"""How many times the slots ghost caches have."""
 
 PREDICTORS = ("router", "router_defaults", "estimator", "hybrid", "previous", "frequency", "transition")
 """Those of `prediction` that can serve; studies have others."""
@@ -203,6 +205,11 @@ class ExpertPrefetchConfig:
         "share of experts that have a slot.",
     )
     metrics_per_layer: _Flag = _key(False, "Also show lookups and stalls of each MoE layer on /metrics.")
+    ghost_caches: _Flag = _key(
+        False,
+        "Also count the hits that caches of " + " and ".join(GHOST_SCALES) + " times the slots would have, so that "
+        "/metrics shows whether more memory would help. They hold no experts.",
+    )
     metrics_port: Annotated[_Count, Field(ge=1, le=65535)] | None = _key(
         None,
         "Each worker also shows its own numbers on this port plus its rank on the host, on every interface: for "

@@ -12,6 +12,7 @@
 namespace vep {
 namespace {
 
+using tvm::ffi::Optional;
 using tvm::ffi::String;
 using tvm::ffi::TensorView;
 
@@ -55,6 +56,26 @@ int64_t check_tokens(const TensorView& ids, const TensorView& real) {
   return ids.size(0);
 }
 
+// `states`: on the device, one after another; `slots`: how many each has, on the CPU; both int64. `mirror`: as for a
+// layer. `shared` grows to what the largest needs.
+Ghosts ghosts_in(const TensorView& states, const TensorView& slots, int64_t mirror, int64_t num_experts,
+                 int64_t* shared) {
+  Ghosts ghosts{cuda_data<int64_t>(states, 0, "ghost states"), reinterpret_cast<int64_t*>(mirror),
+                static_cast<int>(slots.numel())};
+  TVM_FFI_CHECK(slots.numel() <= kMaxGhosts && mirror != 0, ValueError)
+      << "at most " << kMaxGhosts << " ghosts with a mirror, there are " << slots.numel();
+  int64_t num_words = 0;
+  for (int i = 0; i < ghosts.number; ++i) {
+    const int64_t num_slots = static_cast<const int64_t*>(slots.data_ptr())[i];
+    ghosts.num_words[i] = static_cast<int>(Layer::words(num_experts, num_slots));
+    num_words += ghosts.num_words[i];
+    *shared = std::max(*shared, shared_bytes(num_experts, num_slots));
+  }
+  TVM_FFI_CHECK(states.numel() == num_words, ValueError)
+      << "ghost states have " << states.numel() << " words, these slots need " << num_words;
+  return ghosts;
+}
+
 // Calls `start` with the kernel for so many ids, and its threads.
 template <class Start, class Kernel>
 void start_for(int64_t num_ids, Kernel few, Kernel many, Start start) {
@@ -63,11 +84,15 @@ void start_for(int64_t num_ids, Kernel few, Kernel many, Start start) {
 
 // `ids` (T, K) int32 or int64, `real` (>= T) int64, negative for padding. `row_ids`: like `ids`, written. `loads`:
 // int32 (E, 2) and `late`: int32 (E) receive what is to be copied and waited for. `mirror`: where the words go in host
-// memory, as the GPU sees it, or 0.
+// memory, as the GPU sees it, or 0. `ghosts`, with `ghost_slots` and `ghost_mirror`: larger caches that the step is
+// planned for as well (ghosts_in), or none.
 void PlanStep(TensorView state, TensorView rows, TensorView lane, TensorView ids, TensorView real, TensorView row_ids,
               TensorView loads, TensorView num_loads, TensorView late, TensorView num_late, int64_t mirror,
-              bool is_speculated, int64_t stream) {
+              bool is_speculated, Optional<TensorView> ghosts, Optional<TensorView> ghost_slots, int64_t ghost_mirror,
+              int64_t stream) {
   const PlannedLayer layer(state, rows, lane, mirror);
+  int64_t shared = layer.shared;
+  const Ghosts larger = ghosts ? ghosts_in(*ghosts, *ghost_slots, ghost_mirror, layer.num_experts, &shared) : Ghosts{};
   check_tokens(ids, real);
   const int64_t num_ids = ids.numel();
   const Orders orders{cuda_data<int32_t>(loads, 2 * layer.num_experts, "loads"),
@@ -81,8 +106,8 @@ void PlanStep(TensorView state, TensorView rows, TensorView lane, TensorView ids
     tvm::ffi::CUDADeviceGuard guard(state.device().device_id);
     start_for(num_ids, plan_step_kernel<kFewThreads, Id>, plan_step_kernel<kManyThreads, Id>,
               [&](auto kernel, int threads) {
-                launch(kernel, 1, threads, layer.shared, stream, layer.memory, tokens, static_cast<int>(num_ids), out,
-                       orders, is_speculated);
+                launch(kernel, 1 + larger.number, threads, shared, stream, layer.memory, tokens,
+                       static_cast<int>(num_ids), out, orders, is_speculated, larger);
               });
     check_launch("plan_step");
   };

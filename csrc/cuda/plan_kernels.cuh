@@ -26,6 +26,7 @@ namespace {
 constexpr int kWarp = VEP_WARP_THREADS;
 constexpr int kMaxWarps = 32;
 constexpr int kMaxExperts = 1024;
+constexpr int kMaxGhosts = 4;
 
 // The lanes are the threads of a block.
 template <int kThreads>
@@ -103,6 +104,21 @@ struct Orders {
   int32_t* num_loads;  // (1)
   int32_t* extra;      // (E) demand: late rows to wait for; prefetch: the tickets of `loads`
   int32_t* num_extra;  // (1), demand only
+};
+
+// Larger caches of a layer, which hold no records: what they would find is counted, and nothing is ever on its way to
+// them. Their states lie one after another, their words in host memory likewise.
+struct Ghosts {
+  int64_t* states = nullptr;
+  int64_t* mirror = nullptr;
+  int number = 0;
+  int num_words[kMaxGhosts] = {};
+
+  __device__ LayerMemory at(int ghost) const {
+    int64_t* state = states;
+    for (int i = 0; i < ghost; ++i) state += num_words[i];
+    return {state, num_words[ghost], nullptr, nullptr, mirror + ghost * kHeaderWords};
+  }
 };
 
 // The block's shared memory, with a copy of the layer's state in it.
@@ -227,12 +243,15 @@ __device__ void write_loads(const Desk& desk, int num_loads, const Orders& order
   for (int i = desk.team.rank(); i < 2 * num_loads; i += desk.team.size()) orders.loads[i] = desk.loads[i];
 }
 
-// `row_ids` receives the row of each id.
+// `row_ids` receives the row of each id. Block 0 plans the layer's step; each block behind it plans and counts the same
+// step for one of the `ghosts`, and leaves no orders.
 template <int kThreads, class Id>
 __global__ void __launch_bounds__(kThreads, 1)
-    plan_step_kernel(const LayerMemory memory, const TokenIds<Id> ids, const int num_ids, Id* row_ids,
-                     const Orders orders, const bool is_speculated) {
+    plan_step_kernel(const LayerMemory own, const TokenIds<Id> ids, const int num_ids, Id* row_ids, const Orders orders,
+                     const bool is_speculated, const Ghosts ghosts) {
   VEP_DYNAMIC_SHARED(shared);
+  const bool is_ghost = blockIdx.x > 0;
+  const LayerMemory memory = is_ghost ? ghosts.at(static_cast<int>(blockIdx.x) - 1) : own;
   auto desk = Desk<kThreads>::open(shared, memory);
   auto& team = desk.team;
   const Layer& layer = desk.layer;
@@ -242,10 +261,12 @@ __global__ void __launch_bounds__(kThreads, 1)
   const int num_listed = list_ids(desk, ids, num_ids, true, true, &entry);
   const StepCounts step =
       plan_step(team, layer, lane, const_cast<const int32_t*>(desk.ids), num_listed, desk.scratch, desk.loads);
-  if (team.rank() == 0 && entry != kNever) *desk.scratch.entry = entry;
-  for (int m = team.rank(); m < step.num_misses; m += team.size()) begin_load(&memory.rows[desk.loads[2 * m + 1]]);
-  write_loads(desk, take_over_late(desk, memory.rows, step, orders), orders);
-  write_rows(team, layer, ids, ids.ids, num_ids, row_ids, desk.scratch);
+  if (!is_ghost) {
+    if (team.rank() == 0 && entry != kNever) *desk.scratch.entry = entry;
+    for (int m = team.rank(); m < step.num_misses; m += team.size()) begin_load(&memory.rows[desk.loads[2 * m + 1]]);
+    write_loads(desk, take_over_late(desk, memory.rows, step, orders), orders);
+    write_rows(team, layer, ids, ids.ids, num_ids, row_ids, desk.scratch);
+  }
   team.sync();
   if (team.rank() == 0) count_step(layer, step, is_speculated);
   desk.close(memory, taken_back_before - desk.num_taken_back());

@@ -68,6 +68,7 @@ class CacheObj : public Object {
   const int32_t index;
   const Layer layer;
   int64_t* const mirror;
+  std::vector<Ghost> ghosts;
 
   static constexpr bool _type_mutable = true;
   TVM_FFI_DECLARE_OBJECT_INFO_FINAL("vep.Cache", CacheObj, Object);
@@ -129,6 +130,8 @@ void serve_as(CacheObj& cache, const TensorView& ids, int64_t num_real, const Te
     header[kStallNs] += done.stall_ns;
     header[kLateNs] += done.late_ns;
   }
+  const RealIds<Id> real{routed, std::min(num_ids, static_cast<int>(num_real))};
+  for (const Ghost& ghost : cache.ghosts) ghost.serve(real, real.num_real, is_speculated, work);
   cache.show();
 }
 
@@ -204,6 +207,24 @@ int64_t NumQueued(EngineRef ref) {
   return ref->engine.num_queued();
 }
 
+// From now on every step is also planned for larger caches. `states`: theirs, written by planner_init, one after
+// another; `mirror`: (their number, kHeaderWords), written after each step. All int64; they must outlive the cache.
+void AddGhosts(CacheRef cache, TensorView states, TensorView mirror) {
+  auto* state = cpu_data<int64_t>(states, 0, "states");
+  const int64_t* const end = state + states.numel();
+  TVM_FFI_CHECK(mirror.ndim() == 2, ValueError) << "mirror must have shape (ghosts, words)";
+  auto* words = cpu_data<int64_t>(mirror, mirror.size(0) * kHeaderWords, "mirror");
+  std::vector<Ghost> ghosts;
+  for (int64_t i = 0; i < mirror.size(0) && state < end; ++i, words += kHeaderWords) {
+    ghosts.push_back({Layer(state), words});
+    ghosts.back().show();
+    state += Layer::words(state[kNumExperts], state[kNumSlots]);
+  }
+  TVM_FFI_CHECK(state == end && static_cast<int64_t>(ghosts.size()) == mirror.size(0), ValueError)
+      << "states of " << states.numel() << " words are not those of " << mirror.size(0) << " caches";
+  cache->ghosts = std::move(ghosts);
+}
+
 // Copies `expert` into `row`, which no step uses, over the link; uncounted. Returns the seconds it took.
 double Copy(CacheRef cache, int64_t expert, int64_t row) {
   return translated([&] {
@@ -232,4 +253,5 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(cache_create, vep::Create);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cache_serve, vep::Serve);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cache_prefetch, vep::Prefetch);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cache_preload, vep::Preload);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(cache_add_ghosts, vep::AddGhosts);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cache_copy, vep::Copy);

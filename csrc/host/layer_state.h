@@ -82,4 +82,24 @@ StepCounts plan_on_host(const Layer& layer, SlotWords lane, const Id* routed, in
   return step;
 }
 
+// A larger cache of a layer that holds no records: what it would find is counted, and nothing is ever on its way to it.
+struct Ghost {
+  Layer layer;
+  int64_t* mirror;  // kHeaderWords
+
+  void show() const { std::memcpy(mirror, layer.header, sizeof(int64_t) * kHeaderWords); }
+
+  template <class Ids>
+  void serve(const Ids& ids, int num_ids, bool is_speculated, Workspace& work) const {
+    struct {
+      bool landed(int) const { return true; }
+      bool drop(int) const { return false; }
+    } lane;
+    work.fit(layer);
+    Alone team;
+    count_step(layer, plan_step(team, layer, lane, ids, num_ids, work.scratch, work.loads), is_speculated);
+    show();
+  }
+};
+
 }  // namespace vep

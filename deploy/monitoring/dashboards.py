@@ -9,6 +9,7 @@ from monitoring.expressions import (
     TPOT,
     P,
     gauge,
+    ghost_hit_ratio,
     hit_ratio,
     rate,
     share,
@@ -65,6 +66,20 @@ CACHE = (
         maximum=1,
     ),
     Panel(
+        "Hit rate if the cache were larger",
+        "timeseries",
+        "percentunit",
+        "What 1.5 and 2 times the slots would have found, without prefetches, in the same lookups. Near the hit rate: "
+        "more memory does not help. Empty unless the server runs with ghost_caches.",
+        [
+            (ghost_hit_ratio(), "{{scale}} x the slots, {{instance}}"),
+            (hit_ratio(), "now, {{instance}}"),
+        ],
+        limits=(0.5, 0.8),
+        colours=BAD_TO_OK,
+        maximum=1,
+    ),
+    Panel(
         "TPOT against vLLM's own",
         "timeseries",
         "s",
@@ -96,6 +111,7 @@ CACHE = (
         "ops",
         "hit: in a slot; late: on its way; miss: copied while the step waits; speculated: executed as predicted.",
         [(rate("lookups_total", by="outcome"), "{{outcome}}")],
+        24,
     ),
 )
 

@@ -31,6 +31,12 @@ def hit_ratio(selector: str = RANKS, by: str = "instance", metric: str = "lookup
     return share(rate(metric, selector, by, 'outcome="hit"'), rate(metric, selector, by, 'outcome!="speculated"'))
 
 
+def ghost_hit_ratio() -> str:
+    """The same of caches of other sizes, which hold nothing."""
+    by = "instance, scale"
+    return share(rate("ghost_hits_total", by=by), rate("ghost_lookups_total", by=by))
+
+
 def stall_ratio(selector: str = RANKS) -> str:
     """Waiting for experts in the time of all steps."""
     return share(rate("stall_seconds_total", selector), rate("step_seconds_sum", selector))

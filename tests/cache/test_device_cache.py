@@ -55,7 +55,7 @@ def test_a_step_is_planned_and_then_copied(made):
     assert arguments[5] is row_ids
     assert (row_ids.shape, row_ids.dtype) == (ids.shape, ids.dtype)
     assert arguments[10] == caches.mirror[2].data_ptr()
-    assert arguments[11:] == (False, "main")
+    assert arguments[11:] == (False, None, None, 0, "main")
 
 
 def test_each_prefetch_is_planned_with_the_layers_own_budget_word_and_then_copied(made):

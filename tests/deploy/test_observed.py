@@ -46,7 +46,7 @@ RECORD_BYTES = 49152
 NUM_LAYERS = 8
 TOP_K = 2
 ITL = "sum(increase({name}_sum[2m])) / sum(increase({name}_count[2m]))"
-CONFIG = {"cache_fraction": 0.5, "metrics_per_layer": True, "emulated_link_gbps": 1.0}
+CONFIG = {"cache_fraction": 0.5, "metrics_per_layer": True, "ghost_caches": True, "emulated_link_gbps": 1.0}
 
 
 def ask(metrics_port: int) -> list[str]:
@@ -218,6 +218,13 @@ def test_layers_sum_to_the_whole(observed):
     assert names == {str(number) for number in range(NUM_LAYERS)}
 
 
+def test_larger_caches_would_hit_more_in_the_same_lookups(observed):
+    lookups = sum(observed.gained("lookups_total", outcome=outcome) for outcome in ("hit", "late", "miss"))
+    hits = [observed.gained("ghost_hits_total", scale=scale) for scale in ("1.5", "2")]
+    assert [observed.gained("ghost_lookups_total", scale=scale) for scale in ("1.5", "2")] == [lookups] * 2
+    assert 0 < observed.gained("lookups_total", outcome="hit") < hits[0] < hits[1] <= lookups
+
+
 def test_stalls_are_a_part_of_the_steps(observed):
     assert 0 < observed.gained("stall_seconds_total") < observed.gained("step_seconds_sum")
 
@@ -272,7 +279,7 @@ def test_top_shows_the_server(observed):
     shown = json.loads(observed.top)
     assert (shown["slots"], shown["experts"]) == (64, 128)
     assert len(shown["layers"]) == NUM_LAYERS
-    assert 0 < shown["hit_ratio"] < 1
+    assert 0 < shown["hit_ratio"] < shown["ghost_hit_ratios"]["1.5"] < shown["ghost_hit_ratios"]["2"] <= 1
     assert 0 < shown["tpot_seconds"] < 1
 
 

@@ -11,7 +11,8 @@ from device import shim
 from vllm_expert_prefetch.cache.device import DeviceCache
 from vllm_expert_prefetch.config import ConfigError
 from vllm_expert_prefetch.lookahead import create
-from vllm_expert_prefetch.planning.simulate import as_recorded
+from vllm_expert_prefetch.planning.replay import Setting
+from vllm_expert_prefetch.planning.simulate import as_recorded, simulate_all
 from vllm_expert_prefetch.prediction import Prediction, Predictor
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.expert_tensors import TakeoverError
@@ -68,13 +69,17 @@ def test_another_family_is_bit_equal_on_the_device_path(monkeypatch, tmp_path, n
 
 
 def test_a_recording_counts_what_the_device_path_counted(monkeypatch, tmp_path):
-    config = {"cache_fraction": 0.5, "prefetch": "off", "trace": str(tmp_path)}
-    _, _, words = served(monkeypatch, TINY_MODEL, config, lambda llm: greedy(llm, prompts(3), 8))
+    config = {"cache_fraction": 0.5, "prefetch": "off", "trace": str(tmp_path), "ghost_caches": True}
+    _, counted, words = served(monkeypatch, TINY_MODEL, config, lambda llm: greedy(llm, prompts(3), 8))
     trace = read_trace(tmp_path)
     assert len(trace) == 8
     hits, misses = (sum(getattr(layer, name) for layer in words) for name in ("hits", "misses"))
     found = as_recorded(trace)
     assert (found["hits"], found["misses"]) == ((hits, hits), (misses, misses))
+    for scale, slots in (("1.5", 12), ("2", 16)):
+        simulated = simulate_all(trace, Setting((slots,) * 8, "ewma"))
+        assert counted[f"ghost_hits_total/{scale}"] == simulated.hits > hits
+        assert counted[f"ghost_lookups_total/{scale}"] == simulated.lookups == hits + misses
 
 
 @pytest.fixture(scope="module")

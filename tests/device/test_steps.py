@@ -29,6 +29,15 @@ def test_a_step_of_a_layer_takes_two_launches_and_looking_ahead_two_for_each_dis
     assert list(shim.library().shim_launches()) == [2 * gpu_model.NUM_LAYERS + looking, looking]
 
 
+def test_ghost_caches_take_no_launch_of_their_own():
+    model = gpu_model.Model()
+    model.caches.add_ghosts([1.5, 2.0])
+    model.route()
+    shim.library().shim_launches()
+    model.run(ahead=False)
+    assert list(shim.library().shim_launches()) == [2 * gpu_model.NUM_LAYERS, 0]
+
+
 @pytest.mark.parametrize("kernel", ["plan_step", "gather_records"])
 def test_a_graph_that_freezes_a_kernel_is_found_out(monkeypatch, kernel):
     """Its results would be those of the captured step, in every replay."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from gpu_layer import CLAIMED, COPYING, QUEUED, READY, URGENT
 
-from vllm_expert_prefetch.cache.device import _initial_state
+from vllm_expert_prefetch.cache.base import initial_state
 from vllm_expert_prefetch.cache.words import Words
 from vllm_expert_prefetch.native.library import cuda_library, host_library
 from vllm_expert_prefetch.residency import POLICIES, ExpertCache
@@ -30,7 +30,7 @@ class Walk:
         self.rng = random.Random(seed)
         self.num_experts, self.num_slots, self.top_k = num_experts, num_slots, top_k
         self.cache = ExpertCache(num_experts, num_slots, POLICIES[policy])
-        self.state = _initial_state(num_experts, num_slots, top_k, policy).cuda()
+        self.state = initial_state(num_experts, num_slots, top_k, policy).cuda()
         self.words, self.lane = zeros(num_experts), zeros(cuda_library().lane_ints())
         self.loads, self.num_loads = zeros(num_experts, 2), zeros(1)
         self.extra, self.num_extra = zeros(num_experts), zeros(1)
@@ -144,7 +144,7 @@ class Walk:
         row_ids = torch.full_like(ids, -9)
         cuda_library().plan_step(
             *(self.state, self.words, self.lane, ids, torch.tensor(real).cuda(), row_ids),
-            *(self.loads, self.num_loads, self.extra, self.num_extra, 0, False, stream()),
+            *(self.loads, self.num_loads, self.extra, self.num_extra, 0, False, None, None, 0, stream()),
         )
         return row_ids.flatten().tolist()
 

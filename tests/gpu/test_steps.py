@@ -5,6 +5,7 @@ import torch
 from gpu_model import NUM_EXPERTS, NUM_LAYERS, NUM_SLOTS, Model
 
 from vllm_expert_prefetch.cache.words import Words
+from vllm_expert_prefetch.residency import POLICIES, ExpertCache
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "lfru"])
@@ -73,6 +74,35 @@ def test_a_step_of_padding_fetches_and_counts_nothing():
     for words in model.finish():
         assert sum(words[Words._fields.index("steps") :]) == 0
         assert words.num_free == NUM_SLOTS
+
+
+@pytest.mark.parametrize(("policy", "ahead"), [("lru", False), ("ewma", True)])
+def test_ghost_caches_count_in_replays_what_the_specification_counts_at_their_size(policy, ahead):
+    """Whether the layer looks ahead or not; its own words are those of a layer without ghosts."""
+    model, other = Model(policy), Model(policy)
+    model.caches.add_ghosts([1.5, 2.0])
+    specified = [[ExpertCache(NUM_EXPERTS, slots, POLICIES[policy]) for slots in (18, 24)] for _ in range(NUM_LAYERS)]
+    expected = torch.zeros(NUM_LAYERS, 2, 2, dtype=torch.int64)
+    for each in (model, other):
+        each.route(share_real=0)
+    graphs = [each.capture(ahead) for each in (model, other)]
+    for number in range(100):
+        routing = {"num_experts": NUM_SLOTS if number % 2 else NUM_EXPERTS, "share_real": (number % 8) / 7}
+        for each, graph in zip((model, other), graphs, strict=True):
+            each.step(graph, **routing)
+        ids = model.ids.masked_fill((model.rows < 0)[:, None], -1).flatten(1).tolist()
+        for layer, caches in enumerate(specified):
+            for ghost, cache in enumerate(caches):
+                plan = cache.plan(ids[layer])
+                expected[layer, ghost] += torch.tensor([plan.num_hits, len(plan.loads)])
+    own, others = model.finish(), other.finish()
+    assert own == others or ahead, "what of a prefetch has landed depends on the clock"
+    assert all((words.used > 0) == ahead for words in own[1:])
+    names = ("hits", "misses")
+    found = model.caches.ghost_mirror[:NUM_LAYERS, :, [Words._fields.index(name) for name in names]]
+    assert found.tolist() == expected.tolist()
+    assert bool((expected > 0).all())
+    assert other.caches.ghost_mirror is None
 
 
 def test_a_budget_that_changes_while_a_graph_is_replayed_is_obeyed():

@@ -165,6 +165,26 @@ def test_no_counter_falls_when_a_gpu_is_seen_in_the_middle_of_a_step(tmp_path, m
     assert counters.get("transfer_bytes_total/overflow") == 300
 
 
+def test_ghost_caches_count_from_what_they_say_at_first(tmp_path, mirror):
+    """Whatever the words of the caches that serve do: on a GPU a ghost's may come later."""
+    ghosts = mirror.repeat(1, 2).view(len(RECORDS), 2, -1).clone()
+    counters = make_counters(tmp_path)
+    ledger = Ledger(counters, RECORDS, mirror, RATE, ghosts)
+    ledger.publish()
+    assert shown(counters) == {}
+    for layer in range(3):
+        grow(ghosts[:, 0], layer, hits=5, misses=2, speculated=9)
+        grow(ghosts[:, 1], layer, hits=6, misses=1, evictions=3)
+    ledger.publish()
+    ledger.publish()
+    assert shown(counters) == {
+        "ghost_hits_total/1.5": 15,
+        "ghost_lookups_total/1.5": 21,
+        "ghost_hits_total/2": 18,
+        "ghost_lookups_total/2": 21,
+    }
+
+
 @pytest.mark.parametrize("layers", [(), ("0", "1", "2")])
 def test_a_random_walk_ends_where_one_look_at_its_end_does(tmp_path, mirror, layers):
     """However often the words are read between steps."""

@@ -49,7 +49,7 @@ def test_counters_of_a_device_are_published_without_steps_until_their_engine_is_
     monkeypatch.setattr(publish, "_PERIOD_SECONDS", 0.01)
     (tmp_path / "runtime").mkdir()
     mirror = torch.zeros(1, len(Words._fields), dtype=torch.int64)
-    caches = SimpleNamespace(layers=[None], mirror=mirror, on_device=True)
+    caches = SimpleNamespace(layers=[None], mirror=mirror, ghost_mirror=None, on_device=True)
     before = set(threading.enumerate())
     publisher = Publisher(make_counters(tmp_path / "runtime"), caches, None)
     (thread,) = set(threading.enumerate()) - before

@@ -81,6 +81,20 @@ def test_rates_are_what_happened_between_the_two(counters, page):
     assert (summary["slots"], summary["experts"], summary["planned_hit_ratio"]) == (8, 16, 0.5)
 
 
+def test_what_larger_caches_would_hit_stands_beside_the_plan(counters, page):
+    happen(counters)
+    before = parse_scrape(page(), 100.0)
+    assert "the slots" not in rendered(summarise(before, parse_scrape(page(), 101.0)))
+    happen(counters)
+    for scale, hits in (("1.5", 32), ("2", 38)):
+        counters.add(INDEX[f"ghost_hits_total/{scale}"], hits)
+        counters.add(INDEX[f"ghost_lookups_total/{scale}"], 40)
+    summary = summarise(before, parse_scrape(page(), 102.0))
+    assert summary["ghost_hit_ratios"] == {"1.5": 0.8, "2": 0.95}
+    (line,) = [line for line in rendered(summary).splitlines() if line.startswith("hit rate")]
+    assert line.split(maxsplit=4)[-1] == "planned 50.0 %; 80.0 % with 1.5 x, 95.0 % with 2 x the slots"
+
+
 def test_layers_come_in_the_order_of_their_numbers(counters, page):
     before = parse_scrape(page(), 0.0)
     happen(counters)

@@ -116,6 +116,7 @@ WRITTEN = {
     "self_check": ("off", "off"),
     "planned_hit_rate": ("90 %", 0.9),
     "metrics_per_layer": ("on", True),
+    "ghost_caches": ("true", True),
     "metrics_port": ("9400", 9400),
     "trace": ("a/folder", "a/folder"),
     "trace_mb": ("512", 512),

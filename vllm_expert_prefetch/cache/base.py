@@ -5,6 +5,7 @@
   of the one that computes its layer is. A far guess, of a distance above 1, is only for a link that would idle.
 * `preload`: the same for a wide step of the layer that comes next, overflow rows included.
 * `set_budget`: how many records one prefetch may bring, for each distance.
+* `add_ghosts`: larger caches that hold no records, for which every step is planned and counted as well.
 * `words`: what happened so far, as last written; reading it waits for nothing.
 * `check_integrity`: the books against each other.
 
@@ -13,7 +14,8 @@ One implementation per platform: `host` (C++ on the CPU platform) and `device` (
 
 import contextlib
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 
@@ -21,6 +23,8 @@ from vllm_expert_prefetch.cache.words import Words
 from vllm_expert_prefetch.memory.host_store import HostStore
 from vllm_expert_prefetch.memory.link import EmulatedLink
 from vllm_expert_prefetch.memory.row_space import RowSpace
+from vllm_expert_prefetch.native.library import host_library
+from vllm_expert_prefetch.residency import POLICIES
 
 Rows = int | torch.Tensor
 """Which rows of a step are tokens. On the host their number: the first ones are. On a GPU int64 (T), negative for
@@ -83,6 +87,21 @@ class LayerCache(ABC):
     def takes_guesses(self, distance: int = 1) -> bool:
         """Whether a guess may be of use. On a GPU always: the budget is read when a captured step runs."""
 
+    def add_ghosts(self, num_slots: Sequence[int], mirror: torch.Tensor) -> None:
+        """From now on plan every step for ghost caches as well: planners of `num_slots` (G) slots each, of this layer's
+        policy, that hold no record and know of no prefetch. `mirror` (G, len(Words)) int64, of `Caches.add_ghosts`:
+        their words, written after each step.
+
+        Changes no residency and none of this cache's words. Raises ValueError where the numbers do not fit.
+        """
+        policy = list(POLICIES)[self.words().policy]
+        states = [initial_state(self.num_experts, slots, self.top_k, policy) for slots in num_slots]
+        self._add_ghosts(num_slots, torch.cat(states), mirror)
+
+    @abstractmethod
+    def _add_ghosts(self, num_slots: Sequence[int], states: torch.Tensor, mirror: torch.Tensor) -> None:
+        """`states`: fresh ones of all ghosts, one after another, int64 on the CPU."""
+
     @abstractmethod
     def words(self) -> Words:
         """The words in front of the planner's state, as last written. Changes nothing, waits for nothing."""
@@ -129,6 +148,8 @@ class Caches(ABC):
         self.mirror = mirror
         self.link = link
         self.depth = depth
+        self.ghost_mirror: torch.Tensor | None = None
+        """(L, G, len(Words)) int64: the words of each layer's ghost caches, as last written; None without any."""
         self.preloaded: LayerCache | None = None
         """The layer that is next, if copies for it may be on their way to overflow rows."""
 
@@ -137,6 +158,23 @@ class Caches(ABC):
         self, number: int, store: HostStore, space: RowSpace, num_slots: int, top_k: int, policy: str
     ) -> LayerCache:
         """The cache of MoE layer `number`, all slots free. Raises ValueError where the numbers do not fit."""
+
+    def add_ghosts(self, scales: Sequence[float]) -> None:
+        """From now on each layer also plans its steps for ghost caches of so many times its slots, rounded down, the
+        experts at most.
+
+        Raises ValueError where that cannot be planned here.
+        """
+        mirror = self._create_ghost_mirror(len(scales))
+        for number, cache in enumerate(self.layers):
+            if cache is not None:
+                slots = [min(cache.num_experts, int(scale * cache.num_slots)) for scale in scales]
+                cache.add_ghosts(slots, mirror[number])
+        self.ghost_mirror = mirror
+
+    def _create_ghost_mirror(self, num_ghosts: int) -> torch.Tensor:
+        """`ghost_mirror`, zeros, in memory that the planner can write to."""
+        return torch.zeros(len(self.layers), num_ghosts, len(Words._fields), dtype=torch.int64)
 
     def aside(self) -> contextlib.AbstractContextManager[None]:
         """Within it, predictions and `prefetch` may run beside the layer's kernel; the next `serve` comes after them.
@@ -167,6 +205,14 @@ class Caches(ABC):
     @abstractmethod
     def close(self) -> None:
         """End the prefetch lane and drop what is queued; later calls raise RuntimeError."""
+
+
+def initial_state(num_experts: int, num_slots: int, top_k: int, policy: str) -> torch.Tensor:
+    """A planner's state with every slot free, int64 on the CPU. Raises ValueError, with the numbers."""
+    library: Any = host_library()
+    state = torch.zeros(library.planner_words(num_experts, num_slots), dtype=torch.int64)
+    library.planner_init(state, num_experts, num_slots, top_k, list(POLICIES).index(policy))
+    return state
 
 
 def mapped(expert_map: torch.Tensor, expert_ids: torch.Tensor) -> torch.Tensor:

@@ -6,19 +6,18 @@ replay plans with the ids of *its* step. Nothing here allocates, synchronises or
 """
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from vllm_expert_prefetch.cache.base import Caches, LayerCache, Rows, check_state
+from vllm_expert_prefetch.cache.base import Caches, LayerCache, Rows, check_state, initial_state
 from vllm_expert_prefetch.cache.words import Words
 from vllm_expert_prefetch.memory.host_memory import HostMemory, HostMemoryOptions
 from vllm_expert_prefetch.memory.host_store import HostStore
 from vllm_expert_prefetch.memory.row_space import RowSpace
-from vllm_expert_prefetch.native.library import cuda_library, host_library
-from vllm_expert_prefetch.residency import POLICIES
+from vllm_expert_prefetch.native.library import cuda_library
 
 _MEASURED_COPIES = 8
 
@@ -68,13 +67,15 @@ class DeviceCache(LayerCache):
         self._segments = _segment_table(library, store, space, device)
         library.check_layout(self._segments, self.num_experts)
         library.load_plan_kernels(self.num_experts, num_slots, device.index)
-        state = _initial_state(self.num_experts, num_slots, top_k, policy)
+        state = initial_state(self.num_experts, num_slots, top_k, policy)
         self.state = state.to(device)
         self._board = torch.zeros(library.board_ints(self.num_experts), dtype=torch.int32, device=device)
         self.row_words = self._board[: self.num_experts]
         self.demand = Orders(self.num_experts, device)
         self.ahead = [Orders(self.num_experts, device) for _ in range(caches.depth)]
         """By distance, the nearest first."""
+        self._ghosts: tuple[torch.Tensor | None, torch.Tensor | None, int] = None, None, 0
+        """Their states, slots, and where their words go, as the GPU sees it."""
         self._mirror, self._mirror_address = caches.mirror[number], caches.mirror_address(number)
         self._mirror.copy_(state[: len(self._mirror)])
         for distance in range(1, caches.depth + 1):
@@ -88,7 +89,7 @@ class DeviceCache(LayerCache):
         self._library.plan_step(
             *(self.state, self.row_words, self._caches.lane, topk_ids, rows, row_ids),
             *(orders.loads, orders.num_loads, orders.late, orders.num_late),
-            *(self._mirror_address, speculated, self._caches.current_stream()),
+            *(self._mirror_address, speculated, *self._ghosts, self._caches.current_stream()),
         )
         self.gather()
         return row_ids
@@ -139,6 +140,15 @@ class DeviceCache(LayerCache):
 
     def takes_guesses(self, distance: int = 1) -> bool:
         return True
+
+    def _add_ghosts(self, num_slots: Sequence[int], states: torch.Tensor, mirror: torch.Tensor) -> None:
+        library, device = self._library, self._caches.device
+        library.load_plan_kernels(self.num_experts, max(num_slots), device.index)
+        self._ghosts = (
+            states.to(device),
+            torch.tensor(num_slots, dtype=torch.int64, device="cpu"),
+            mirror.data_ptr() + self._caches.ghosts_moved,
+        )
 
     def words(self) -> Words:
         return Words._make(self._mirror.tolist())
@@ -200,6 +210,8 @@ class DeviceCaches(Caches):
         self._forked, self._landed, self._begun, self._planned = (torch.cuda.Event() for _ in range(4))
         self._busy: set[tuple[int, int]] = set()
         """(layer, distance) of prefetches that were not joined."""
+        self.ghosts_moved = 0
+        """From where the words of ghost caches are in host memory to where the GPU sees them."""
         self._is_planning = False
         self._is_closed = False
 
@@ -209,6 +221,13 @@ class DeviceCaches(Caches):
         cache = DeviceCache(self, number, store, space, num_slots, top_k, policy)
         self.layers[number] = cache
         return cache
+
+    def _create_ghost_mirror(self, num_ghosts: int) -> torch.Tensor:
+        like = super()._create_ghost_mirror(num_ghosts)
+        shared = HostMemory(like.nbytes, HostMemoryOptions(pin=True, cuda=True)).bytes
+        base = shared.data_ptr()
+        self.ghosts_moved = self.library.device_pointer(base, self.device.index) - base
+        return shared[: like.nbytes].view(torch.int64).view_as(like)
 
     def mirror_address(self, number: int) -> int:
         """Of the words of a layer, as the GPU sees it."""
@@ -268,14 +287,6 @@ class DeviceCaches(Caches):
     def close(self) -> None:
         self._is_closed = True
         self.stream.synchronize()
-
-
-def _initial_state(num_experts: int, num_slots: int, top_k: int, policy: str) -> torch.Tensor:
-    """A planner's state with every slot free, int64 on the CPU. Raises ValueError, with the numbers."""
-    library: Any = host_library()
-    state = torch.zeros(library.planner_words(num_experts, num_slots), dtype=torch.int64)
-    library.planner_init(state, num_experts, num_slots, top_k, list(POLICIES).index(policy))
-    return state
 
 
 def _segment_table(library: Any, store: HostStore, space: RowSpace, device: torch.device) -> torch.Tensor:

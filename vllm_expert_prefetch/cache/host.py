@@ -1,6 +1,7 @@
 """The expert cache on the CPU platform: planned and copied in C++, prefetches on a thread of the engine's own."""
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -67,6 +68,10 @@ class HostCache(LayerCache):
     def takes_guesses(self, distance: int = 1) -> bool:
         budget = self._budgets[distance]
         return budget > 0 and (distance == 1 or budget > self._num_queued(self._engine))
+
+    def _add_ghosts(self, num_slots: Sequence[int], states: torch.Tensor, mirror: torch.Tensor) -> None:
+        self._ghosts = states, mirror
+        self._caches.library.cache_add_ghosts(self._native, states, mirror)
 
     def words(self) -> Words:
         return Words._make(self._mirror.tolist())

@@ -147,7 +147,7 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     )
     return [
         ("TPOT", _milliseconds(summary["tpot_seconds"]), ""),
-        ("hit rate", _percent(summary["hit_ratio"]), f"planned {_percent(summary['planned_hit_ratio'])}"),
+        ("hit rate", _percent(summary["hit_ratio"]), _planned_and_larger(summary)),
         ("stalls", _percent(summary["stall_ratio"]), "of the steps' time"),
         ("saved", _percent(summary["saved_ratio"]), "of the steps' time, by looking ahead"),
         ("prefetch", _percent(summary["prefetch_precision"]), "of its copies used"),
@@ -160,6 +160,12 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("MoE steps", f"{sum(of_layers.values()):.0f}/s", _listed(of_layers, "{:.0f}".format)),
         ("cache", _bytes(summary["cache_bytes"]), f"{held}, {_bytes(summary['host_store_bytes'])} on the host"),
     ]
+
+
+def _planned_and_larger(summary: dict[str, Any]) -> str:
+    ghosts = summary["ghost_hit_ratios"].items()
+    larger = ", ".join(f"{_percent(ratio)} with {scale} x" for scale, ratio in ghosts if ratio is not None)
+    return f"planned {_percent(summary['planned_hit_ratio'])}" + (f"; {larger} the slots" if larger else "")
 
 
 def _open_layers(summary: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
-from vllm_expert_prefetch.config import MOST_LOOKAHEAD_LAYERS
+from vllm_expert_prefetch.config import GHOST_SCALES, MOST_LOOKAHEAD_LAYERS
 
 PREFIX = "vllm_expert_prefetch_"
 COMMON_LABELS = ("model_name", "engine", "rank")
@@ -83,6 +83,23 @@ METRICS = (
         "transfer_bytes_total and stall_seconds_total.",
         "outcome",
         OUTCOMES,
+    ),
+    Metric(
+        "ghost_lookups_total",
+        Kind.COUNTER,
+        "lookups",
+        "With `ghost_caches`: lookups of what the router chose, in a cache of so many times the slots that holds no "
+        "experts and fetches none ahead.",
+        "scale",
+        GHOST_SCALES,
+    ),
+    Metric(
+        "ghost_hits_total",
+        Kind.COUNTER,
+        "lookups",
+        "Of these, those that would have found their expert in a slot.",
+        "scale",
+        GHOST_SCALES,
     ),
     Metric(
         "transfer_bytes_total",

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from vllm_expert_prefetch.cache.words import Words
+from vllm_expert_prefetch.config import GHOST_SCALES
 from vllm_expert_prefetch.metrics.counters import Counters, layer_start
 from vllm_expert_prefetch.metrics.definitions import INDEX, LAYER_INDEX
 
@@ -44,10 +45,16 @@ class Ledger:
     """Adds what the words of all layers have grown by to a worker's counters."""
 
     def __init__(
-        self, counters: Counters, record_bytes: Sequence[int], mirror: torch.Tensor, link_bytes_per_second: float
+        self,
+        counters: Counters,
+        record_bytes: Sequence[int],
+        mirror: torch.Tensor,
+        link_bytes_per_second: float,
+        ghosts: torch.Tensor | None = None,
     ) -> None:
         """`record_bytes` of each layer; `mirror` (L, len(Words)) int64: their words, as last written;
-        `link_bytes_per_second` as measured, 0 where it is not known.
+        `link_bytes_per_second` as measured, 0 where it is not known; `ghosts` (L, G, len(Words)) int64: the words of
+        ghost caches likewise, one for each of GHOST_SCALES.
 
         What the words say now is not counted. With `counters.layers` there are L of them, in the order of `mirror`.
         """
@@ -56,6 +63,7 @@ class Ledger:
         self._rate = link_bytes_per_second
         self._mirror = mirror
         self._seen = mirror.clone()
+        self._ghosts, self._ghosts_at_first = ghosts, 0 if ghosts is None else ghosts.clone()
         self._unchanged = [Words._make(row) for row in torch.zeros_like(mirror).tolist()]
         counted = torch.ones(1, num_layers, dtype=torch.float64)
         self._series = [_ALL]
@@ -75,6 +83,7 @@ class Ledger:
 
         A GPU may be writing the words: a cancellation may be seen before what was issued, and no counter may fall.
         """
+        self._publish_ghosts()
         now = self._mirror.clone()
         if torch.equal(now, self._seen):
             return self._unchanged
@@ -89,6 +98,14 @@ class Ledger:
                     totals[number] = amount
         self._counters.set("resident_slots", sums[0][0].num_resident)
         return deltas
+
+    def _publish_ghosts(self) -> None:
+        if self._ghosts is None:
+            return
+        for scale, row in zip(GHOST_SCALES, (self._ghosts - self._ghosts_at_first).sum(0).tolist(), strict=True):
+            words = Words._make(row)
+            self._counters.set(f"ghost_hits_total/{scale}", words.hits)
+            self._counters.set(f"ghost_lookups_total/{scale}", words.hits + words.misses)
 
     def _sums(self, words: torch.Tensor) -> list[tuple[Words, Words]]:
         """The words, (L, len(Words)) int64, summed over each set of layers: as they are, and times their records."""

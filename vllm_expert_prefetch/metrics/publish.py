@@ -50,7 +50,8 @@ class Publisher:
         self._looks_at, self._has_complained = 0.0, False
         if caches is not None:
             record_bytes = [0 if cache is None else cache.record_bytes for cache in caches.layers]
-            self._ledger = Ledger(counters, record_bytes, caches.mirror, counters.get("link_bytes_per_second"))
+            rate = counters.get("link_bytes_per_second")
+            self._ledger = Ledger(counters, record_bytes, caches.mirror, rate, caches.ghost_mirror)
             if caches.on_device:
                 held = weakref.ref(self)
                 threading.Thread(

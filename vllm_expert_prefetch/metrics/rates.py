@@ -6,6 +6,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from vllm_expert_prefetch.config import GHOST_SCALES
 from vllm_expert_prefetch.metrics.definitions import DISTANCES, LAYER_LABEL, PREFIX
 
 Series = tuple[str, frozenset[tuple[str, str]]]
@@ -97,6 +98,10 @@ def summarise(before: Scrape, after: Scrape) -> dict[str, Any]:
         "elapsed_seconds": both.seconds,
         "servers": after.info(),
         "hit_ratio": share(gained("lookups_total", outcome="hit"), routed),
+        "ghost_hit_ratios": {
+            scale: share(gained("ghost_hits_total", scale=scale), gained("ghost_lookups_total", scale=scale))
+            for scale in GHOST_SCALES
+        },
         "planned_hit_ratio": both.mean("planned_hit_ratio"),
         "stall_ratio": share(gained("stall_seconds_total"), gained("step_seconds_sum")),
         "saved_ratio": share(gained("saved_seconds_total"), gained("step_seconds_sum")),

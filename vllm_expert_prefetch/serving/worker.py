@@ -9,7 +9,7 @@ import torch
 from vllm_expert_prefetch import __version__
 from vllm_expert_prefetch.cache.base import Caches, LayerCache
 from vllm_expert_prefetch.cache.create import create_caches, create_shared_rows
-from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, OFF, ConfigError, ExpertPrefetchConfig
+from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, GHOST_SCALES, OFF, ConfigError, ExpertPrefetchConfig
 from vllm_expert_prefetch.lookahead.after import LookAhead
 from vllm_expert_prefetch.lookahead.create import depth_of
 from vllm_expert_prefetch.memory.host_memory import HostMemoryOptions, numa_node_of_gpu
@@ -202,6 +202,8 @@ class Worker:
             compat.logger().warning("expert_prefetch: self_check is off: NOTHING is proved of copies and kernels here")
         link_rate = caches.measure_bandwidth() if caches else 0.0
         self._prompt_step = self._measure_prompt_step(link_rate)
+        if self.config.ghost_caches:
+            self._add_ghosts(caches)
         if self.config.profile is not None:  # before anything is counted
             warm_slots(self, self._vllm_config.model_config.model)
         self.publisher = self._publish(self._look_ahead(model, link_rate), link_rate)
@@ -213,6 +215,15 @@ class Worker:
         served = [layer for layer in self.layers if layer.cache is not None]
         most = self._vllm_config.scheduler_config.max_num_batched_tokens
         return measure_prompt_step(served, link_rate, most) if served else None
+
+    def _add_ghosts(self, caches: Caches | None) -> None:
+        if caches is None:
+            compat.logger().warning("expert_prefetch: ghost_caches counts nothing: every expert has a slot")
+            return
+        try:
+            caches.add_ghosts([float(scale) for scale in GHOST_SCALES])
+        except ValueError as error:
+            raise ConfigError(f"{CONFIG_KEY}: ghost_caches cannot be planned here, set it to false: {error}") from error
 
     def step_begins(self, num_prefilling: int, num_decoding: int, continues: bool) -> None:
         """An engine step begins; see `StepClock.begin`."""

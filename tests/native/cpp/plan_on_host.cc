@@ -33,15 +33,16 @@ int pick(int low, int high) {
   return low + static_cast<int>(random_source() % static_cast<unsigned>(high - low + 1));
 }
 
-// Runs `kernel` as one block.
+// Runs `kernel` as one block, number `block`.
 template <class Kernel>
-void launch(int64_t shared_size, Kernel kernel) {
+void launch(int64_t shared_size, Kernel kernel, unsigned block = 0) {
   std::vector<int64_t> shared(static_cast<size_t>(shared_size / 8 + 1), 0x5A5A5A5A5A5A5A5A);
   std::barrier<> barrier(kThreads);
   std::vector<std::thread> threads;
   for (unsigned rank = 0; rank < kThreads; ++rank) {
     threads.emplace_back([&, rank] {
       threadIdx.x = rank;
+      blockIdx.x = block;
       dynamic_shared = shared.data();
       block_barrier = &barrier;
       kernel();
@@ -169,13 +170,17 @@ void play_lane(TestLayer& layer) {
 
 struct Totals {
   int64_t wide = 0, overflow = 0, claimed = 0, late = 0, cancelled = 0, used = 0, many_ids = 0, held_back = 0,
-          preloaded = 0, shut = 0;
+          preloaded = 0, shut = 0, ghost_hits = 0;
 };
 
 void walk(Totals& totals) {
   const int num_experts = pick(2, 40), top_k = pick(1, std::min(num_experts, 8));
   TestLayer one(num_experts, pick(top_k, num_experts), top_k, pick(0, 3));
-  const int64_t shared = shared_bytes(num_experts, one.layer().num_slots());
+  std::vector<TestLayer> larger;
+  for (int i = 0; i < 2; ++i) {
+    larger.emplace_back(num_experts, pick(one.layer().num_slots(), num_experts), top_k, pick(0, 3));
+  }
+  const int64_t shared = shared_bytes(num_experts, num_experts);
   for (int number = 0; number < 40; ++number) {
     TestLayer other = one;
     const int num_tokens = pick(1, pick(0, 1) ? 3 : 20), spread = pick(0, 1) ? num_experts : (num_experts + 2) / 3;
@@ -211,10 +216,32 @@ void walk(Totals& totals) {
       const TokenIds<int32_t> routed{ids.data(), real.data(), per_token, per_token};
       const bool is_speculated = pick(0, 4) == 0;
       reference.step(routed, num_ids, is_speculated, expected);
-      launch(shared, [&] {
-        plan_step_kernel<kThreads, int32_t>(other.memory(mirror.data()), routed, num_ids, found.rows.data(),
-                                            found.orders(), is_speculated);
-      });
+      std::vector<int64_t> states, ghost_mirror(2 * kHeaderWords);
+      for (TestLayer& ghost : larger) states.insert(states.end(), ghost.state.begin(), ghost.state.end());
+      const Ghosts ghosts{states.data(),
+                          ghost_mirror.data(),
+                          2,
+                          {static_cast<int>(larger[0].state.size()), static_cast<int>(larger[1].state.size())}};
+      for (unsigned block = 0; block < 3; ++block) {
+        launch(
+            shared,
+            [&] {
+              plan_step_kernel<kThreads, int32_t>(other.memory(mirror.data()), routed, num_ids, found.rows.data(),
+                                                  found.orders(), is_speculated, ghosts);
+            },
+            block);
+      }
+      auto* state = states.data();
+      auto* shown = ghost_mirror.data();
+      for (TestLayer& ghost : larger) {
+        Outcome ignored(num_experts, ids.size());
+        Reference(ghost, num_ids).step(routed, num_ids, is_speculated, ignored);
+        REQUIRE(std::equal(ghost.state.begin(), ghost.state.end(), state));
+        REQUIRE(std::equal(shown, shown + kHeaderWords, state));
+        state += ghost.state.size();
+        shown += kHeaderWords;
+        totals.ghost_hits += ghost.state[kHits];
+      }
       REQUIRE(std::memcmp(mirror.data(), other.state.data(), sizeof(int64_t) * kHeaderWords) == 0);
       totals.many_ids += num_ids > num_experts;
     }
@@ -245,6 +272,6 @@ int main() {
   for (int i = 0; i < 60; ++i) walk(totals);
   REQUIRE(totals.wide > 0 && totals.overflow > 0 && totals.late > totals.claimed && totals.claimed > 0);
   REQUIRE(totals.cancelled > 0 && totals.used > 0 && totals.many_ids > 0 && totals.held_back > 0);
-  REQUIRE(totals.preloaded > 0 && totals.shut > 0);
+  REQUIRE(totals.preloaded > 0 && totals.shut > 0 && totals.ghost_hits > 0);
   return 0;
 }

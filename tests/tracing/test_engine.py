@@ -1,6 +1,7 @@
 """A recording of vLLM itself, started and stopped while it serves: replayed, it counts what the server counted."""
 
 import json
+import logging
 import os
 
 import pytest
@@ -72,3 +73,27 @@ def test_text_is_recorded_without_a_server(tmp_path, capsys):
     trace = read_trace(tmp_path)
     assert trace.tokens.tolist() == [20, 1, 1, 1, 1, 1] * 2
     assert as_recorded(trace)
+
+
+def test_what_a_profile_gave_is_said_after_a_hundred_tokens(tmp_path, capsys, caplog):
+    config = {"cache_fraction": 0.4, "prefetch": "off", "emulated_link_gbps": 1}
+    with open_engine(TINY_MODEL, config | {"trace": str(tmp_path / "a")}) as llm:
+        plain = greedy(llm, prompts(4), num_tokens=26)
+        cold = live(llm)["misses"]
+    profile = tmp_path / "hot.json"
+    flags = ["--slots", "6", "--policies", "ewma", "--no-bounds", "--json", "--write-profile", str(profile)]
+    assert main(["simulate", str(tmp_path / "a"), *flags]) == 0
+    logging.getLogger("vllm.expert_prefetch").addHandler(caplog.handler)
+    try:
+        with open_engine(TINY_MODEL, config | {"profile": str(profile)}) as llm:
+            assert all(layer.warm_start is not None for layer in layers(llm))
+            assert greedy(llm, prompts(4), num_tokens=26) == plain
+            warm = live(llm)["misses"]
+            assert all(layer.warm_start is None for layer in layers(llm)), "off is one comparison"
+            greedy(llm, prompts(4), num_tokens=30)
+    finally:
+        logging.getLogger("vllm.expert_prefetch").removeHandler(caplog.handler)
+    (said,) = [message for message in caplog.messages if "over the first" in message]
+    assert warm < cold
+    assert f"over the first 100 tokens the profile gave {warm:.0f} misses instead of {cold:.0f} (a cold start)" in said
+    assert said.endswith("ms of link less")

@@ -11,6 +11,7 @@ import torch
 from vllm_expert_prefetch import __version__
 from vllm_expert_prefetch.config import CONFIG_KEY, OFF, ConfigError
 from vllm_expert_prefetch.metrics.counters import SUFFIX as COUNTERS
+from vllm_expert_prefetch.planning.warm_start import LayerStart, WarmStart
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.wording import short_name
 from vllm_expert_prefetch.tracing.card import TraceCard, TraceError
@@ -66,12 +67,14 @@ def _answer_of(held: "weakref.ref[TraceSwitch]") -> Callable[[Mapping[str, Any]]
     return answer
 
 
-def warm_slots(worker: "Worker", model: str) -> None:
+def warm_slots(worker: "Worker", model: str) -> WarmStart | None:
     """Bring the experts that the profile of `worker` names as the most used, as one step would, and say how many.
 
-    Raises ConfigError where it does not fit the layers.
+    Returns what finds out what that gains; None on a GPU, where nothing on the host sees the routing.
+    Raises ConfigError where the profile does not fit the layers.
     """
     path, num_slots = Path(str(worker.config.profile)), 0
+    starts = {}
     try:
         profile = read_profile(path, model)
         for layer in worker.layers:
@@ -81,9 +84,13 @@ def warm_slots(worker: "Worker", model: str) -> None:
             ids = torch.tensor([profile.hottest(name, cache.num_experts, cache.num_slots)], device=layer.accelerator)
             cache.serve(ids, torch.zeros(1, dtype=torch.int64, device=layer.accelerator) if cache.on_device else 1)
             num_slots += cache.num_slots
+            if not cache.on_device:
+                numbers = cache.num_experts, cache.num_slots, cache.top_k, cache.record_bytes
+                starts[layer.number] = LayerStart(*numbers, cache.state.numpy().copy())
     except TraceError as error:
         raise ConfigError(f"{CONFIG_KEY}: profile: {path}: {error}") from error
     compat.logger().info("expert_prefetch: %d slots are warm with the most used experts of %s", num_slots, path)
+    return WarmStart(starts, worker.config.policy) if starts else None
 
 
 def _recorder(worker: "Worker", vllm_config: Any, folder: TraceFolder) -> Recorder:

@@ -40,7 +40,7 @@ def create_switch(worker: "Worker", vllm_config: Any) -> TraceSwitch | None:
         for number, layer in enumerate(served):
             layer.recorded_number, layer.recorder = number, recorder
 
-    switch = TraceSwitch(lambda folder: _recorder(worker, vllm_config, folder), attach)
+    switch = TraceSwitch(lambda folder, with_weights: _recorder(worker, vllm_config, folder, with_weights), attach)
     path = worker.publisher.counters.path
     try:
         socket = path.with_name(path.name.removesuffix(COUNTERS) + SUFFIX)
@@ -50,7 +50,7 @@ def create_switch(worker: "Worker", vllm_config: Any) -> TraceSwitch | None:
         compat.logger().warning("expert_prefetch: routing cannot be recorded on request: %s", error)
     if config.trace != OFF:
         try:
-            started = switch.start(Path(config.trace), config.trace_mb)
+            started = switch.start(Path(config.trace), config.trace_mb, config.trace_weights)
         except TraceError as error:
             raise ConfigError(f"{CONFIG_KEY}: trace: {error}, or drop the key") from error
         compat.logger().info("expert_prefetch: routing is recorded into %s", started["recording"])
@@ -93,7 +93,7 @@ def warm_slots(worker: "Worker", model: str) -> WarmStart | None:
     return WarmStart(starts, worker.config.policy) if starts else None
 
 
-def _recorder(worker: "Worker", vllm_config: Any, folder: TraceFolder) -> Recorder:
+def _recorder(worker: "Worker", vllm_config: Any, folder: TraceFolder, with_weights: bool) -> Recorder:
     layers = [layer for layer in worker.layers if layer.cache is not None]
     caches = [layer.cache for layer in layers if layer.cache is not None]
     if not caches:
@@ -115,4 +115,4 @@ def _recorder(worker: "Worker", vllm_config: Any, folder: TraceFolder) -> Record
         made_by=f"vllm-expert-prefetch {__version__}, vLLM {compat.vllm_version()}",
         recorded_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    return Recorder(caches, card, folder)
+    return Recorder(caches, card, folder, with_weights)

@@ -99,7 +99,10 @@ def test_batches_are_those_of_the_trace(plan):
         rel=0.01,
     )
     assert any("no prompts" in note for note in found["notes"])
-    assert plan(made(few), "--concurrency", 2)["concurrency"] == 2
+    executed = replace(made(few), card=replace(CARD, execution="speculative in 3 of 48 layers"))
+    found = plan(executed, "--concurrency", 2)
+    assert found["concurrency"] == 2
+    assert any("speculative execution" in note for note in found["notes"])
 
 
 def test_fewer_slots_where_they_do_as_well(plan):

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_expert_prefetch.config import MOST_LOOKAHEAD_LAYERS, ConfigError, ExpertPrefetchConfig
+from vllm_expert_prefetch.config import MOST_LOOKAHEAD_LAYERS, SPECULATIVE, ConfigError, ExpertPrefetchConfig
 from vllm_expert_prefetch.planning.budget import Budget
 from vllm_expert_prefetch.planning.clock import Clock
 from vllm_expert_prefetch.planning.facts import find_model
@@ -69,7 +69,7 @@ class Replayed:
             )
         if not (~self.trace.decodes).any():
             notes.append("the trace has no prompts: TTFT is what is expected of any model")
-        if self.trace.card.execution not in ("", ExpertPrefetchConfig.execution):
+        if self.trace.card.execution.startswith(SPECULATIVE):
             notes.append("the trace was recorded with speculative execution: it has the experts that were executed")
         return tuple(notes)
 
@@ -103,10 +103,10 @@ class Replayed:
         card, layers = self.trace.card, budget.layers
         at = [number * len(layers) // card.num_layers for number in range(card.num_layers)]
         planned = [(layers[number].num_experts, layers[number].top_k) for number in at]
-        recorded = [*zip(card.num_experts, card.top_k, strict=True)]
-        if planned != recorded:
-            own, other = ("layers of {} experts, top-{}".format(*pairs[0]) for pairs in (planned, recorded))
-            raise ConfigError(f"{self.path} was recorded on {other}, and a GPU of this plan has {own}")
+        for own, recorded in zip(planned, zip(card.num_experts, card.top_k, strict=True), strict=True):
+            if own != recorded:
+                kinds = ["layers of {} experts, top-{}".format(*numbers) for numbers in (recorded, own)]
+                raise ConfigError(f"{self.path} was recorded on {kinds[0]}, and a GPU of this plan has {kinds[1]}")
         return tuple(budget.slots[number] for number in at)
 
     def _check(self, model: Model) -> None:

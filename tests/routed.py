@@ -36,14 +36,19 @@ def make_caches(num_experts=EXPERTS):
 
 
 def serve(caches, recorder: Recorder | None, rng: random.Random, num_steps, num_experts=EXPERTS):
-    """Steps of one to four tokens, with padding behind them; every third one prefills, with many tokens."""
+    """Steps of one to four tokens, with padding behind them; every third one prefills, with many tokens.
+
+    The weights of an expert are its number over 1000. The first half of the tokens is of `secret-1`.
+    """
     for step in range(num_steps):
         prefills = step % 3 == 0
         num_tokens = rng.randint(6, 20) if prefills else rng.randint(1, 4)
         for number, cache in enumerate(caches.layers):
             ids = torch.tensor([rng.sample(range(num_experts), TOP_K) for _ in range(num_tokens + 2)])
             if recorder is not None:
-                recorder.note(number, ids, num_tokens)
+                recorder.note(number, ids, num_tokens, ids / 1000)
             cache.serve(ids, num_tokens)
         if recorder is not None:
-            recorder.end_step(int(prefills), 0 if prefills else num_tokens, 0.25)
+            first = num_tokens // 2
+            tokens = [("secret-1", num_tokens - first), ("secret-0", first)][: 2 if first else 1]
+            recorder.end_step(int(prefills), 0 if prefills else num_tokens, 0.25, tokens)

@@ -52,6 +52,7 @@ WITHOUT_TORCH = (
     "residency",
     "planning.sizing",
     "planning.plan",
+    "planning.replayed",
     "planning.simulate",
     "tracing.trace",
     "metrics.collector",

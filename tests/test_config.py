@@ -46,6 +46,7 @@ GOOD = {
     "metrics_port": [None, 9400, 65535],
     "trace": ["off", "/var/traces"],
     "trace_mb": [1, 4096],
+    "trace_weights": [False],
     "profile": [None, "file"],
 }
 BAD = {
@@ -74,6 +75,7 @@ BAD = {
     "metrics_port": [0, 65536, 9400.5, "http", True],
     "trace": ["on", True, "", None, 1],
     "trace_mb": [0, -1, 0.5, "much", None, True],
+    "trace_weights": [1, "maybe", None],
     "profile": [1, True],
 }
 
@@ -103,7 +105,7 @@ def test_bad_values_are_refused_with_the_name_of_their_key(key, value):
         ExpertPrefetchConfig.from_mapping({key: value})
 
 
-SWITCHES = ("prefetch", "pin_memory", "huge_pages", "self_check", "metrics_per_layer", "ghost_caches")
+SWITCHES = ("prefetch", "pin_memory", "huge_pages", "self_check", "metrics_per_layer", "ghost_caches", "trace_weights")
 
 
 @pytest.mark.parametrize("key", [key for key in KEYS if key not in SWITCHES])
@@ -201,6 +203,12 @@ def test_an_emulated_latency_needs_an_emulated_link():
     assert ExpertPrefetchConfig(emulated_link_gbps=10, emulated_link_latency_us=5).emulated_link_latency_us == 5
     with pytest.raises(ConfigError, match="emulated_link_latency_us needs emulated_link_gbps"):
         ExpertPrefetchConfig(emulated_link_latency_us=5)
+
+
+def test_weights_are_recorded_with_a_trace_only():
+    assert ExpertPrefetchConfig(trace="folder", trace_weights=True).trace_weights
+    with pytest.raises(ConfigError, match="trace_weights needs trace"):
+        ExpertPrefetchConfig(trace_weights=True)
 
 
 def test_a_configuration_is_parsed_once():

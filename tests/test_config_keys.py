@@ -200,7 +200,10 @@ def recording(monkeypatch, tmp_path, config):
     limits = []
     monkeypatch.setattr(switch, "TraceFolder", lambda path, limit: limits.append(limit) or TraceFolder(path, limit))
     status = create_switch(made, served).answer({"do": "status"})
-    return status["recording"] is not None, limits
+    note = made.layers[0].recorder.note if status["recording"] is not None else lambda *_: None
+    note(0, torch.zeros(1, 2, dtype=torch.int64), 1, torch.ones(1, 2))
+    kept = made.layers[0].recorder._weights_of_step[0] if status["recording"] is not None else []
+    return status["recording"] is not None, limits, len(kept)
 
 
 def started(monkeypatch, made):
@@ -263,6 +266,7 @@ TABLE = {
     "metrics_per_layer": (per_layer, {}, {"metrics_per_layer": True}),
     "trace": (recording, {}, {"trace": "traces"}),
     "trace_mb": (recording, {"trace": "traces"}, {"trace": "traces", "trace_mb": 7}),
+    "trace_weights": (recording, {"trace": "traces"}, {"trace": "traces", "trace_weights": True}),
     "profile": (profile, {}, {"profile": "p.json"}),
     "ghost_caches": (ghosts, {}, {"ghost_caches": True}),
     "metrics_port": (port, {}, {"metrics_port": 9400}),

@@ -224,6 +224,11 @@ class ExpertPrefetchConfig:
     trace_mb: Annotated[_Count, Field(ge=1)] = _key(
         256, "Size of all recordings in that folder, in MB (10^6 bytes): the oldest files go."
     )
+    trace_weights: _Flag = _key(
+        False,
+        "Record the gate weights as well: three times the room. Needs `trace`; for a running server "
+        "`vllm-expert-prefetch trace start --weights`.",
+    )
     profile: StrictStr | None = _key(
         None,
         "File that `vllm-expert-prefetch simulate TRACE --write-profile` has written for this model: its most used "
@@ -241,6 +246,8 @@ class ExpertPrefetchConfig:
             raise ConfigError(_message(f"{' and '.join(given)} exclude each other; keep one"))
         if self.execution == SPECULATIVE:
             self._check_speculative()
+        if self.trace_weights and self.trace == OFF:
+            raise ConfigError(_message("trace_weights needs trace as well: say where to record, or drop it"))
         if self.emulated_link_latency_us and self.emulated_link_gbps is None:
             raise ConfigError(
                 _message("emulated_link_latency_us needs emulated_link_gbps as well: set it, or drop the latency")

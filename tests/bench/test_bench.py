@@ -13,11 +13,12 @@ from vllm_expert_prefetch.bench.client import Lengths, scrape
 from vllm_expert_prefetch.bench.contestants import NAMES, OFF, ON, STOCK, UVA, Contestant, contestants
 from vllm_expert_prefetch.bench.contestants import PREFETCH as LAYERS
 from vllm_expert_prefetch.bench.rounds import Job, Rows, run_rounds
-from vllm_expert_prefetch.bench.verdict import configuration, judge, medians
+from vllm_expert_prefetch.bench.verdict import judge, medians
 from vllm_expert_prefetch.cli.main import main
 from vllm_expert_prefetch.config import ExpertPrefetchConfig, config_from_additional
 from vllm_expert_prefetch.metrics.rates import Between
 from vllm_expert_prefetch.planning.budget import Load, make_budget
+from vllm_expert_prefetch.planning.configuration import configuration
 from vllm_expert_prefetch.planning.model_files import find
 from vllm_expert_prefetch.planning.timing import Machine
 
@@ -185,11 +186,12 @@ def test_vllm_reads_the_configuration_that_is_written_and_the_flags_of_its_offlo
         assert vars(parser.parse_args([*common[1:], *one.flags]))["max_model_len"] == 512
     file = tmp_path / "best.yaml"
     best = contestants(BUDGET, True, {}, [ON])[0]
-    file.write_text(configuration(best, common))
+    file.write_text(configuration([*common, *best.flags], best.config))
     read = parser.parse_args(["--config", str(file)])
     assert (read.model, read.max_model_len, read.enable_prefix_caching) == ("some/model", 512, False)
     assert config_from_additional(read.additional_config) == ExpertPrefetchConfig(**best.config)
-    file.write_text(configuration(contestants(BUDGET, True, {}, [UVA])[0], common))
+    uva = contestants(BUDGET, True, {}, [UVA])[0]
+    file.write_text(configuration([*common, *uva.flags], uva.config))
     assert set(parser.parse_args(["--config", str(file)]).cpu_offload_params) == {"w13_weight", "w2_weight"}
 
 

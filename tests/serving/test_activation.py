@@ -120,6 +120,7 @@ WRITTEN = {
     "metrics_port": ("9400", 9400),
     "trace": ("a/folder", "a/folder"),
     "trace_mb": ("512", 512),
+    "trace_weights": ("on", True),
     "profile": ("a/file.json", "a/file.json"),
 }
 """Every key: as people write it, and what it means."""

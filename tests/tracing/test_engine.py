@@ -1,6 +1,7 @@
 """A recording of vLLM itself, started and stopped while it serves: replayed, it counts what the server counted."""
 
 import json
+import logging
 import os
 
 import pytest
@@ -72,3 +73,58 @@ def test_text_is_recorded_without_a_server(tmp_path, capsys):
     trace = read_trace(tmp_path)
     assert trace.tokens.tolist() == [20, 1, 1, 1, 1, 1] * 2
     assert as_recorded(trace)
+
+
+def test_what_a_profile_gave_is_said_after_a_hundred_tokens(tmp_path, capsys, caplog):
+    config = {"cache_fraction": 0.4, "prefetch": "off", "emulated_link_gbps": 1}
+    with open_engine(TINY_MODEL, config | {"trace": str(tmp_path / "a")}) as llm:
+        plain = greedy(llm, prompts(4), num_tokens=26)
+        cold = live(llm)["misses"]
+    profile = tmp_path / "hot.json"
+    flags = ["--slots", "6", "--policies", "ewma", "--no-bounds", "--json", "--write-profile", str(profile)]
+    assert main(["simulate", str(tmp_path / "a"), *flags]) == 0
+    logging.getLogger("vllm.expert_prefetch").addHandler(caplog.handler)
+    try:
+        with open_engine(TINY_MODEL, config | {"profile": str(profile)}) as llm:
+            assert all(layer.warm_start is not None for layer in layers(llm))
+            assert greedy(llm, prompts(4), num_tokens=26) == plain
+            warm = live(llm)["misses"]
+            assert all(layer.warm_start is None for layer in layers(llm)), "off is one comparison"
+            greedy(llm, prompts(4), num_tokens=30)
+    finally:
+        logging.getLogger("vllm.expert_prefetch").removeHandler(caplog.handler)
+    (said,) = [message for message in caplog.messages if "over the first" in message]
+    assert warm < cold
+    assert f"over the first 100 tokens the profile gave {warm:.0f} misses instead of {cold:.0f} (a cold start)" in said
+    assert said.endswith("ms of link less")
+
+
+def test_the_requests_of_a_batch_are_those_that_were_alone(tmp_path, capsys):
+    server, lengths = ["--server", str(os.getpid())], (5, 24, 11)
+    asked = [{"prompt_token_ids": [3 + 7 * own + n for n in range(60 - 25 * own)]} for own in range(3)]
+
+    def record(llm, name, numbers, *flags):
+        from vllm import SamplingParams
+
+        assert main(["trace", "start", str(tmp_path / name), *server, *flags]) == 0
+        sampling = [SamplingParams(temperature=0, max_tokens=lengths[own], ignore_eos=True) for own in numbers]
+        llm.generate([asked[own] for own in numbers], sampling, use_tqdm=False)
+        assert main(["trace", "stop", *server]) == 0
+        return read_trace(tmp_path / name)
+
+    config = {"cache_fraction": 0.4, "prefetch": "off"}
+    with open_engine(TINY_MODEL, config, max_num_batched_tokens=32, max_num_seqs=4) as llm:
+        together = record(llm, "together", (0, 1, 2))
+        alone = [record(llm, f"alone{own}", (own,), "--weights") for own in range(3)]
+    assert len(together) > max(lengths), "prompts come in parts, beside what decodes"
+    assert ((together.prefilling > 0) & (together.decoding > 0)).any()
+    assert together.requests.min() == 0
+    assert together.requests.max() == 2
+    assert together.weights == ()
+    for own, trace in enumerate(alone):
+        assert (trace.requests == 0).all()
+        assert all(((weights > 0) & (weights <= 1)).all() for weights in trace.weights)
+        is_mine = together.requests == own
+        assert is_mine.sum() == len(trace.requests)
+        same = [(together.routed(layer)[is_mine] == trace.routed(layer)).mean() for layer in range(8)]
+        assert min(same) > 0.97, "another batch rounds otherwise, now and then"

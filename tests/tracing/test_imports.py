@@ -27,6 +27,7 @@ def test_a_prompt_is_one_step_as_it_is_served(table):
     assert trace.tokens.tolist() == [2, 1, 1, 1]
     assert trace.decodes.tolist() == [False, True, False, True]
     assert trace.decoding.tolist() == [0, 1, 0, 1]
+    assert trace.requests.tolist() == [0, 0, 0, 1, 1]
     assert trace.routed(0).tolist() == [[1, 2], [3, -1], [4, -1], [0, -1], [-1, -1]]
     assert trace.routed(1).tolist() == [[7, -1], [-1, -1], [6, -1], [-1, -1], [5, -1]]
     card = trace.card
@@ -52,6 +53,7 @@ def test_arrays_of_requests_follow_each_other(tmp_path):
     trace = import_routing(tmp_path / "a.npz", "m", 256, 4, False)
     assert trace.tokens.tolist() == [4, 1, 2]
     assert trace.decodes.tolist() == [False, True, False]
+    assert trace.requests.tolist() == [0] * 5 + [1] * 2
     for layer in range(3):
         assert trace.routed(layer).tolist() == [*first[:, layer].tolist(), *second[:, layer].tolist()]
     assert trace.ids[0].dtype == np.int16, "255 is an expert here"

@@ -19,11 +19,11 @@ from vllm_expert_prefetch.tracing.trace import read_trace
 pytestmark = pytest.mark.skipif(host_library() is None, reason=str(why_not_host()))
 
 
-def recorded(tmp_path, num_steps, before=0, limit_bytes=10**9, num_experts=EXPERTS):
+def recorded(tmp_path, num_steps, before=0, limit_bytes=10**9, num_experts=EXPERTS, with_weights=False):
     caches, rng = make_caches(num_experts), random.Random(4)
     serve(caches, None, rng, before, num_experts)
     card = replace(CARD, num_experts=(num_experts,) * LAYERS)
-    made = Recorder(caches.layers, card, TraceFolder(tmp_path, limit_bytes))
+    made = Recorder(caches.layers, card, TraceFolder(tmp_path, limit_bytes), with_weights)
     serve(caches, made, rng, num_steps, num_experts)
     made.finish()
     return made, caches
@@ -58,6 +58,44 @@ def test_steps_are_noted_with_their_sequences_and_times_and_padding_is_left_out(
     assert (trace.decoding == [0 if step % 3 == 0 else n for step, n in enumerate(trace.tokens)]).all()
     assert trace.seconds.tolist() == [0.25] * 9
     assert all(ids.shape == (trace.tokens.sum(), TOP_K) and ids.dtype == "uint8" for ids in trace.ids)
+
+
+def test_gate_weights_are_recorded_where_they_are_asked_for_and_take_their_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(recorder, "CHUNK_BYTES", 1000)
+    found = {}
+    for asked in (False, True):
+        made, _ = recorded(tmp_path / str(asked), 60, with_weights=asked)
+        found[asked] = read_trace(made.folder.path), len([*made.folder.path.iterdir()])
+    (without, few), (trace, many) = found[False], found[True]
+    assert (without.weights, len(trace.weights)) == ((), LAYERS)
+    assert (trace.ids[0] == without.ids[0]).all()
+    assert all(own.dtype == "float16" for own in trace.weights)
+    assert (trace.weights[1] == (trace.routed(1).astype("float32") / 1000).astype("float16")).all()
+    assert many > 2 * few, "a file holds so many bytes of both"
+    assert (trace.last(5).weights[1] == trace.weights[1][-int(trace.tokens[-5:].sum()) :]).all()
+
+
+def test_requests_have_numbers_and_their_names_are_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(recorder, "CHUNK_BYTES", 200)
+    made, _ = recorded(tmp_path, 30)
+    trace = read_trace(made.folder.path)
+    expected = [number for n in trace.tokens.tolist() for number in [0] * (n - n // 2) + [1] * (n // 2)]
+    assert trace.requests.tolist() == expected, "in the order in which they came, through all files"
+    assert trace.last(3).requests.tolist() == expected[-int(trace.tokens[-3:].sum()) :]
+    assert len([*made.folder.path.iterdir()]) > 2
+    assert not any(b"secret" in file.read_bytes() for file in made.folder.path.iterdir())
+
+
+def test_a_name_that_comes_again_is_another_request_and_tokens_that_do_not_add_up_are_nobodys(tmp_path):
+    made = Recorder(make_caches().layers, CARD, TraceFolder(tmp_path, 10**9))
+    for tokens, finished in (([("a", 1)], []), ([("b", 2)], ["a"]), ([("a", 1), ("b", 1)], []), ([("a", 9)], [])):
+        made.forget(finished)
+        num_tokens = sum(count for _, count in tokens) if tokens[0][1] < 9 else 1
+        for number in range(LAYERS):
+            made.note(number, torch.ones(num_tokens, TOP_K, dtype=torch.int64), num_tokens, torch.ones(1))
+        made.end_step(0, num_tokens, 0.1, tokens)
+    made.finish()
+    assert read_trace(made.folder.path).requests.tolist() == [0, 1, 1, 2, 1, -1]
 
 
 def test_more_experts_than_a_byte_counts(tmp_path):
@@ -98,7 +136,7 @@ def test_the_oldest_files_go_also_those_of_earlier_recordings(tmp_path, monkeypa
 def test_a_step_that_a_layer_did_not_serve_is_dropped_and_counted(tmp_path):
     caches = make_caches()
     made = Recorder(caches.layers, CARD, TraceFolder(tmp_path, 10**9))
-    made.note(0, torch.zeros(1, TOP_K, dtype=torch.int64), 1)
+    made.note(0, torch.zeros(1, TOP_K, dtype=torch.int64), 1, torch.ones(1, TOP_K))
     made.end_step(0, 1, 0.1)
     made.end_step(0, 1, 0.1)  # nothing was served: a dummy run
     assert (made.num_steps, made.num_dropped) == (0, 1)
@@ -108,14 +146,19 @@ def test_a_step_that_a_layer_did_not_serve_is_dropped_and_counted(tmp_path):
 
 def test_rows_of_a_gpu_tell_tokens_by_their_sign(tmp_path):
     caches = make_caches()
-    made = Recorder(caches.layers, CARD, TraceFolder(tmp_path, 10**9))
+    made = Recorder(caches.layers, CARD, TraceFolder(tmp_path, 10**9), with_weights=True)
     ids, rows = torch.tensor([[1, 2], [3, 4], [5, 6]]), torch.tensor([7, -1, 0])
+    weights = ids / 8
     for number in range(LAYERS):
-        made.note(number, ids, rows)
+        made.note(number, ids, rows, weights)
     ids.zero_()  # a buffer that is used again
-    made.end_step(0, 2, 0.1)
+    weights.zero_()
+    made.end_step(0, 2, 0.1, [("a", 1), ("b", 1)])
     made.finish()
-    assert read_trace(made.folder.path).routed(2).tolist() == [[1, 2], [5, 6]]
+    trace = read_trace(made.folder.path)
+    assert trace.routed(2).tolist() == [[1, 2], [5, 6]]
+    assert trace.weights[2].tolist() == [[1 / 8, 2 / 8], [5 / 8, 6 / 8]]
+    assert trace.requests.tolist() == [0, 1]
 
 
 def test_a_disk_that_fails_ends_the_recording_and_nothing_else(tmp_path, monkeypatch, caplog):

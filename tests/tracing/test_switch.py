@@ -20,9 +20,12 @@ from vllm_expert_prefetch.tracing.switch import TraceSwitch
 class Noted:
     """Stands in for a recorder."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, with_weights):
         self.folder, self.num_steps, self.num_dropped = folder, 0, 0
-        self.steps = []
+        self.with_weights, self.steps, self.forgotten = with_weights, [], []
+
+    def forget(self, names):
+        self.forgotten += names
 
     def end_step(self, *step):
         self.num_steps += 1
@@ -37,6 +40,21 @@ def made():
     """A switch, and every recorder that it has attached, with None for none."""
     attached = []
     return TraceSwitch(Noted, attached.append), attached
+
+
+def test_it_hands_on_whose_tokens_a_step_has_and_who_is_gone(made, tmp_path):
+    switch, attached = made
+    assert not switch.is_recording
+    switch.note_tokens([("a", 3)], ["b"])
+    switch.answer(start(tmp_path) | {"weights": True})
+    assert switch.is_recording
+    switch.begin_step(1, 0)
+    switch.note_tokens([("a", 3)], ["b"])
+    switch.end_step(0.5)
+    step(switch)
+    assert attached[0].with_weights
+    assert attached[0].forgotten == ["b"]
+    assert [own[-1] for own in attached[0].steps] == [[("a", 3)], ()], "what one step has is not the next one's"
 
 
 def start(tmp_path, limit_mb=5):
@@ -59,7 +77,7 @@ def test_it_records_what_is_served_between_start_and_stop(made, tmp_path):
     assert switch.answer({"do": "stop"})["steps"] == 1
     step(switch)
     recorder, none = attached
-    assert (recorder.steps, none) == ([(2, 3, 0.5)], None)
+    assert (recorder.steps, none) == ([(2, 3, 0.5, ())], None)
 
 
 def test_a_request_amid_a_step_waits_for_its_end(made, tmp_path):
@@ -93,7 +111,7 @@ def test_what_cannot_be_done_is_said(made, tmp_path, requests, message):
 
 
 def test_a_recorder_that_cannot_be_made_leaves_no_folder(tmp_path):
-    def refuses(folder):
+    def refuses(folder, with_weights):
         raise TraceError("inside CUDA graphs")
 
     assert TraceSwitch(refuses, lambda recorder: None).answer(start(tmp_path)) == {"error": "inside CUDA graphs"}
@@ -180,6 +198,7 @@ def test_the_command_reaches_the_server_that_there_is(servers, capsys, tmp_path)
     printed = capsys.readouterr().out
     assert '"own": 77' in printed
     assert '"limit_mb": 7' in printed
+    assert '"weights": false' in printed
     assert f'"directory": "{tmp_path.cwd()}/rel"' in printed, "the server has another working directory"
 
 

@@ -24,6 +24,20 @@ def test_it_is_read_as_it_was_written(tmp_path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.safetensors"]
 
 
+def test_a_trace_of_before_there_were_requests_and_weights_is_read_without_them(tmp_path):
+    whole = replace(
+        TRACE, requests=np.array([0, 1, 1], dtype=np.int32), weights=(np.ones((3, 2), np.float16),) * LAYERS
+    )
+    write_trace(tmp_path / "000001.safetensors", whole, 1)
+    found = read_trace(tmp_path)
+    assert (found.requests.tolist(), len(found.weights)) == ([0, 1, 1], LAYERS)
+    tensors = {name: own for name, own in tensors_of(whole).items() if not name.startswith(("requests", "weights"))}
+    save_file(tensors, tmp_path / "000001.safetensors", CARD.metadata(1))
+    found = read_trace(tmp_path)
+    assert (found.requests, found.weights, found.last(1).requests) == (None, (), None)
+    assert found.routed(1).tolist() == [[1, 2], [3, -1], [4, 5]]
+
+
 def test_the_last_steps_of_it():
     last = TRACE.last(1)
     assert (len(last), last.routed(0).tolist(), last.prefilling.tolist()) == (1, [[4, 5]], [0])
@@ -58,6 +72,11 @@ def inconsistent(path, tmp_path):
     tensors = load_file(path)
     tensors["ids.1"] = tensors["ids.1"][:-1].copy()
     save_file(tensors, path, CARD.metadata(1))
+    return path
+
+
+def inconsistent_requests(path, tmp_path):
+    save_file(load_file(path) | {"requests": np.zeros(9, dtype=np.int32)}, path, CARD.metadata(1))
     return path
 
 

@@ -1,6 +1,5 @@
 """What the rows say: medians over rounds, who serves best, and with which settings."""
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -68,21 +67,3 @@ def _by_round(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
         statistics.geometric_mean([row["output_tokens_per_s"] for row in own if row["round"] == number])
         for number in sorted({row["round"] for row in own})
     ]
-
-
-def configuration(best: Contestant, common: Sequence[str]) -> str:
-    """The file that `vllm serve --config` takes. `common`: the model, then flags with their values.
-
-    YAML in the words of JSON, so that nothing needs quoting twice.
-    """
-    words = [*common, *best.flags]
-    lines = [f"model: {json.dumps(words[0])}"]
-    flags = [number for number, word in enumerate(words) if word.startswith("--")]
-    for number, end in zip(flags, [*flags[1:], len(words)], strict=True):
-        values = words[number + 1 : end]
-        value = "true" if not values else json.dumps(values[0] if len(values) == 1 else values)
-        lines.append(f"{words[number].removeprefix('--')}: {value}")
-    if best.config is not None:
-        lines.append("additional-config:\n  expert_prefetch:")
-        lines += [f"    {key}: {json.dumps(value)}" for key, value in best.config.items()]
-    return "\n".join(lines) + "\n"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig
 from vllm_expert_prefetch.planning.budget import UTILIZATION, Budget, Load, Ranks, make_budget
+from vllm_expert_prefetch.planning.configuration import configuration
 from vllm_expert_prefetch.planning.model_files import Model, find
 from vllm_expert_prefetch.planning.timing import Machine
 
@@ -167,7 +168,7 @@ def _budgets(args: argparse.Namespace, model: Model, on_gpu: bool, concurrency: 
 
 def _report(args: argparse.Namespace, model: Model, job: "Job", found: "list[Contestant]", rows: "Rows") -> int:
     from vllm_expert_prefetch.bench.picture import draw
-    from vllm_expert_prefetch.bench.verdict import configuration, judge
+    from vllm_expert_prefetch.bench.verdict import judge
 
     verdict = judge(rows.rows, found)
     if not args.json:
@@ -183,7 +184,7 @@ def _report(args: argparse.Namespace, model: Model, job: "Job", found: "list[Con
         draw(verdict.medians, f"{model.name}: {' '.join(job.common[1:])}", args.plot)
     best = next((one for one in found if one.name == verdict.best), None)
     if args.write_config and best:
-        args.write_config.write_text(configuration(best, job.common))
+        args.write_config.write_text(configuration([*job.common, *best.flags], best.config))
     result = {
         "model": model.name,
         "best": verdict.best,

@@ -3,18 +3,24 @@
 import argparse
 import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig
-from vllm_expert_prefetch.planning.budget import Load, Ranks
+from vllm_expert_prefetch.config import CONFIG_KEY, ConfigError, ExpertPrefetchConfig
+from vllm_expert_prefetch.planning.budget import UTILIZATION, Load, Ranks
+from vllm_expert_prefetch.planning.configuration import configuration
 from vllm_expert_prefetch.planning.facts import Gpu, find_gpu, find_link, gpu_like
 from vllm_expert_prefetch.planning.formats import FORMATS
-from vllm_expert_prefetch.planning.model_files import find
+from vllm_expert_prefetch.planning.model_files import Model, find
 from vllm_expert_prefetch.planning.plan import Plan, alternatives, make_plan
 from vllm_expert_prefetch.planning.sizing import GB
 from vllm_expert_prefetch.planning.timing import Machine
+from vllm_expert_prefetch.tracing.card import TraceError
+
+if TYPE_CHECKING:
+    from vllm_expert_prefetch.planning.replayed import Replayed
 
 _KV_BYTES = {"auto": 2.0, "bfloat16": 2.0, "float16": 2.0, "fp8": 1.0, "fp8_e4m3": 1.0, "fp8_e5m2": 1.0}
 _DEFAULT_CONTEXT = 8192
@@ -51,10 +57,20 @@ def add_parser(subparsers: Any) -> None:
         place.add_argument(f"--{flag}", type=int, metavar="N", help=f"{what}-parallel ranks (default: 1)")
     load = parser.add_argument_group("load")
     load.add_argument("--context", type=int, metavar="N", help=f"tokens of a sequence (default: {_DEFAULT_CONTEXT})")
-    load.add_argument("--concurrency", type=int, default=1, metavar="N", help="sequences at a time (default: 1)")
+    load.add_argument(
+        "--concurrency", type=int, metavar="N", help="sequences at a time (default: 1, or a trace's most)"
+    )
     load.add_argument("--quantization", metavar="FORMAT", help=f"of the experts: {', '.join(FORMATS)}")
     load.add_argument("--kv-cache-dtype", default="auto", choices=list(_KV_BYTES), help="default: %(default)s")
     load.add_argument("--cache-gb", type=float, metavar="GB", help="expert cache per GPU; default: all that is left")
+    trace = parser.add_argument_group("a recording of this model (docs/tracing.md)")
+    trace.add_argument(
+        "--from-trace",
+        type=Path,
+        metavar="TRACE",
+        help="replay it: hit rates are its own, and policies, depths of look-ahead and numbers of slots are compared",
+    )
+    parser.add_argument("--write-config", type=Path, metavar="FILE", help="write the command for vllm serve --config")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw TPOT and hit rate against cache size (PNG)")
     parser.set_defaults(run=run)
@@ -62,52 +78,76 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan; 0, or 2 with one message on stderr for what cannot work."""
-    from vllm_expert_prefetch.cli.plan_report import as_json, as_list, as_text
+    from vllm_expert_prefetch.cli.plan_report import Report, as_json, as_list, as_text
 
     if args.list:
         print(as_list())
         return 0
     try:
-        place, plan = _plan(args)
-        others = alternatives(plan)
+        place, plan, replayed = _plan(args)
+        advice = None
+        if replayed is not None and not plan.budget.fits_whole:
+            from vllm_expert_prefetch.planning.replayed import advise
+
+            advice = advise(plan, replayed, may_be_smaller=args.cache_gb is None)
+            plan = replace(plan, tpot=advice.largest.tpot)
         if args.plot:
             from vllm_expert_prefetch.cli.plan_picture import draw
 
             draw(plan, args.plot)
-    except (ConfigError, OSError) as error:
+        words = serve_words(plan, args.kv_cache_dtype)
+        settings = settings_of(plan, args.cache_gb, advice.settings if advice else {})
+        if args.write_config:
+            args.write_config.write_text(configuration(words, settings))
+        notes = [*place.assumed, *plan.notes, *(replayed.notes if replayed else ())]
+        command = serve_command(words, settings)
+        report = Report(plan, alternatives(plan), place.description, command, notes, replayed, advice)
+    except (ConfigError, TraceError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    command = serve_command(plan, args.kv_cache_dtype, args.cache_gb)
-    notes = [*place.assumed, *plan.notes]
-    if args.json:
-        print(json.dumps(as_json(plan, others, place.description, command, notes)))
-    else:
-        print(as_text(plan, others, place.description, command, notes))
+    print(json.dumps(as_json(report)) if args.json else as_text(report))
     return 0
 
 
-def serve_command(plan: Plan, kv_cache_dtype: str, cache_gb: float | None) -> str:
-    """What serves it so: plain vLLM where every expert has a slot."""
+def serve_words(plan: Plan, kv_cache_dtype: str) -> list[str]:
+    """The model, and the flags of vLLM that serve it so."""
     load, ranks = plan.load, plan.ranks
-    words = ["vllm serve", plan.model.serve]
-    if not plan.budget.fits_whole:
-        words.append("--plugin expert_prefetch")
-    words += ["--gpu-memory-utilization 0.9", f"--max-model-len {load.context}", f"--max-num-seqs {load.concurrency}"]
-    words += [f"--tensor-parallel-size {max(ranks.tp, ranks.ep)}"] if max(ranks.tp, ranks.ep) > 1 else []
+    words = [plan.model.serve, "--gpu-memory-utilization", str(UTILIZATION)]
+    words += ["--max-model-len", str(load.context), "--max-num-seqs", str(load.concurrency)]
+    words += ["--tensor-parallel-size", str(max(ranks.tp, ranks.ep))] if max(ranks.tp, ranks.ep) > 1 else []
     words += ["--enable-expert-parallel"] if ranks.ep > 1 else []
-    words += [f"--pipeline-parallel-size {ranks.pp}"] if ranks.pp > 1 else []
-    words += [f"--kv-cache-dtype {kv_cache_dtype}"] if kv_cache_dtype != "auto" else []
+    words += ["--pipeline-parallel-size", str(ranks.pp)] if ranks.pp > 1 else []
+    words += ["--kv-cache-dtype", kv_cache_dtype] if kv_cache_dtype != "auto" else []
     online = {"fp8-channel": "fp8_per_channel", "int8": "int8_per_channel_weight_only"}
     if plan.model.formats and plan.model.form not in plan.model.formats:
-        words.append(f"--quantization {online[plan.model.form]}")
-    if not plan.budget.fits_whole:
-        key = "--additional-config.expert_prefetch"
-        size = f"cache_gb {cache_gb:g}" if cache_gb else f"kv_cache_tokens {load.context * load.concurrency}"
-        words.append(f"{key}.{size}")
-    return " ".join(words)
+        words += ["--quantization", online[plan.model.form]]
+    return words
 
 
-def _plan(args: argparse.Namespace) -> tuple[Place, Plan]:
+def settings_of(plan: Plan, cache_gb: float | None, advised: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The plugin's, with those that a trace has `advised`; None: every expert has a slot, plain vLLM serves it."""
+    if plan.budget.fits_whole:
+        return None
+    if "slots_per_layer" in advised:
+        return dict(advised)
+    size = {"cache_gb": cache_gb} if cache_gb else {"kv_cache_tokens": plan.load.context * plan.load.concurrency}
+    return {**advised, **size}
+
+
+def serve_command(words: Sequence[str], settings: Mapping[str, Any] | None) -> str:
+    """`words` as in `serve_words`, `settings` as in `settings_of`."""
+    model, *flags = words
+    if settings is not None:
+        flags = ["--plugin", CONFIG_KEY, *flags]
+        flags += [f"--additional-config.{CONFIG_KEY}.{key} {_plain(value)}" for key, value in settings.items()]
+    return " ".join(["vllm serve", model, *flags])
+
+
+def _plain(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _plan(args: argparse.Namespace) -> "tuple[Place, Plan, Replayed | None]":
     if not args.model:
         raise ConfigError("name a MODEL, or --list")
     ranks = _ranks(args)
@@ -116,11 +156,21 @@ def _plan(args: argparse.Namespace) -> tuple[Place, Plan]:
         if value is not None and not 0 < value < float("inf"):
             raise ConfigError(f"--{name.replace('_', '-')} must be above 0, got {value:g}")
     model = find(args.model, args.quantization)
-    place = _place(args)
+    place, replayed = _place(args), _replayed(args.from_trace, model)
     context = args.context or min(_DEFAULT_CONTEXT, model.architecture.max_context)
-    load = Load(context, args.concurrency, _KV_BYTES[args.kv_cache_dtype])
+    concurrency = args.concurrency or (replayed.most_sequences if replayed else 1)
+    load = Load(context, concurrency, _KV_BYTES[args.kv_cache_dtype])
     config = ExpertPrefetchConfig(cache_gb=args.cache_gb) if args.cache_gb else None
-    return place, make_plan(model, place.machine, load, ranks, config)
+    return place, make_plan(model, place.machine, load, ranks, config, replayed), replayed
+
+
+def _replayed(path: Path | None, model: Model) -> "Replayed | None":
+    if path is None:
+        return None
+    from vllm_expert_prefetch.planning.replayed import Replayed
+    from vllm_expert_prefetch.tracing.trace import read_trace
+
+    return Replayed(read_trace(path), path, model)
 
 
 def _ranks(args: argparse.Namespace) -> Ranks:

@@ -55,6 +55,8 @@ def _sweep(plan: Plan) -> list[Plan]:
     slots = [*range(first.top_k, first.num_experts, step), first.num_experts]
     machine = replace(plan.machine, memory_bytes=_PLENTY, host_bytes=None)
     return [
-        make_plan(plan.model, machine, plan.load, plan.ranks, ExpertPrefetchConfig(slots_per_layer=number))
+        make_plan(
+            plan.model, machine, plan.load, plan.ranks, ExpertPrefetchConfig(slots_per_layer=number), plan.replayed
+        )
         for number in slots
     ]

@@ -1,7 +1,8 @@
 """A plan as text and as JSON."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from vllm_expert_prefetch.planning.facts import load_facts
 from vllm_expert_prefetch.planning.formats import row_bytes
@@ -9,18 +10,35 @@ from vllm_expert_prefetch.planning.hits import Range
 from vllm_expert_prefetch.planning.plan import Plan
 from vllm_expert_prefetch.planning.sizing import GB
 
+if TYPE_CHECKING:
+    from vllm_expert_prefetch.planning.replayed import Advice, Replayed
+
 MS = 1e3
 
 
-def as_text(plan: Plan, others: Mapping[str, Plan], place: str, command: str, notes: Sequence[str]) -> str:
+@dataclass(frozen=True)
+class Report:
+    """What there is to say. `replayed` and `advice`: where a trace was given; no advice where all experts fit."""
+
+    plan: Plan
+    others: Mapping[str, Plan]
+    place: str
+    command: str
+    notes: Sequence[str]
+    replayed: "Replayed | None" = None
+    advice: "Advice | None" = None
+
+
+def as_text(report: Report) -> str:
     """For people: every figure with its unit."""
+    plan = report.plan
     model, budget, load = plan.model, plan.budget, plan.load
     architecture = model.architecture
     per_rank = f" per rank ({plan.ranks.number} GPUs)" if plan.ranks.number > 1 else ""
     lines = [
         f"{model.name}, {model.form}: {architecture.moe_layers} MoE layers x {architecture.num_experts} experts, "
         f"top-{architecture.top_k}; {architecture.total_parameters / 1e9:.1f} B parameters",
-        f"{place}; {load.concurrency} x {load.context} tokens",
+        f"{report.place}; {load.concurrency} x {load.context} tokens",
         "",
         f"memory of a GPU{per_rank}, {budget.requested_bytes / GB:.2f} GB for vLLM:",
         f"  weights without experts {budget.weights_bytes / GB:8.2f} GB",
@@ -32,12 +50,13 @@ def as_text(plan: Plan, others: Mapping[str, Plan], place: str, command: str, no
         f"experts: {budget.record_bytes:,} bytes each{per_rank}, {budget.experts_bytes / GB:.2f} GB in all; "
         f"host memory {plan.host_bytes / GB:.2f} GB",
         "",
-        f"hit rate     {_percent(plan.hits)}",
+        f"hit rate     {_percent(plan.hits)}{_source(report)}",
         f"TPOT         {_milliseconds(plan.tpot)}; without look-ahead {_milliseconds(plan.tpot_without)}",
         f"  at least   {max(plan.compute_bound, plan.link_bound) * MS:.1f} ms: the accelerator "
         f"{plan.compute_bound * MS:.1f} ms, the link {plan.link_bound * MS:.1f} ms "
         f"({plan.bytes_per_token / 1e6:.1f} MB per token)",
-        f"TTFT         {plan.ttft * MS:.0f} ms for {plan.prompt_tokens} tokens, at least {plan.ttft_bound * MS:.0f} ms",
+        f"TTFT         {plan.ttft * MS:.0f} ms for {plan.lookups.prompt_tokens} tokens, at least "
+        f"{plan.ttft_bound * MS:.0f} ms",
         "",
         "hit rate   MB per token   link ms   TPOT at least, ms",
         *(
@@ -46,11 +65,28 @@ def as_text(plan: Plan, others: Mapping[str, Plan], place: str, command: str, no
             for row in plan.table
         ),
     ]
-    if others:
-        lines += ["", "other formats of this model:", *(_line(form, other) for form, other in others.items())]
-    if notes:
-        lines += ["", *(f"note: {note}" for note in notes)]
-    return "\n".join([*lines, "", command])
+    if report.advice:
+        lines += ["", *_advice_lines(report.advice)]
+    if report.others:
+        lines += ["", "other formats of this model:", *(_line(form, other) for form, other in report.others.items())]
+    if report.notes:
+        lines += ["", *(f"note: {note}" for note in report.notes)]
+    return "\n".join([*lines, "", report.command])
+
+
+def _source(report: Report) -> str:
+    if report.replayed is None:
+        return ""
+    return f": policy {report.plan.lookups.policy}, {report.replayed.num_steps} decode steps of {report.replayed.path}"
+
+
+def _advice_lines(advice: "Advice") -> list[str]:
+    table = [
+        f"{one.slots:5} {one.policy:>7} {one.depth:6} {one.hits:8.1%}   {_milliseconds(one.tpot)}"
+        for one in sorted(advice.options, key=lambda one: (one.slots, one.policy, one.depth))
+    ]
+    because = [f"  {reason}" for reason in advice.reasons]
+    return ["slots  policy  ahead     hits   TPOT", *table, "", "recommended:", *because]
 
 
 def _line(form: str, plan: Plan) -> str:
@@ -68,15 +104,16 @@ def _percent(rate: Range) -> str:
     return f"{100 * rate.expected:.0f} % ({100 * rate.low:.0f} to {100 * rate.high:.0f})"
 
 
-def as_json(plan: Plan, others: Mapping[str, Plan], place: str, command: str, notes: Sequence[str]) -> dict[str, Any]:
+def as_json(report: Report) -> dict[str, Any]:
     """For programs: bytes, seconds as milliseconds, rates as 0 to 1."""
+    plan = report.plan
     model, budget = plan.model, plan.budget
     architecture = model.architecture
     return {
         "model": model.name,
         "format": model.form,
         "source": model.source,
-        "machine": place,
+        "machine": report.place,
         "moe_layers": architecture.moe_layers,
         "experts_per_layer": architecture.num_experts,
         "top_k": architecture.top_k,
@@ -91,12 +128,12 @@ def as_json(plan: Plan, others: Mapping[str, Plan], place: str, command: str, no
         "kv_cache_bytes": budget.kv_bytes,
         "requested_bytes": budget.requested_bytes,
         "host_bytes": plan.host_bytes,
-        "experts_needed_per_layer": round(plan.needed, 2),
+        "experts_needed_per_layer": round(plan.lookups.needed, 2),
         "bytes_per_token": round(plan.bytes_per_token),
         "tpot_without_look_ahead_ms": _rounded(plan.tpot_without, MS),
         "tpot_bound_ms": {"compute": round(plan.compute_bound * MS, 3), "link": round(plan.link_bound * MS, 3)},
         "ttft_ms": {"expected": round(plan.ttft * MS, 1), "bound": round(plan.ttft_bound * MS, 1)},
-        "ttft_tokens": plan.prompt_tokens,
+        "ttft_tokens": plan.lookups.prompt_tokens,
         "at_hit_rates": [
             {
                 "hit_rate": row.hit_rate,
@@ -109,10 +146,34 @@ def as_json(plan: Plan, others: Mapping[str, Plan], place: str, command: str, no
         "formats": {
             form: {"repository": repository, **_record(plan, form)} for form, repository in model.formats.items()
         },
-        "other_formats": {form: _sizes(other) for form, other in others.items()},
-        "notes": list(notes),
-        "command": command,
+        "other_formats": {form: _sizes(other) for form, other in report.others.items()},
+        "trace": _trace_of(report),
+        "notes": list(report.notes),
+        "command": report.command,
     }
+
+
+def _trace_of(report: Report) -> dict[str, Any] | None:
+    if report.replayed is None:
+        return None
+    found: dict[str, Any] = {
+        "path": str(report.replayed.path),
+        "decode_steps": report.replayed.num_steps,
+        "sequences": round(report.plan.lookups.sequences, 2),
+    }
+    if advice := report.advice:
+        found["options"] = [
+            {
+                "slots_per_layer": one.slots,
+                "policy": one.policy,
+                "lookahead_layers": one.depth,
+                "hit_rate": round(one.hits, 4),
+                "tpot_ms": _rounded(one.tpot, MS),
+            }
+            for one in advice.options
+        ]
+        found |= {"recommended": dict(advice.settings), "reasons": list(advice.reasons)}
+    return found
 
 
 def _sizes(plan: Plan) -> dict[str, Any]:

@@ -43,6 +43,7 @@ def _add_start(acts: Any) -> None:
         metavar="MB",
         help="of all recordings in DIR: the oldest files go (%(default)s)",
     )
+    act.add_argument("--weights", action="store_true", help="gate weights as well: three times the room")
     _add_server(act)
     act.set_defaults(run=_guarded(_start))
 
@@ -78,6 +79,7 @@ def _add_run(acts: Any) -> None:
     act.add_argument(
         "--data", type=Path, metavar="FILE", help=".jsonl or .jsonl.gz with `text` or `prompt`; default: a small sample"
     )
+    act.add_argument("--weights", action="store_true", help="gate weights as well: three times the room")
     number = {"type": int, "metavar": "N"}
     act.add_argument("--prompts", default=16, help="at most (default: %(default)s)", **number)
     act.add_argument("--prompt-tokens", default=128, help="of each, at most (default: %(default)s)", **number)
@@ -108,7 +110,12 @@ def _guarded(do: Any) -> Any:
 def _start(args: argparse.Namespace) -> dict[str, Any]:
     if args.max_mb < 1:
         raise TraceError(f"--max-mb must be at least 1, got {args.max_mb}")
-    request = {"do": "start", "directory": str(args.directory.absolute()), "limit_mb": args.max_mb}
+    request = {
+        "do": "start",
+        "directory": str(args.directory.absolute()),
+        "limit_mb": args.max_mb,
+        "weights": args.weights,
+    }
     return _joined(_ask(args.server, request))
 
 
@@ -155,7 +162,9 @@ def _show(args: argparse.Namespace) -> dict[str, Any]:
 
     trace = read_trace(args.trace)
     counted = {"steps": len(trace), "decode_steps": int(trace.decodes.sum()), "tokens": int(trace.tokens.sum())}
-    return {**asdict(trace.card), **counted, "seconds": round(float(trace.seconds.sum()), 3)}
+    requests = None if trace.requests is None else len({*trace.requests.tolist()} - {-1})
+    more = {"requests": requests, "weights": bool(trace.weights), "seconds": round(float(trace.seconds.sum()), 3)}
+    return {**asdict(trace.card), **counted, **more}
 
 
 def _import(args: argparse.Namespace) -> dict[str, Any]:
@@ -188,7 +197,11 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
         raise TraceError(str(error)) from error
     options = dict(args.engine)
     additional = dict(options.pop("additional_config", {}))
-    own = {"prefetch": "off"} | additional.get(CONFIG_KEY, {}) | {"trace": str(args.output)}
+    own = (
+        {"prefetch": "off"}
+        | additional.get(CONFIG_KEY, {})
+        | {"trace": str(args.output), "trace_weights": args.weights}
+    )
     window = args.prompt_tokens + args.tokens
     with open_in_process(args.model, window, additional_config={**additional, CONFIG_KEY: own}, **options) as opened:
         from vllm import SamplingParams

@@ -24,6 +24,24 @@ class Range:
     high: float
 
 
+@dataclass(frozen=True)
+class Lookups:
+    """What steps look up in one MoE layer of one rank, and what of it hits, 0 to 1."""
+
+    hits: Range
+    """Of decode steps."""
+    needed: float
+    """Distinct experts of a decode step."""
+    sequences: float
+    """That a decode step has a token of."""
+    prompt_tokens: int
+    """Of a prompt; 0: not known."""
+    prompt_needed: float
+    """Distinct experts of one of its steps."""
+    prompt_hits: float
+    policy: str
+
+
 def needed_experts(num_tokens: int, num_experts: int, top_k: int) -> float:
     """Distinct experts of one layer that so many tokens need, routed independently and uniformly."""
     return num_experts * (1 - (1 - top_k / num_experts) ** num_tokens)

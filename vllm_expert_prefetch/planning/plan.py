@@ -1,12 +1,13 @@
 """What a model will do on a machine, before it is downloaded: will it fit, what hits, how long a token takes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig
 from vllm_expert_prefetch.planning.architecture import Architecture
 from vllm_expert_prefetch.planning.budget import ALONE, BATCHED_TOKENS, Budget, Load, Ranks, make_budget
 from vllm_expert_prefetch.planning.formats import other_bytes_per_parameter, row_bytes
-from vllm_expert_prefetch.planning.hits import Range, hit_rates, needed_experts
+from vllm_expert_prefetch.planning.hits import Lookups, Range, hit_rates, needed_experts
 from vllm_expert_prefetch.planning.model_files import Model
 from vllm_expert_prefetch.planning.sizing import GB
 from vllm_expert_prefetch.planning.timing import HIDDEN, Machine, Work
@@ -15,6 +16,8 @@ HIT_RATES = (0.5, 0.7, 0.8, 0.9, 0.95, 0.99)
 """Of the table of bytes per token."""
 PROMPT_TOKENS = 1024
 """Of the time to the first token, or half of the context."""
+LookupsOf = Callable[[Budget], Lookups]
+"""What steps look up where so much is resident."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +39,17 @@ class Plan:
     ranks: Ranks
     load: Load
     budget: Budget
-    hits: Range
-    needed: float
-    """Distinct experts of a layer in a decode step, on one rank."""
+    lookups: Lookups
+    replayed: LookupsOf | None
+    """What said so; None: what was measured on other models."""
+    decode: Work
+    """A step of one token of every sequence."""
     tpot: Range
     tpot_without: Range
     """Without look-ahead."""
     compute_bound: float
     link_bound: float
     """At the expected hit rate."""
-    prompt_tokens: int
     ttft: float
     ttft_bound: float
     table: tuple[AtHitRate, ...]
@@ -54,14 +58,14 @@ class Plan:
     notes: tuple[str, ...]
 
     @property
-    def bytes_per_token(self) -> float:
-        """Over one rank's link, at the expected hit rate."""
-        return self.decode.needed_bytes * (1 - self.hits.expected) / self.load.concurrency
+    def hits(self) -> Range:
+        """Share of lookups in decode steps."""
+        return self.lookups.hits
 
     @property
-    def decode(self) -> Work:
-        """A step of one token of every sequence."""
-        return step_work(self.model, self.budget, self.ranks, self.load)
+    def bytes_per_token(self) -> float:
+        """Over one rank's link, at the expected hit rate."""
+        return self.decode.needed_bytes * (1 - self.hits.expected) / self.lookups.sequences
 
 
 def make_plan(
@@ -70,8 +74,10 @@ def make_plan(
     load: Load,
     ranks: Ranks = ALONE,
     config: ExpertPrefetchConfig | None = None,
+    replayed: LookupsOf | None = None,
 ) -> Plan:
-    """`config`: a size that is given for the cache; None: all that is left.
+    """`config`: a size that is given for the cache; None: all that is left. `replayed`: lookups of this very model;
+    None: those to expect, from what was measured on others.
 
     Raises ConfigError for what does not fit, or cannot be divided as `ranks` say.
     """
@@ -81,11 +87,15 @@ def make_plan(
     budget = make_budget(model, machine, load, ranks, config)
     host = 0 if budget.fits_whole else budget.experts_bytes * ranks.pp * max(ranks.tp, ranks.ep)
     _check_host(model, host, machine.host_bytes)
-    decode = step_work(model, budget, ranks, load)
-    hits = hit_rates(budget.share, load.concurrency, architecture.num_experts, architecture.top_k)
-    looks_ahead = budget.areas > 1 or load.concurrency * architecture.top_k <= architecture.num_experts
-    prompt = min(PROMPT_TOKENS, load.context // 2)
-    prefill = _prompt_work(model, budget, ranks, prompt)
+    lookups = _expected(architecture, budget, ranks, load)
+    if replayed and not budget.fits_whole:
+        own = replayed(budget)
+        prompts = {name: getattr(lookups, name) for name in ("prompt_tokens", "prompt_needed", "prompt_hits")}
+        lookups = own if own.prompt_tokens else replace(own, **prompts)
+    decode = _step_work(model, budget, ranks, load, lookups.needed)
+    hits = lookups.hits
+    looks_ahead = budget.areas > 1 or lookups.sequences * architecture.top_k <= architecture.num_experts
+    prefill = _prompt_work(model, budget, ranks, lookups)
     compute = decode.compute_bound(machine)
     return Plan(
         model=model,
@@ -93,19 +103,19 @@ def make_plan(
         ranks=ranks,
         load=load,
         budget=budget,
-        hits=hits,
-        needed=_needed(architecture, ranks, load.concurrency),
+        lookups=lookups,
+        replayed=replayed,
+        decode=decode,
         tpot=decode.seconds_range(machine, hits, looks_ahead),
         tpot_without=decode.seconds_range(machine, hits, False),
         compute_bound=compute,
         link_bound=decode.link(machine, hits.expected),
-        prompt_tokens=prompt,
-        ttft=prefill.seconds(machine, budget.share, HIDDEN.expected if budget.areas > 1 else 0.0),
-        ttft_bound=prefill.bound(machine, budget.share),
+        ttft=prefill.seconds(machine, lookups.prompt_hits, HIDDEN.expected if budget.areas > 1 else 0.0),
+        ttft_bound=prefill.bound(machine, lookups.prompt_hits),
         table=tuple(
             AtHitRate(
                 rate,
-                decode.needed_bytes * (1 - rate) / load.concurrency,
+                decode.needed_bytes * (1 - rate) / lookups.sequences,
                 decode.link(machine, rate),
                 decode.bound(machine, rate),
             )
@@ -124,29 +134,42 @@ def alternatives(plan: Plan) -> dict[str, Plan]:
             continue
         model = replace(plan.model, form=form, serve=repository, total_bytes=None, folder=None)
         try:
-            found[form] = make_plan(model, plan.machine, plan.load, plan.ranks)
+            found[form] = make_plan(model, plan.machine, plan.load, plan.ranks, replayed=plan.replayed)
         except ConfigError:
             continue
     return found
 
 
-def step_work(model: Model, budget: Budget, ranks: Ranks, load: Load) -> Work:
+def _expected(architecture: Architecture, budget: Budget, ranks: Ranks, load: Load) -> Lookups:
+    prompt = min(PROMPT_TOKENS, load.context // 2)
+    return Lookups(
+        hits=hit_rates(budget.share, load.concurrency, architecture.num_experts, architecture.top_k),
+        needed=_needed(architecture, ranks, load.concurrency),
+        sequences=load.concurrency,
+        prompt_tokens=prompt,
+        prompt_needed=_needed(architecture, ranks, min(prompt, BATCHED_TOKENS)),
+        prompt_hits=budget.share,
+        policy=ExpertPrefetchConfig.policy,
+    )
+
+
+def _step_work(model: Model, budget: Budget, ranks: Ranks, load: Load, num_needed: float) -> Work:
     """Of one decode step on one rank, through all pipeline stages."""
     architecture = model.architecture
     layers = len(budget.layers) * ranks.pp
-    needed = _needed(architecture, ranks, load.concurrency) * budget.record_bytes * layers
+    needed = num_needed * budget.record_bytes * layers
     kv = budget.kv_bytes * ranks.pp / 2  # on average a sequence is half as long as it may become
     rest = _dense_bytes(architecture, model.form) / ranks.tp
     flops = 2.0 * architecture.active_parameters * load.concurrency / ranks.tp
     return Work(rest + needed + kv, flops, needed, layers)
 
 
-def _prompt_work(model: Model, budget: Budget, ranks: Ranks, num_tokens: int) -> Work:
+def _prompt_work(model: Model, budget: Budget, ranks: Ranks, lookups: Lookups) -> Work:
     """Of a prompt, all its steps together: wide ones."""
-    architecture = model.architecture
+    architecture, num_tokens = model.architecture, lookups.prompt_tokens
     steps = -(-num_tokens // BATCHED_TOKENS)
     layers = len(budget.layers) * ranks.pp
-    needed = steps * _needed(architecture, ranks, min(num_tokens, BATCHED_TOKENS)) * budget.record_bytes * layers
+    needed = steps * lookups.prompt_needed * budget.record_bytes * layers
     flops = 2.0 * architecture.active_parameters * num_tokens / ranks.tp
     rest = steps * _dense_bytes(architecture, model.form) / ranks.tp
     return Work(rest + needed, flops, needed, layers * steps)

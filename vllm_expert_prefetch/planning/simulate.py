@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from vllm_expert_prefetch.planning.bounds import belady_hits
 from vllm_expert_prefetch.planning.clock import Clock
 from vllm_expert_prefetch.planning.guesses import drawn, oracle
-from vllm_expert_prefetch.planning.planner import Planner
+from vllm_expert_prefetch.planning.planner import Planner, StepCounts
 from vllm_expert_prefetch.planning.replay import Replay, Setting
 from vllm_expert_prefetch.planning.sizing import share_of
 from vllm_expert_prefetch.tracing.card import TraceError
@@ -51,16 +51,21 @@ class Sums:
         return self.decode_hits / max(1, self.decode_lookups)
 
 
+def serve_layer(trace: Trace, layer: int, setting: Setting, state: NDArray[np.int64] | None = None) -> StepCounts:
+    """Each step of one layer without look-ahead: from a cold cache, or from a planner's `state` on."""
+    card = trace.card
+    planner = Planner(card.num_experts[layer], setting.slots[layer], card.top_k[layer], setting.policy)
+    if state is not None:
+        planner.resume(state)
+    return planner.plan_steps(trace.routed(layer), trace.tokens)
+
+
 def simulate_layer(
     trace: Trace, layer: int, setting: Setting, clock: Clock | None, state: NDArray[np.int64] | None = None
 ) -> Sums:
     """One layer without look-ahead, step by step as served: from a cold cache, or from a planner's `state` on."""
     card = trace.card
-    planner = Planner(card.num_experts[layer], setting.slots[layer], card.top_k[layer], setting.policy)
-    if state is not None:
-        planner.resume(state)
-    ids = trace.routed(layer)
-    counts = planner.plan_steps(ids, trace.tokens)
+    counts = serve_layer(trace, layer, setting, state)
     hits, decodes = counts.needed - counts.misses, trace.decodes
     sums = Sums(
         lookups=int(counts.needed.sum()),
@@ -76,7 +81,7 @@ def simulate_layer(
     record = clock.record[layer]
     stalls = counts.misses * record
     if setting.areas > 1 and layer:  # the layer before was as wide: it has as many ids
-        is_wide = trace.tokens * ids.shape[1] > card.num_experts[layer]
+        is_wide = trace.tokens * trace.ids[layer].shape[1] > card.num_experts[layer]
         stalls = stalls - np.where(is_wide, np.minimum(counts.overflow * record, clock.compute), 0)
     return sums + Sums(stall=float(stalls.sum()), token_stall=float((stalls * trace.decoding).sum()))
 

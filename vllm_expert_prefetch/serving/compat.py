@@ -176,6 +176,16 @@ def allow_amx() -> None:
         ask()
 
 
+def request_names(runner: Any) -> list[str]:
+    """The requests of the step that `runner` has executed, in the order of its tokens; empty where it does not tell.
+
+    vLLM sorts them in other ways than its scheduler. Its second runner has them until it samples.
+    """
+    batch = getattr(getattr(runner, "execute_model_state", None), "input_batch", None)
+    batch = getattr(runner, "input_batch", None) if batch is None else batch
+    return [*getattr(batch, "req_ids", ())]
+
+
 def install_offloader(join: Callable[[], None]) -> None:
     """Have vLLM call `join` before it captures or replays a CUDA graph, and before a capture ends."""
     from vllm.model_executor.offloader.base import NoopOffloader, set_offloader

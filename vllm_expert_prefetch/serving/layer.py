@@ -11,6 +11,7 @@ from vllm_expert_prefetch.cache.base import LayerCache
 from vllm_expert_prefetch.config import config_of
 from vllm_expert_prefetch.lookahead.after import LookAhead
 from vllm_expert_prefetch.memory.host_store import HostStore
+from vllm_expert_prefetch.planning.warm_start import WarmStart
 from vllm_expert_prefetch.prediction.base import Signals
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.block_order import blocks_by_expert, depends_on_order
@@ -73,6 +74,8 @@ class CachedRoutedExperts(RoutedExperts):
         """Notes what is routed, while that is asked for."""
         self.recorded_number = 0
         """Among the layers that are recorded."""
+        self.warm_start: WarmStart | None = None
+        """Finds out what a profile gains, over the first tokens."""
         self.unprocessed_row_bytes = unprocessed_row_bytes(self, self.local_num_experts)
         self.share: ExpertShare | None = None
         """Which experts are this rank's, under expert parallelism; there once the layer is taken over."""
@@ -206,7 +209,9 @@ class CachedRoutedExperts(RoutedExperts):
             topk_weights, topk_ids = execute_instead(guess, topk_weights, topk_ids)
         own_ids = self.cache.local(topk_ids)
         if self.recorder is not None:
-            self.recorder.note(self.recorded_number, own_ids, rows)
+            self.recorder.note(self.recorded_number, own_ids, rows, topk_weights)
+        if self.warm_start is not None:
+            self.warm_start.note(self.number, own_ids.numpy()[:rows])
         row_ids = self.cache.serve(own_ids, rows, guess is not None)
         if look_ahead is not None:
             look_ahead.after(self.number, Signals(x, topk_ids, topk_weights), rows, routed)

@@ -11,6 +11,7 @@ import torch
 from vllm_expert_prefetch import __version__
 from vllm_expert_prefetch.config import CONFIG_KEY, OFF, ConfigError
 from vllm_expert_prefetch.metrics.counters import SUFFIX as COUNTERS
+from vllm_expert_prefetch.planning.warm_start import LayerStart, WarmStart
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.wording import short_name
 from vllm_expert_prefetch.tracing.card import TraceCard, TraceError
@@ -39,7 +40,7 @@ def create_switch(worker: "Worker", vllm_config: Any) -> TraceSwitch | None:
         for number, layer in enumerate(served):
             layer.recorded_number, layer.recorder = number, recorder
 
-    switch = TraceSwitch(lambda folder: _recorder(worker, vllm_config, folder), attach)
+    switch = TraceSwitch(lambda folder, with_weights: _recorder(worker, vllm_config, folder, with_weights), attach)
     path = worker.publisher.counters.path
     try:
         socket = path.with_name(path.name.removesuffix(COUNTERS) + SUFFIX)
@@ -49,7 +50,7 @@ def create_switch(worker: "Worker", vllm_config: Any) -> TraceSwitch | None:
         compat.logger().warning("expert_prefetch: routing cannot be recorded on request: %s", error)
     if config.trace != OFF:
         try:
-            started = switch.start(Path(config.trace), config.trace_mb)
+            started = switch.start(Path(config.trace), config.trace_mb, config.trace_weights)
         except TraceError as error:
             raise ConfigError(f"{CONFIG_KEY}: trace: {error}, or drop the key") from error
         compat.logger().info("expert_prefetch: routing is recorded into %s", started["recording"])
@@ -66,12 +67,14 @@ def _answer_of(held: "weakref.ref[TraceSwitch]") -> Callable[[Mapping[str, Any]]
     return answer
 
 
-def warm_slots(worker: "Worker", model: str) -> None:
+def warm_slots(worker: "Worker", model: str) -> WarmStart | None:
     """Bring the experts that the profile of `worker` names as the most used, as one step would, and say how many.
 
-    Raises ConfigError where it does not fit the layers.
+    Returns what finds out what that gains; None on a GPU, where nothing on the host sees the routing.
+    Raises ConfigError where the profile does not fit the layers.
     """
     path, num_slots = Path(str(worker.config.profile)), 0
+    starts = {}
     try:
         profile = read_profile(path, model)
         for layer in worker.layers:
@@ -81,12 +84,16 @@ def warm_slots(worker: "Worker", model: str) -> None:
             ids = torch.tensor([profile.hottest(name, cache.num_experts, cache.num_slots)], device=layer.accelerator)
             cache.serve(ids, torch.zeros(1, dtype=torch.int64, device=layer.accelerator) if cache.on_device else 1)
             num_slots += cache.num_slots
+            if not cache.on_device:
+                numbers = cache.num_experts, cache.num_slots, cache.top_k, cache.record_bytes
+                starts[layer.number] = LayerStart(*numbers, cache.state.numpy().copy())
     except TraceError as error:
         raise ConfigError(f"{CONFIG_KEY}: profile: {path}: {error}") from error
     compat.logger().info("expert_prefetch: %d slots are warm with the most used experts of %s", num_slots, path)
+    return WarmStart(starts, worker.config.policy) if starts else None
 
 
-def _recorder(worker: "Worker", vllm_config: Any, folder: TraceFolder) -> Recorder:
+def _recorder(worker: "Worker", vllm_config: Any, folder: TraceFolder, with_weights: bool) -> Recorder:
     layers = [layer for layer in worker.layers if layer.cache is not None]
     caches = [layer.cache for layer in layers if layer.cache is not None]
     if not caches:
@@ -108,4 +115,4 @@ def _recorder(worker: "Worker", vllm_config: Any, folder: TraceFolder) -> Record
         made_by=f"vllm-expert-prefetch {__version__}, vLLM {compat.vllm_version()}",
         recorded_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-    return Recorder(caches, card, folder)
+    return Recorder(caches, card, folder, with_weights)

@@ -128,6 +128,7 @@ v1.core.sched.output:SchedulerOutput.scheduled_new_reqs
 v1.core.sched.output:SchedulerOutput.scheduled_cached_reqs
 v1.core.sched.output:SchedulerOutput.total_num_scheduled_tokens
 v1.core.sched.output:SchedulerOutput.num_scheduled_tokens
+v1.core.sched.output:SchedulerOutput.finished_req_ids
 v1.core.sched.scheduler:Scheduler.schedule
 v1.core.sched.scheduler:Scheduler.update_from_output(scheduler_output)
 v1.core.sched.scheduler:Scheduler.max_num_scheduled_tokens

@@ -58,10 +58,16 @@ def watch_steps(runner: Any, vllm_config: Any) -> None:
 
     def timed_execute(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
         worker = find_worker(vllm_config)
-        if worker is None or worker.publisher is None or not scheduler_output.total_num_scheduled_tokens:
+        if worker is None or worker.publisher is None:
             return execute(scheduler_output, *args, **kwargs)
-        worker.step_begins(*count_sequences(scheduler_output))
+        is_step = bool(scheduler_output.total_num_scheduled_tokens)
+        if is_step:
+            worker.step_begins(*count_sequences(scheduler_output))
         output = execute(scheduler_output, *args, **kwargs)
+        if worker.traces is not None and worker.traces.is_recording:
+            worker.traces.note_tokens(tokens_by_request(runner, scheduler_output), scheduler_output.finished_req_ids)
+        if not is_step:
+            return output
         if output is not None:
             worker.step_ended()
         return output
@@ -135,3 +141,9 @@ def count_sequences(scheduler_output: Any) -> tuple[int, int, bool]:
         num_prefilling = sum(not n or name in resumed for name, n in zip(cached.req_ids, outputs, strict=True))
     num_decoding = len(outputs) - num_prefilling
     return num_prefilling + len(scheduler_output.scheduled_new_reqs), num_decoding, bool(outputs)
+
+
+def tokens_by_request(runner: Any, scheduler_output: Any) -> list[tuple[str, int]]:
+    """Requests of the step that `runner` has executed, in the order of their tokens, and how many each has."""
+    scheduled = scheduler_output.num_scheduled_tokens
+    return [(name, scheduled[name]) for name in compat.request_names(runner) if name in scheduled]

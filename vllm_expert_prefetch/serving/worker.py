@@ -20,6 +20,7 @@ from vllm_expert_prefetch.metrics.counters import Counters
 from vllm_expert_prefetch.metrics.publish import Publisher
 from vllm_expert_prefetch.metrics.scrape_port import serve_counters
 from vllm_expert_prefetch.planning.sizing import GB
+from vllm_expert_prefetch.planning.warm_start import WarmStart
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.advice import PromptStep, measure_prompt_step
 from vllm_expert_prefetch.serving.places import place_of
@@ -62,6 +63,9 @@ class Worker:
         """The look-ahead's name, or why there is none; there once the model is loaded."""
         self.publisher: Publisher | None = None
         """There once the model is loaded: a start that fails shows no metrics."""
+        self._warm_start: WarmStart | None = None
+        self._num_decoding = 0
+        """Of the step that runs, or the last one."""
         self.traces: TraceSwitch | None = None
         """There with the publisher, on the first rank of those that route alike."""
         on_cuda = compat.on_cuda_platform()
@@ -205,7 +209,7 @@ class Worker:
         if self.config.ghost_caches:
             self._add_ghosts(caches)
         if self.config.profile is not None:  # before anything is counted
-            warm_slots(self, self._vllm_config.model_config.model)
+            self._watch_warm_start(warm_slots(self, self._vllm_config.model_config.model))
         self.publisher = self._publish(self._look_ahead(model, link_rate), link_rate)
         self.traces = create_switch(self, self._vllm_config)
         for line in self.describe():
@@ -228,6 +232,7 @@ class Worker:
     def step_begins(self, num_prefilling: int, num_decoding: int, continues: bool) -> None:
         """An engine step begins; see `StepClock.begin`."""
         assert self.publisher is not None
+        self._num_decoding = num_decoding
         if self.traces is not None:
             self.traces.begin_step(num_prefilling, num_decoding)
         self.publisher.step_begins(num_prefilling, num_decoding, continues)
@@ -239,6 +244,15 @@ class Worker:
         self.publisher.step_ended()
         if self.traces is not None:
             self.traces.end_step(self.publisher.clock.seconds)
+        if self._warm_start is not None and self._warm_start.end_step(self._num_decoding):
+            link_rate = self.publisher.counters.get("link_bytes_per_second")
+            compat.logger().info("expert_prefetch: %s", self._warm_start.describe(link_rate))
+            self._watch_warm_start(None)
+
+    def _watch_warm_start(self, warm_start: WarmStart | None) -> None:
+        self._warm_start = warm_start
+        for layer in self.layers:
+            layer.warm_start = warm_start
 
     def _look_ahead(self, model: torch.nn.Module, link_rate: float) -> LookAhead | None:
         look_ahead, self.prefetch = create_look_ahead_of(

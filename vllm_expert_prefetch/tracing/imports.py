@@ -66,19 +66,23 @@ def read_csv(path: Path, model: str | None = None, num_experts: int | None = Non
     )
     steps: list[list[list[list[int]]]] = []
     prompts: list[bool] = []
-    for phases in turns.values():
+    requests: list[int] = []
+    for number, phases in enumerate(turns.values()):
         for phase, own in enumerate(phases):
             rows = [[[token.get(layer, [])] for layer in layers] for _, token in sorted(own.items())]
             if phase == 0 and not by_token and rows:
                 rows = [[[ids for token in rows for ids in token[at]] for at in range(len(layers))]]
             steps += rows
             prompts += [phase == 0] * len(rows)
-    return _marked(trace_of_steps(card, steps), prompts)
+            requests += [number] * len(rows)
+    return _marked(trace_of_steps(card, steps), prompts, requests)
 
 
-def _marked(trace: Trace, prompts: list[bool]) -> Trace:
+def _marked(trace: Trace, prompts: list[bool], requests: list[int]) -> Trace:
+    """`requests`: of each step, the number of the one whose tokens it has."""
     prefilling = np.array(prompts, dtype=np.int32)
-    return replace(trace, prefilling=prefilling, decoding=1 - prefilling)
+    numbers = np.repeat(np.array(requests, dtype=np.int32), trace.tokens)
+    return replace(trace, prefilling=prefilling, decoding=1 - prefilling, requests=numbers)
 
 
 def _read_arrays(path: Path, model: str | None, num_experts: int | None, prompt_tokens: int, by_token: bool) -> Trace:
@@ -109,4 +113,6 @@ def _read_arrays(path: Path, model: str | None, num_experts: int | None, prompt_
     together = np.concatenate(requests)
     ids = tuple(compact(np.ascontiguousarray(together[:, layer]), num_experts) for layer in range(num_layers))
     untimed, prefilling = np.zeros(len(tokens), dtype=np.float32), np.array(prompts, dtype=np.int32)
-    return Trace(card, np.array(tokens, dtype=np.int32), prefilling, 1 - prefilling, untimed, untimed, ids)
+    numbers = np.repeat(np.arange(len(requests), dtype=np.int32), [len(own) for own in requests])
+    steps = np.array(tokens, dtype=np.int32), prefilling, 1 - prefilling, untimed, untimed
+    return Trace(card, *steps, ids, requests=numbers)

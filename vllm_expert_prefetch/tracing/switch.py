@@ -1,7 +1,7 @@
 """The switch of one worker's recording: on and off while it serves, between two steps."""
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,18 @@ class TraceSwitch:
     A request that comes amid a step waits for its end.
     """
 
-    def __init__(self, record: Callable[[TraceFolder], Recorder], attach: Callable[[Recorder | None], None]) -> None:
-        """`record` makes a recorder, or raises TraceError; `attach` gives it to every layer, None takes it away."""
+    def __init__(
+        self, record: Callable[[TraceFolder, bool], Recorder], attach: Callable[[Recorder | None], None]
+    ) -> None:
+        """`record` makes a recorder, of gate weights as well or not, or raises TraceError; `attach` gives it to every
+        layer, None takes it away."""
         self._record, self._attach = record, attach
         self._recorder: Recorder | None = None
         self._lock = threading.Lock()
         self._is_in_step = False
         self._requests: list[Callable[[], None]] = []
         self._sequences = (0, 0)
+        self._tokens: Sequence[tuple[str, int]] = ()
         self.stop_answering: Callable[[], None] = lambda: None
         """Ends the control socket, where there is one."""
 
@@ -34,26 +38,41 @@ class TraceSwitch:
         """A step starts with so many sequences in their prompt, and so many beyond their first token."""
         with self._lock:
             self._is_in_step = True
-            self._sequences = prefilling, decoding
+            self._sequences, self._tokens = (prefilling, decoding), ()
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether the routing of this step is kept."""
+        return self._recorder is not None
+
+    def note_tokens(self, tokens: Sequence[tuple[str, int]], finished: Iterable[str]) -> None:
+        """The step has so many `tokens` of each request, in this order; requests that had `finished` before are not
+        among them."""
+        self._tokens, recorder = tokens, self._recorder
+        if recorder is not None:
+            recorder.forget(finished)
 
     def end_step(self, seconds: float) -> None:
         """The step is over."""
         with self._lock:
             self._is_in_step = False
             if self._recorder is not None:
-                self._recorder.end_step(*self._sequences, seconds)
+                self._recorder.end_step(*self._sequences, seconds, self._tokens)
                 if self._recorder.folder.problem is not None:
                     self._stop()
             while self._requests:
                 self._requests.pop()()
 
-    def start(self, directory: Path, limit_mb: int) -> Answer:
-        """Record into a folder of its own in `directory`. Raises TraceError where one runs, or none can be written."""
+    def start(self, directory: Path, limit_mb: int, with_weights: bool = False) -> Answer:
+        """Record into a folder of its own in `directory`, `with_weights` of the gates or without.
+
+        Raises TraceError where one runs, or none can be written.
+        """
         if self._recorder is not None:
             raise TraceError(f"{self._recorder.folder.path} is being recorded: stop it first")
         folder = TraceFolder(directory, limit_mb * MB)
         try:
-            self._recorder = self._record(folder)
+            self._recorder = self._record(folder, with_weights)
         except TraceError:
             folder.close()
             raise
@@ -68,12 +87,15 @@ class TraceSwitch:
         return {"recording": str(own.folder.path), "steps": own.num_steps, "dropped_steps": own.num_dropped}
 
     def answer(self, request: Mapping[str, Any]) -> Answer:
-        """What a request comes to: `{"do": "start", "directory": ..., "limit_mb": ...}`, `stop` or `status`.
+        """What a request comes to: `{"do": "start", "directory": ..., "limit_mb": ..., "weights": ...}`, `stop` or
+        `status`.
 
         Called by another thread than the one that serves.
         """
         kinds: dict[str, Callable[[], Answer]] = {
-            "start": lambda: self.start(Path(request["directory"]), int(request["limit_mb"])),
+            "start": lambda: self.start(
+                Path(request["directory"]), int(request["limit_mb"]), bool(request.get("weights"))
+            ),
             "stop": self._stop,
             "status": self.status,
         }

@@ -42,6 +42,10 @@ class Trace:
     """Of each layer: its planner's state when the recording began (csrc/residency.h). Empty: not known."""
     totals: NDArray[np.int64] | None = None
     """(2, L, W): the planners' words when the recording began and when it ended. None: not known."""
+    requests: NDArray[np.int32] | None = None
+    """(N): which request each token is of, counted from 0 in the recording; -1: not known. None: not recorded."""
+    weights: tuple[NDArray[np.float16], ...] = ()
+    """Of each layer (N, K): the gate weights of `ids`. Empty: not recorded."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -69,7 +73,15 @@ class Trace:
         first = max(0, len(self) - num_steps)
         start = int(self.tokens[:first].sum())
         cut = {name: getattr(self, name)[first:] for name in _STEPS}
-        return replace(self, **cut, ids=tuple(ids[start:] for ids in self.ids), states=(), totals=None)
+        return replace(
+            self,
+            **cut,
+            ids=tuple(ids[start:] for ids in self.ids),
+            states=(),
+            totals=None,
+            requests=None if self.requests is None else self.requests[start:],
+            weights=tuple(weights[start:] for weights in self.weights),
+        )
 
 
 def compact(ids: NDArray[np.generic], num_experts: int) -> NDArray[np.generic]:
@@ -84,6 +96,9 @@ def tensors_of(trace: Trace) -> dict[str, NDArray[np.generic]]:
     tensors |= {f"state.{layer}": state for layer, state in enumerate(trace.states)}
     if trace.totals is not None:
         tensors["totals"] = trace.totals
+    if trace.requests is not None:
+        tensors["requests"] = trace.requests
+    tensors |= {f"weights.{layer}": weights for layer, weights in enumerate(trace.weights)}
     return tensors
 
 
@@ -149,14 +164,19 @@ def _read_file(path: Path) -> tuple[Trace, int, Path]:
             has_states = f"state.{card.num_layers - 1}" in names
             states = tuple(file.get_tensor(f"state.{layer}") for layer in range(card.num_layers) if has_states)
             totals = file.get_tensor("totals") if "totals" in names else None
+            requests = file.get_tensor("requests") if "requests" in names else None
+            has_weights = f"weights.{card.num_layers - 1}" in names
+            weights = tuple(file.get_tensor(f"weights.{layer}") for layer in range(card.num_layers) if has_weights)
     except (SafetensorError, KeyError, OSError, ValueError) as error:
         raise TraceError(f"{path} is truncated or damaged ({error}): remove it, or record again") from error
     num_tokens = int(steps["tokens"].sum())
-    if any(len(own) != num_tokens for own in ids) or len({len(own) for own in steps.values()}) != 1:
+    of_tokens = [*ids, *weights, *([] if requests is None else [requests])]
+    if any(len(own) != num_tokens for own in of_tokens) or len({len(own) for own in steps.values()}) != 1:
         raise TraceError(f"{path} is damaged: its layers and steps disagree about the number of tokens")
     if totals is not None and totals.shape[2] != len(Words._fields):
         states, totals = (), None  # a planner that counts other things
-    return Trace(card, **steps, ids=ids, states=states, totals=totals), chunk, path
+    found = Trace(card, **steps, ids=ids, states=states, totals=totals, requests=requests, weights=weights)
+    return found, chunk, path
 
 
 def _joined(parts: Sequence[Trace]) -> Trace:
@@ -168,7 +188,16 @@ def _joined(parts: Sequence[Trace]) -> Trace:
         totals = np.stack([first.totals[0], last.totals[1]])
     steps = {name: np.concatenate([getattr(part, name) for part in parts]) for name in _STEPS}
     ids = tuple(np.concatenate(own) for own in zip(*(part.ids for part in parts), strict=True))
-    return Trace(first.card, **steps, ids=ids, states=first.states, totals=totals)
+    requests = [part.requests for part in parts if part.requests is not None]
+    return Trace(
+        first.card,
+        **steps,
+        ids=ids,
+        states=first.states,
+        totals=totals,
+        requests=np.concatenate(requests) if len(requests) == len(parts) else None,
+        weights=tuple(np.concatenate(own) for own in zip(*(part.weights for part in parts), strict=True)),
+    )
 
 
 def trace_of_steps(card: TraceCard, steps: Sequence[Sequence[Sequence[Sequence[int]]]], num_prompt: int = 0) -> Trace:

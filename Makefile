@@ -31,7 +31,7 @@ EMULATES = $(filter-out 0,$(LINK_GBPS))
 comma = ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve lint check test test-triton mutants bench formats observe sanitize release-check gpu-check soak matrix clean
+.PHONY: help setup serve lint check test test-triton features mutants bench formats observe sanitize release-check gpu-check soak matrix clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -96,6 +96,10 @@ test-triton: setup  ## Triton kernels in Triton's interpreter: the router's, and
 	$(BIN)/pip install -q --disable-pip-version-check --no-deps --target build/triton triton
 	PYTHONPATH=build/triton $(BIN)/pytest tests/prediction/test_fused_router.py tests/formats/test_triton_rows.py \
 		$(PYTEST_ARGS)
+
+features: setup  ## Run what proves a feature, and write down what it has proved (docs/compatibility.md)
+	$(BIN)/pytest -n 2 --dist loadfile -m proves --write-features tests/features.json $(PYTEST_ARGS)
+	$(BIN)/python tests/doc_tables.py
 
 bench: setup  ## Every benchmark, in its quick form
 	@set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python "$$script" --quick; done

@@ -1,11 +1,14 @@
 """Settings that must stand before torch and vLLM are imported: one thread, the engine inside this process. And
-`--skips-allowed`: what may be skipped. And a package that vLLM imports for nothing."""
+`--skips-allowed`: what may be skipped. And `--write-features`: what was proved (`proofs.py`). And a package that vLLM
+imports for nothing."""
 
 import os
 import re
 import sys
+from pathlib import Path
 from types import ModuleType
 
+import proofs
 import pytest
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -16,6 +19,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 def pytest_addoption(parser):
     parser.addoption("--skips-allowed", metavar="REGEX", help="a test skipped for any other reason counts as failed")
+    parser.addoption("--write-features", metavar="FILE", help="which features the tests that ran have proved")
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(proofs)
+    path = config.getoption("--write-features")
+    if path and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(proofs.Writer(Path(path)))
 
 
 @pytest.hookimpl(wrapper=True)

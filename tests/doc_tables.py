@@ -11,13 +11,24 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
+from proofs import Proof, read_proofs
+
 from vllm_expert_prefetch.config import ExpertPrefetchConfig
 from vllm_expert_prefetch.metrics.definitions import METRICS, Metric
 from vllm_expert_prefetch.planning.architecture import read_architecture
+from vllm_expert_prefetch.planning.budget import Budget, Load, Ranks, make_budget
 from vllm_expert_prefetch.planning.facts import load_facts
+from vllm_expert_prefetch.planning.model_files import find
+from vllm_expert_prefetch.planning.sizing import GB
+from vllm_expert_prefetch.planning.timing import Machine
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 REGISTERED = Path(__file__).with_name("serving") / "registered.json"
+PLATFORMS = (
+    ("cpu", "proven", "none there"),
+    ("shim", "proven on the shim", "allowed, proved at your start"),
+)
+"""Where features are proved, and what the table says where they are and where they are not."""
 _TYPES = {int: "integer", float: "number", str: "string", bool: "true / false"}
 
 
@@ -46,18 +57,31 @@ def metrics_table() -> str:
     return _table(("metric", "type", "unit", "own label", "meaning"), rows)
 
 
-def refusals_table() -> str:
-    """One row per combination refused when the configuration is read."""
-    from vllm_expert_prefetch.serving.refusals import REFUSALS
+def features_table() -> str:
+    """One row per feature that a test proves, then one per combination that is refused."""
+    from vllm_expert_prefetch.serving.refusals import LAYER_REFUSALS, REFUSALS
 
-    return _refusal_rows(REFUSALS)
-
-
-def layer_refusals_table() -> str:
-    """One row per kind of layer that is not taken over."""
-    from vllm_expert_prefetch.serving.refusals import LAYER_REFUSALS
-
-    return _refusal_rows(LAYER_REFUSALS)
+    found: dict[str, dict[str, list[Proof]]] = {}
+    for one in sorted(read_proofs(), key=lambda one: (one.feature.lower(), one)):
+        found.setdefault(one.feature, {}).setdefault(one.platform, []).append(one)
+    rows = []
+    refused = {refusal.what: refusal for refusal in REFUSALS}
+    for feature, shown in found.items():
+        cells = []
+        for platform, how, otherwise in PLATFORMS:
+            ones = shown.get(platform) or shown.get("any")
+            cells.append(ones[0].says or how if ones else otherwise)
+        if partly := refused.pop(feature, None):  # on one platform, and proven on the other
+            cells[partly.platform == "gpu"] = f"refused (`{partly.flag}`): {partly.remedy}"
+        files = sorted({one.test.partition("::")[0] for ones in shown.values() for one in ones})
+        links = ", ".join(f"[{file.removeprefix('tests/').replace('test_', '')}](../{file})" for file in files)
+        rows.append((feature, *cells, links))
+    left: tuple[Any, ...] = (*refused.values(), *LAYER_REFUSALS)
+    for refusal in left:
+        only = getattr(refusal, "platform", "")
+        cells = ["refused" if only in ("", platform) else "served" for platform in ("cpu", "gpu")]
+        rows.append((f"{refusal.what} (`{refusal.flag}`)", *cells, refusal.remedy))
+    return _table(("feature", "CPU platform", "GPU", "shown in, or the remedy"), rows)
 
 
 def backends_table() -> str:
@@ -148,20 +172,43 @@ def recordings_table() -> str:
     return _table(("recorded on", "experts, top-k", *(f"{share:.1%}" for share in recordings[0].shares)), rows)
 
 
-def _refusal_rows(refusals: Iterable[Any]) -> str:
-    rows = [(refusal.what, f"`{refusal.flag}`", refusal.remedy) for refusal in refusals]
-    return _table(("what", "asked for by", "remedy"), rows)
+RANKS = {
+    "one GPU": Ranks(),
+    "tensor parallel": Ranks(tp=2),
+    "expert parallel": Ranks(tp=2, ep=2),
+    "pipeline parallel": Ranks(pp=2),
+    "tensor parallel N, pipeline parallel M": Ranks(tp=2, pp=2),
+}
+"""The ways of docs/scaling.md to divide a model, in two."""
+
+
+def budget_of(ranks: Ranks) -> Budget:
+    """What a rank holds of Qwen3-30B-A3B with half of its experts resident."""
+    half = ExpertPrefetchConfig(cache_fraction=0.5, areas=1)
+    return make_budget(find("Qwen3-30B-A3B"), Machine(80e9, 1e12, None, 25e9), Load(8192, 1), ranks, half)
+
+
+def ranks_table() -> str:
+    """One row per way to divide a model: the bytes of one rank."""
+    rows = []
+    for way, ranks in RANKS.items():
+        budget = budget_of(ranks)
+        slots, overflow = (number * budget.record_bytes for number in (sum(budget.slots), budget.overflow_rows))
+        sizes = f"{slots / GB:.1f} GB", f"{overflow / GB:.2f} GB", f"{budget.experts_bytes / GB:.1f} GB"
+        named = way.replace(" N", " 2").replace(" M", " 2") if " N" in way else f"{way} 2"
+        rows.append((way if ranks == Ranks() else f"{named}, each rank", *sizes))
+    return _table(("", "slots", "overflow rows", "host"), rows)
 
 
 TABLES: dict[str, tuple[Path, Callable[[], str]]] = {
     "config": (DOCS / "configuration.md", config_table),
     "metrics": (DOCS / "metrics.md", metrics_table),
     "families": (DOCS / "compatibility.md", families_table),
-    "refusals": (DOCS / "compatibility.md", refusals_table),
+    "features": (DOCS / "compatibility.md", features_table),
     "formats": (DOCS / "compatibility.md", formats_table),
     "backends": (DOCS / "compatibility.md", backends_table),
-    "layer_refusals": (DOCS / "compatibility.md", layer_refusals_table),
     "models": (DOCS / "planning.md", models_table),
+    "ranks": (DOCS / "scaling.md", ranks_table),
     "recordings": (DOCS / "planning.md", recordings_table),
 }
 

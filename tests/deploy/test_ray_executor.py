@@ -47,6 +47,7 @@ def test_the_configuration_that_is_sent_holds_every_setting(runtime):
     assert config_from_additional(received.additional_config) == config_from_additional({"expert_prefetch": values})
 
 
+@pytest.mark.proves("Ray executor", says="refused by vLLM")
 @pytest.mark.engine
 def test_an_actor_loads_the_plugin_and_finds_the_servers_directory(runtime):
     """A real Ray actor that does what vLLM's worker does first, with the environment that the executor sends it."""

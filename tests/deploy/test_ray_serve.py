@@ -134,6 +134,7 @@ def decode_steps(address: str) -> float:
     )
 
 
+@pytest.mark.proves("Ray Serve, two replicas")
 @pytest.mark.engine
 def test_smoke_both_replicas_give_the_tokens_of_plain_vllm(cluster):
     """Asked one by one, so that both count every step of what they were asked."""

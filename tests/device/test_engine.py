@@ -68,6 +68,7 @@ def test_another_family_is_bit_equal_on_the_device_path(monkeypatch, tmp_path, n
     assert found["transfer_bytes_total/prefetch"] > 0
 
 
+@pytest.mark.proves("recording of routing (`trace`)", "shim")
 def test_a_recording_counts_what_the_device_path_counted(monkeypatch, tmp_path):
     config = {"cache_fraction": 0.5, "prefetch": "off", "trace": str(tmp_path), "ghost_caches": True}
     _, counted, words = served(monkeypatch, TINY_MODEL, config, lambda llm: greedy(llm, prompts(3), 8))
@@ -93,6 +94,8 @@ def generate(llm):
     return [greedy(llm, prompts(6), 24), greedy(llm, prompts(1), 48)]
 
 
+@pytest.mark.proves("eager mode, a quarter to 95 % of the experts resident", "shim")
+@pytest.mark.proves("looking ahead", "shim")
 @pytest.mark.parametrize(
     "config", [{"prefetch": "off"}, {"prefetch": "auto", "policy": "lfru"}, {"slots_per_layer": 2}]
 )
@@ -131,6 +134,7 @@ def test_guesses_that_are_garbage_change_no_token(monkeypatch, expected):
     assert recall(found) < 0.3
 
 
+@pytest.mark.proves("CUDA graphs", "shim")
 @pytest.mark.parametrize("kernel", ["gather_records", "plan_step"])
 def test_a_kernel_that_a_graph_freezes_is_found_by_the_proof_at_start(monkeypatch, kernel):
     """Every replay would then have the rows, or the records, of the captured step."""
@@ -157,6 +161,7 @@ def test_a_model_without_attention_is_refused_where_padding_is_told_by_it(monkey
         pass
 
 
+@pytest.mark.proves("a cache that grows into free memory", "shim")
 def test_a_cache_that_grows_does_so_under_its_layers(monkeypatch, expected):
     """In pages, as on a GPU: vLLM's profile leaves room for six more slots of each layer."""
     measured = Measured(monkeypatch, records=7 * 6.5)

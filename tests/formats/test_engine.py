@@ -47,6 +47,7 @@ def options(backend, name=""):
     }
 
 
+@pytest.mark.proves("quantised experts, [each format](#quantised-experts)", "shim")
 @pytest.mark.parametrize(("name", "backend"), CASES)
 def test_a_format_is_bit_equal_with_a_part_of_its_experts(name, backend, cuda_operators, tmp_path):
     model, prompts = write_quantised(name, tmp_path / name), family_of(name).prompts[:3]

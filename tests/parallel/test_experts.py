@@ -1,8 +1,8 @@
 """Expert parallelism: a rank caches its own experts, and others' add nothing to what it computes.
 
-One rank of a group is computed alone: what it adds to the sum of all ranks must be what plain vLLM's would. The CPU
-build's kernel takes ids of all experts for rows of the rank's, which ends plain vLLM by a segmentation fault: the
-reference calls it with rows.
+Two ranks run in a process each. One rank of three is computed alone: what it adds to the sum of all ranks must be what
+plain vLLM's would. The CPU build's kernel takes ids of all experts for rows of the rank's, which ends plain vLLM by a
+segmentation fault: the reference calls it with rows.
 """
 
 import dataclasses
@@ -14,9 +14,10 @@ from engines import TINY_MODEL, caches, counters, greedy, layers, open_engine, p
 from formats import standins
 from formats.checkpoints import family_of, write_quantised
 from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
-from vllm.model_executor.layers.fused_moe.experts import cpu_moe
 
+from parallel import engines_of_two
 from parallel.engines_of_two import SERVED
+from parallel.rows_of_stock import told_rows
 from vllm_expert_prefetch.config import ConfigError
 from vllm_expert_prefetch.serving.expert_share import own_experts, take_share
 
@@ -35,28 +36,12 @@ def as_rank(monkeypatch):
     return be
 
 
-def told_rows(patch):
-    """Let plain vLLM's CPU kernel know which of the ids are a rank's: others get weight 0."""
-    kernel, apply = cpu_moe.cpu_fused_moe, cpu_moe.CPUUnquantizedExperts.apply
-    maps = []
-
-    def apply_with_map(self, *args, **kwargs):
-        maps.append(kwargs["expert_map"])
-        apply(self, *args, **kwargs)
-
-    def kernel_with_rows(output, x, w1, w2, b1, b2, weights, ids, *rest):
-        rows = maps[-1][ids.long()].to(ids.dtype)
-        kernel(output, x, w1, w2, b1, b2, weights * (rows >= 0), rows.clamp(min=0), *rest)
-
-    patch.setattr(cpu_moe.CPUUnquantizedExperts, "apply", apply_with_map)
-    patch.setattr(cpu_moe, "cpu_fused_moe", kernel_with_rows)
-
-
 @pytest.mark.engine
-@pytest.mark.parametrize(("rank", "size", "own"), [(1, 2, 8), (0, 3, 6)], ids=["a half", "the larger third"])
-def test_a_rank_adds_what_plain_vllms_rank_adds(as_rank, rank, size, own):
+def test_a_rank_with_the_larger_third_adds_what_plain_vllms_rank_adds(as_rank):
+    own = 6
+
     def run(config):
-        as_rank(rank, size)
+        as_rank(0, 3)
         with open_engine(TINY_MODEL, config, max_num_seqs=8) as llm:
             outputs = greedy(llm, prompts(16), 32)
             return outputs, [layer.local_num_experts for layer in layers(llm)], config and (counters(llm), caches(llm))
@@ -74,6 +59,23 @@ def test_a_rank_adds_what_plain_vllms_rank_adds(as_rank, rank, size, own):
     assert ours["experts"] == 8 * own
 
 
+@pytest.mark.proves("expert parallelism")
+@pytest.mark.engine
+def test_two_ranks_together_give_the_tokens_of_plain_vllm():
+    """In a process each."""
+    options = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
+    stock = engines_of_two.run(None, worker_extension_cls="parallel.rows_in_workers.ToldRows", **options)
+    served = engines_of_two.run(SERVED, **options)
+    assert served.outputs == stock.outputs
+    assert set(served.ranks) == {"0", "1"}
+    for rank in served.ranks.values():
+        assert (rank.value("experts"), rank.value("slots"), rank.value("moe_layers")) == (64, 32, 8)
+        assert min(rank.value("lookups_total/miss"), rank.value("predictions_total/used")) > 0
+    # Each plans its own experts: what one has to fetch is not what the other has.
+    assert len({rank.value("transfer_bytes_total/demand") for rank in served.ranks.values()}) == 2
+
+
+@pytest.mark.proves("expert parallelism", "shim")
 @pytest.mark.engine
 @pytest.mark.parametrize(("name", "backend"), [("gptq", "marlin"), ("int8", "triton")])
 def test_kernels_of_gpus_leave_out_other_ranks_experts(as_rank, monkeypatch, tmp_path, name, backend):

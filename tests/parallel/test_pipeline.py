@@ -12,6 +12,7 @@ COMPILED = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend":
 """vLLM's CPU build serves no pipeline eagerly: it makes the buffers between stages in a warm-up that it leaves out."""
 
 
+@pytest.mark.proves("pipeline parallelism")
 @pytest.mark.engine
 def test_two_stages_give_the_tokens_of_plain_vllm_and_each_looks_ahead_within_itself():
     expected = run(None, pipeline_parallel_size=2, **COMPILED)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,19 @@ SERVED = {"cache_fraction": 0.5, "prefetch": "on", "emulated_link_gbps": 0.2}
 ACCEPTED = "vllm:spec_decode_num_accepted_tokens"
 DRAFTED = "vllm:spec_decode_num_draft_tokens"
 NUM_TOKENS = 32
+HIDDEN, COMMA = 128, 14
+"""Of the trained model: its hidden size, and its most frequent token."""
+LLAMA = {
+    "model_type": "llama",
+    "intermediate_size": HIDDEN,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 64,
+    "max_position_embeddings": 2048,
+    "torch_dtype": "bfloat16",
+}
+"""A dense head of its size."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +114,63 @@ def mtp(folder: Path) -> Case:
     return Case(model, given, draft, OTHER_FAMILIES["glm4-moe"][2], num_seqs=4, has_tokenizer=False)
 
 
+def head(folder: Path, method: str, config: dict, shapes: Mapping[str, tuple[int, ...]]) -> Case:
+    """A head that drafts a comma where the trained model thinks it likely, which at times is right. What it has beside
+    that is random and small."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    target, generator = load_file(TINY_MODEL / "model.safetensors"), torch.Generator().manual_seed(1)
+    embedding = target["model.embed_tokens.weight"].float()
+    likely = embedding[COMMA] - embedding.mean(0)
+    tensors = {name: torch.ones(shape) for name, shape in shapes.items() if len(shape) == 1}
+    tensors |= {name: torch.rand(shape, generator=generator) / 50 - 0.01 for name, shape in shapes.items() if shape[1:]}
+    if "fc.weight" in shapes:  # reads the last of the hidden states that it is given
+        tensors["fc.weight"][:] = 0
+        tensors["fc.weight"][:, -HIDDEN:] = torch.outer(embedding[COMMA], likely)
+    if "lm_head.weight" in shapes:
+        tensors["lm_head.weight"] = embedding
+    if "lm_heads.0.weight" in shapes:
+        tensors["lm_heads.0.weight"][COMMA] = likely
+    draft = folder / method
+    draft.mkdir()
+    tensors = {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()}
+    save_file(tensors, draft / "model.safetensors", {"format": "pt"})
+    (draft / "config.json").write_text(json.dumps({"vocab_size": 4096, "hidden_size": HIDDEN} | config))
+    given = {"model": str(with_tokenizer(draft)), "method": method, "num_speculative_tokens": 1}
+    return Case(TINY_MODEL, prompts(16), given, 8, num_seqs=4, is_right=True)
+
+
+def decoder_layer(name: str, inputs: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a dense layer of Llama."""
+    attention = {"q_proj": (HIDDEN, inputs), "k_proj": (64, inputs), "v_proj": (64, inputs), "o_proj": (HIDDEN, HIDDEN)}
+    shapes: dict[str, tuple[int, ...]] = {f"self_attn.{part}": shape for part, shape in attention.items()}
+    shapes |= {f"mlp.{part}_proj": (HIDDEN, HIDDEN) for part in ("gate", "up", "down")}
+    shapes["post_attention_layernorm"] = (HIDDEN,)
+    return {f"{name}.{part}.weight": shape for part, shape in shapes.items()}
+
+
+def eagle(folder: Path) -> Case:
+    """EAGLE: a layer on a token's embedding and the target's hidden state."""
+    shapes = decoder_layer("layers.0", HIDDEN) | {"fc.weight": (HIDDEN, 2 * HIDDEN)}
+    return head(folder, "eagle", LLAMA | {"architectures": ["LlamaForCausalLM"]}, shapes)
+
+
+def eagle3(folder: Path) -> Case:
+    """EAGLE-3: a layer on the hidden states behind three of the target's layers, with an output of its own."""
+    norms = {f"midlayer.{norm}.weight": (HIDDEN,) for norm in ("hidden_norm", "input_layernorm")}
+    shapes = decoder_layer("midlayer", 2 * HIDDEN) | norms | {"norm.weight": (HIDDEN,)}
+    shapes |= {"lm_head.weight": (4096, HIDDEN), "fc.weight": (HIDDEN, 3 * HIDDEN)}
+    return head(folder, "eagle3", LLAMA | {"architectures": ["LlamaForCausalLMEagle3"]}, shapes)
+
+
+def medusa(folder: Path) -> Case:
+    """Medusa: a block and an output for each token ahead."""
+    shapes = {"blocks.0.layers.0.weight": (HIDDEN, HIDDEN), "lm_heads.0.weight": (4096, HIDDEN)}
+    config = {"architectures": ["MedusaModel"], "model_type": "medusa", "num_heads": 1, "num_hidden_layers": 1}
+    return head(folder, "medusa", config, shapes)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def not_compiled():
     """The ngram method in Python, as vLLM wrote it: Numba, which must not be imported before vLLM has looked through
@@ -113,7 +184,18 @@ def not_compiled():
         yield
 
 
-@pytest.mark.parametrize("make", [ngram, dense, experts, mtp])
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(ngram, marks=pytest.mark.proves("speculative decoding: ngram")),
+        pytest.param(dense, marks=pytest.mark.proves("speculative decoding: a dense draft model")),
+        pytest.param(experts, marks=pytest.mark.proves("speculative decoding: a draft model with experts")),
+        pytest.param(mtp, marks=pytest.mark.proves("speculative decoding: an MTP head with experts")),
+        pytest.param(eagle, marks=pytest.mark.proves("speculative decoding: EAGLE")),
+        pytest.param(eagle3, marks=pytest.mark.proves("speculative decoding: EAGLE-3")),
+        pytest.param(medusa, marks=pytest.mark.proves("speculative decoding: Medusa")),
+    ],
+)
 def test_tokens_and_acceptance_are_those_of_plain_vllm_and_only_the_targets_layers_count(make, folder):
     case = make(folder)
     expected, in_stock, _ = case.run(None)

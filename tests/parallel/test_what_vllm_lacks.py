@@ -7,6 +7,7 @@ from vllm.distributed.device_communicators.base_device_communicator import Devic
 from vllm.distributed.device_communicators.cpu_communicator import CpuCommunicator
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.model_executor.layers.fused_moe.prepare_finalize import naive_dp_ep
+from vllm.platforms.cpu import CpuPlatform
 
 
 def test_the_cpu_build_serves_no_experts_with_data_parallelism():
@@ -14,6 +15,12 @@ def test_the_cpu_build_serves_no_experts_with_data_parallelism():
     assert CpuCommunicator.all_gatherv is DeviceCommunicatorBase.all_gatherv
     with pytest.raises(NotImplementedError):
         CpuCommunicator.all_gatherv(None, None)
+
+
+@pytest.mark.proves("Ray executor", says="refused by vLLM")
+def test_the_ray_executor_refuses_the_cpu_platform():
+    """It places workers by the name of their accelerator."""
+    assert CpuPlatform.ray_device_key == ""
 
 
 def test_data_parallel_engines_gather_tokens_in_the_kernels_call():

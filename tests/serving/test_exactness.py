@@ -28,6 +28,7 @@ def stock() -> list[list[Output]]:
         return generate(llm)
 
 
+@pytest.mark.proves("eager mode, a quarter to 95 % of the experts resident")
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.75, 0.9, 0.95])
 def test_smoke_bit_equal_at_every_residency(stock, share):
     with open_engine(TINY_MODEL, {"cache_fraction": share}) as llm:
@@ -50,6 +51,7 @@ def test_smoke_bit_equal_with_a_slot_for_every_expert(stock):
     assert counted["lookups_total/hit"] == counted["transfer_bytes_total/demand"] == counted["overflow_bytes"] == 0
 
 
+@pytest.mark.proves("every eviction policy")
 @pytest.mark.parametrize("policy", [name for name in POLICIES if name != "ewma"])
 def test_bit_equal_with_every_policy(stock, policy):
     with open_engine(TINY_MODEL, {"cache_fraction": 0.25, "policy": policy}) as llm:
@@ -73,6 +75,7 @@ def test_a_model_of_two_layers_is_bit_equal(num_slots, tmp_path):
     assert all(layer.num_slots == num_slots and min(layer.wide_steps, layer.overflow) > 0 for layer in words)
 
 
+@pytest.mark.proves("compilation (torch.compile)")
 def test_compiled_is_bit_equal_to_compiled_stock():
     """With look-ahead as well: `benchmarks/exactness.py` compares without."""
     results = []

@@ -55,6 +55,7 @@ def addresses_of(moe_layers):
     return [[getattr(layer, name).data_ptr() for name in ("w13_weight", "w2_weight")] for layer in moe_layers]
 
 
+@pytest.mark.proves("a cache that grows into free memory")
 @pytest.mark.engine
 def test_it_starts_with_the_fewest_slots_and_takes_what_the_kv_cache_need_not_have(monkeypatch, expected):
     measured = Measured(monkeypatch, records=7 * 6.5)  # another slot takes 8 records and gives one back

@@ -76,6 +76,7 @@ def check_conservation(counted, llm):
     return issued
 
 
+@pytest.mark.proves("looking ahead")
 @pytest.mark.parametrize("setting", [{"over_fetch": 0}, {"over_fetch": 3, "lookahead_layers": 1}])
 def test_the_router_predictor_is_bit_equal_and_saves_stalls(stock, setting):
     config = LINK | {"prefetch": "on", "metrics_per_layer": True} | setting

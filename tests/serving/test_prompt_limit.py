@@ -118,6 +118,7 @@ def test_a_scheduler_that_cannot_be_held_to_the_bound_is_refused(settings, messa
     check_scheduler(vllm_config, ExpertPrefetchConfig())
 
 
+@pytest.mark.proves("a bound for decodes (`max_decode_delay_ms`)")
 @pytest.mark.engine
 def test_a_prompt_beside_decodes_comes_in_pieces(monkeypatch):
     """Without them, in one."""

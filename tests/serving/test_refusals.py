@@ -1,14 +1,13 @@
-"""What is refused, entry by entry: each applies where it should, and is documented as it is."""
+"""What is refused, entry by entry: each applies where it should. tests/test_features.py: and is documented."""
 
 from types import SimpleNamespace
 
 import pytest
-from doc_tables import documented, layer_refusals_table, refusals_table
 from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import UnquantizedFusedMoEMethod
 
 from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig
 from vllm_expert_prefetch.native import library
-from vllm_expert_prefetch.serving import compat, refusals
+from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.refusals import (
     LAYER_REFUSALS,
     REFUSALS,
@@ -85,7 +84,7 @@ CASES = {
         {"offload_config": offloaded(offload_group_size=2)},
         {"offload_config": offloaded(offload_backend="uva")},
     ],
-    "speculative execution on a GPU": ["gpu", {"execution": "speculative", "artifact": "folder"}],
+    "speculative execution": ["gpu", {"execution": "speculative", "artifact": "folder"}],
     "a number of tokens for the KV cache on the CPU platform": ["cpu", {"kv_cache_tokens": 1000}],
     "a number of tokens for a KV cache whose bytes are given": [
         "gpu",
@@ -127,6 +126,14 @@ def test_it_is_refused_with_its_flag_and_remedy_and_nothing_else_is(monkeypatch,
         assert all(text in str(refused.value) for text in (what, refusal.flag, refusal.remedy))
     platform(monkeypatch, "cpu")
     check_refusals(served(), ExpertPrefetchConfig())
+
+
+@pytest.mark.parametrize("refusal", [one for one in REFUSALS if one.platform], ids=lambda one: one.flag)
+def test_what_one_platform_refuses_the_other_serves(monkeypatch, refusal):
+    on, keys, *given = CASES[refusal.what]
+    assert on == refusal.platform
+    platform(monkeypatch, "cpu" if on == "gpu" else "gpu")
+    check_refusals(served(**(given[0] if given else {})), ExpertPrefetchConfig(**keys))
 
 
 def test_routing_is_recorded_in_eager_steps_of_a_gpu(monkeypatch):
@@ -210,9 +217,3 @@ def test_the_cpu_platform_needs_no_cuda_library(monkeypatch, tmp_path):
     (tmp_path / "libvep_host.so").touch()
     monkeypatch.setattr(library, "FOLDER", tmp_path)
     check_libraries(on_gpu=False)
-
-
-@pytest.mark.parametrize(("name", "table"), [("refusals", refusals_table), ("layer_refusals", layer_refusals_table)])
-def test_the_documented_table_is_the_code(name, table):
-    assert documented(name) == table(), "python tests/doc_tables.py brings it up to date"
-    assert len(getattr(refusals, name.upper())) > 1

@@ -132,6 +132,7 @@ def test_sigterm_during_load_ends_everything_within_ten_seconds():
         assert_ends_cleanly(running)
 
 
+@pytest.mark.proves("several API servers")
 def test_several_api_servers_show_the_same_workers():
     with serve(*ASK, "--api-server-count", "2") as running:
         running.wait_ready()
@@ -166,6 +167,7 @@ def wait_for_line(running: Server, text: str, seconds: float = 120) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.proves("tensor parallelism")
 def test_tensor_parallel_workers_give_the_same_text_and_are_told_apart(stock_texts):
     arguments = [*ASK, "--tensor-parallel-size", "2"]
     bind = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}

@@ -205,6 +205,7 @@ def test_first_and_last_layers_are_exact_whatever_the_artifact_says(served):
     assert "execution speculative in 3 of 8 layers" in served.line
 
 
+@pytest.mark.proves("speculative execution")
 @pytest.mark.engine
 def test_right_guesses_give_the_tokens_of_exact_mode(served, reference):
     assert served.replayed == reference.outputs

@@ -31,6 +31,7 @@ def last_line(capsys):
     return json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+@pytest.mark.proves("recording of routing (`trace`)")
 def test_replayed_it_counts_what_the_server_counted(tmp_path, capsys, monkeypatch):
     config = {"cache_fraction": 0.4, "prefetch": "off", "emulated_link_gbps": 1, "trace": str(tmp_path / "a")}
     server = ["--server", str(os.getpid())]

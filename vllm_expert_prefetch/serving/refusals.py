@@ -1,4 +1,4 @@
-"""What is refused at start-up, because no test shows that it works. `docs/compatibility.md` shows the same table."""
+"""What is refused at start-up, because no test shows that it works. `docs/compatibility.md` shows the same."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +18,8 @@ class Refusal:
     remedy: str
     applies: Callable[[Any, ExpertPrefetchConfig], bool]
     """Takes vLLM's VllmConfig and the plugin's configuration."""
+    platform: str = ""
+    """`cpu` or `gpu`, where it is refused on that platform alone."""
 
 
 def _offload_flags(vllm_config: Any, config: ExpertPrefetchConfig) -> bool:
@@ -98,16 +100,18 @@ REFUSALS = (
         _offload_flags,
     ),
     Refusal(
-        "speculative execution on a GPU",
+        "speculative execution",
         "execution",
         "set execution to exact: on a GPU, guesses only decide what is copied",
-        lambda vllm_config, config: config.execution == SPECULATIVE and not compat.on_cpu_platform(),
+        lambda vllm_config, config: config.execution == SPECULATIVE,
+        "gpu",
     ),
     Refusal(
         "a number of tokens for the KV cache on the CPU platform",
         "kv_cache_tokens",
         "drop the key: there vLLM's KV cache has a size of its own (VLLM_CPU_KVCACHE_SPACE)",
-        lambda vllm_config, config: config.kv_cache_tokens is not None and compat.on_cpu_platform(),
+        lambda vllm_config, config: config.kv_cache_tokens is not None,
+        "cpu",
     ),
     Refusal(
         "a number of tokens for a KV cache whose bytes are given",
@@ -121,13 +125,15 @@ REFUSALS = (
         "an emulated link on a GPU",
         "emulated_link_gbps",
         "drop the key: a GPU has a real link",
-        lambda vllm_config, config: config.emulated_link_gbps is not None and not compat.on_cpu_platform(),
+        lambda vllm_config, config: config.emulated_link_gbps is not None,
+        "gpu",
     ),
     Refusal(
         "a recording of routing inside CUDA graphs",
         "trace",
         "add --enforce-eager: nothing on the host sees the routing of a graph",
         lambda vllm_config, config: config.trace != OFF and compat.captures_graphs(vllm_config),
+        "gpu",
     ),
 )
 
@@ -186,8 +192,9 @@ def check_kernel(layer_name: str, quant_method: Any) -> None:
 
 def check_refusals(vllm_config: Any, config: ExpertPrefetchConfig) -> None:
     """Raise ConfigError for the first entry of REFUSALS that applies."""
+    platform = "cpu" if compat.on_cpu_platform() else "gpu"
     for refusal in REFUSALS:
-        if refusal.applies(vllm_config, config):
+        if refusal.platform in ("", platform) and refusal.applies(vllm_config, config):
             raise ConfigError(_refused(refusal))
 
 

@@ -15,11 +15,12 @@ MAX_FUNCTION_LINES = 60
 RULES = {
     "__init__": Rule(),
     "residency": Rule(only_standard_library=True),
+    "locks": Rule(only_standard_library=True),
     "native": Rule(["residency"], torch="late"),
     "config": Rule(["residency"]),
-    "memory": Rule(["native", "config"], torch="yes"),
+    "memory": Rule(["native", "config", "locks"], torch="yes"),
     "cache": Rule(["native", "residency", "config", "memory"], torch="yes"),
-    "metrics": Rule(["config", "cache"], torch="yes"),
+    "metrics": Rule(["config", "cache", "locks"], torch="yes"),
     "tracing": Rule(["config", "cache"], torch="yes"),
     "planning": Rule(["native", "residency", "config", "memory", "cache", "tracing"]),
     "prediction": Rule(["native", "residency", "config"], torch="yes"),
@@ -31,6 +32,7 @@ RULES = {
         [
             *["native", "residency", "config", "memory", "cache", "metrics", "tracing", "planning", "prediction"],
             "lookahead",
+            "locks",
         ],
         torch="yes",
         vllm="yes",
@@ -39,7 +41,7 @@ RULES = {
     "plugin": Rule(late_parts=["serving"]),
     "ray_serve": Rule(),
     "cli": Rule(
-        ["native", "residency", "config", "metrics", "tracing", "planning"],
+        ["native", "residency", "config", "metrics", "tracing", "planning", "locks"],
         late_parts=["memory", "cache", "prediction", "lookahead", "calibration", "demo", "bench", "serving", "studies"],
         torch="late",
         vllm="late",

@@ -37,6 +37,7 @@ GOOD = {
     "pin_memory": ["auto", "on", "off"],
     "numa_node": [None, 0, 3],
     "huge_pages": ["auto", "on", "off"],
+    "shared_store": ["off", "a", "qwen3-30b_A3B.1", "7"],
     "emulated_link_gbps": [None, 1, 0.5],
     "emulated_link_latency_us": [0, 0.0],
     "self_check": ["on", "off"],
@@ -66,6 +67,7 @@ BAD = {
     "pin_memory": ["yes", 0, None],
     "numa_node": [-1, 0.5, "node 0", True],
     "huge_pages": [1, 0, "maybe", None],
+    "shared_store": ["on", True, "", "a/b", "../a", "a b", "-a", "a" * 65, None, 1],
     "emulated_link_gbps": [0, -1, math.inf, "ten", True],
     "emulated_link_latency_us": [-1, math.nan, math.inf, "5 us", None, True],
     "self_check": ["auto", "yes", None, 1],
@@ -112,7 +114,8 @@ SWITCHES = ("prefetch", "pin_memory", "huge_pages", "self_check", "metrics_per_l
 def test_true_is_not_a_number_and_not_a_name(key):
     with pytest.raises(
         ConfigError,
-        match=f"{key} must be (a number|a valid string|auto, or 1 to 4|auto, 1 or 2|off, or the folder to record into)"
+        match=f"{key} must be (a number|a valid string|auto, or 1 to 4|auto, 1 or 2|off, or the folder to record into"
+        "|off, or a name of letters, digits, dots, - and _)"
         ", got True",
     ):
         ExpertPrefetchConfig.from_mapping({key: True})
@@ -128,6 +131,7 @@ def test_true_is_not_a_number_and_not_a_name(key):
         ("huge_pages", True, "on"),
         ("self_check", False, "off"),
         ("trace", False, "off"),
+        ("shared_store", False, "off"),
         ("huge_pages", "True", "on"),
         ("huge_pages", "false", "off"),
         ("metrics_per_layer", "on", True),

@@ -13,6 +13,7 @@ from vllm_expert_prefetch.cache.host import HostCaches
 from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig
 from vllm_expert_prefetch.lookahead.create import choose_predictors, create_look_ahead, depth_of, why_not
 from vllm_expert_prefetch.memory import host_memory
+from vllm_expert_prefetch.memory import shared_store as shared_module
 from vllm_expert_prefetch.memory.host_memory import HostMemory, HostMemoryOptions
 from vllm_expert_prefetch.memory.host_store import HostStore
 from vllm_expert_prefetch.native.library import host_library, why_not_host
@@ -47,7 +48,7 @@ def made_worker(monkeypatch, config):
     layer.layer_name, layer.look_ahead, layer.quant_method = "model.layers.0.mlp.experts", None, None
     made._layers.append(lambda: layer)
     made.sizes.slots = [4]
-    store = HostStore({"w13": torch.zeros(8, 3000)}, made.host_memory)
+    store = HostStore({"w13": torch.zeros(8, 3000)}, made.host_memory, take_shared=made.shared_memory_of(layer))
     layer.cache = made.create_cache(layer, store, 4)
     return made
 
@@ -157,6 +158,25 @@ def huge_pages(monkeypatch, tmp_path, config):
     return bool(advised)
 
 
+def shared_store(monkeypatch, tmp_path, config):
+    """Whether a second worker finds the records of the first, and what it says of itself."""
+    monkeypatch.setattr(shared_module, "_PLACE", tmp_path)
+    monkeypatch.setattr(worker, "checkpoint_of", lambda _: {"model": "m"})
+    monkeypatch.setattr(worker, "part_of_rank", lambda _: "rank0of1")
+    workers = [made_worker(monkeypatch, config) for _ in range(2)]
+    found = [made._shared_store and made._shared_store.num_found for made in workers]
+    return found, published(monkeypatch, tmp_path, config)[0].info["store"], workers[1].describe()[0]
+
+
+def test_workers_that_name_the_same_store_share_it(monkeypatch, tmp_path):
+    found, label, line = shared_store(monkeypatch, tmp_path, ExpertPrefetchConfig(shared_store="name"))
+    assert (found, label) == ([0, 1], "shared")
+    assert line.endswith("pageable, in the shared store name: 1 layers found there, 0 added")
+    found, label, line = shared_store(monkeypatch, tmp_path, ExpertPrefetchConfig())
+    assert (found, label) == ([None, None], "private")
+    assert line.endswith("pageable")
+
+
 def link(monkeypatch, tmp_path, config):
     made = made_worker(monkeypatch, config)
     return made.caches.link, str(made._link())
@@ -259,6 +279,7 @@ TABLE = {
     "pin_memory": (pinned, {"pin_memory": "off"}, {"pin_memory": "on"}),
     "numa_node": (numa_node, {}, {"numa_node": 0}),
     "huge_pages": (huge_pages, {}, {"huge_pages": "on"}),
+    "shared_store": (shared_store, {"shared_store": "off"}, {"shared_store": "name"}),
     "emulated_link_gbps": (link, {"emulated_link_gbps": 5}, {"emulated_link_gbps": 7}),
     "emulated_link_latency_us": (link, LINKED, LINKED | {"emulated_link_latency_us": 9}),
     "self_check": (self_check, {}, {"self_check": "off"}),

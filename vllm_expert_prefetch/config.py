@@ -79,6 +79,14 @@ def _folder_or_off(value: Any) -> Any:
     return OFF if str(value).lower() == "false" else value
 
 
+def _name_or_off(value: Any) -> Any:
+    if str(value).lower() in ("false", OFF):
+        return OFF
+    if not re.fullmatch(r"(?!(on|true)$)\w[\w.-]{0,63}", str(value), re.ASCII | re.IGNORECASE):
+        raise ValueError("must be off, or a name of letters, digits, dots, - and _")
+    return value
+
+
 def _flag(value: Any) -> Any:
     """Numbers are no switches."""
     if not isinstance(value, (bool, str)):
@@ -185,6 +193,11 @@ class ExpertPrefetchConfig:
         AUTO,
         "Ask for transparent huge pages (2 MB) for the host store: `auto` (on a GPU yes, and without them where the "
         "kernel refuses; on CPU no), `on` (fail at start-up where it refuses), `off`.",
+    )
+    shared_store: Annotated[StrictStr, BeforeValidator(_name_or_off)] = _key(
+        OFF,
+        "A name, or `off`: servers of one user on one host that give the same name keep the records of their "
+        "checkpoint once for all of them. See below.",
     )
     emulated_link_gbps: _Positive | None = _key(
         None, "CPU only, for studies: bandwidth of an emulated host-to-accelerator link, in GB/s (10^9 bytes/s)."

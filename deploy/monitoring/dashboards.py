@@ -354,7 +354,7 @@ CAPACITY = Dashboard(
             "Host memory",
             "timeseries",
             "bytes",
-            "All routed experts, ranks summed; resident memory of the API server's process for scale.",
+            "All routed experts, ranks summed, for each server that shares them; the API server's memory for scale.",
             [
                 (gauge("host_store_bytes"), "experts {{instance}}"),
                 ('sum by (instance) (process_resident_memory_bytes{instance=~"$instance"})', "API server {{instance}}"),

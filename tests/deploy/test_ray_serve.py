@@ -56,6 +56,8 @@ def local_config(port: int) -> dict:
         *arguments[1:3],
         "--additional-config.expert_prefetch.cache_fraction",
         "0.5",
+        "--additional-config.expert_prefetch.shared_store",
+        f"test-ray-serve-{os.getpid()}",
         *FLAGS,
     ]
     application["args"]["environment"] = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1"}
@@ -152,6 +154,16 @@ def test_smoke_both_replicas_give_the_tokens_of_plain_vllm(cluster):
 
 
 @pytest.mark.engine
+def test_the_replicas_have_the_experts_in_host_memory_once(cluster):
+    engines = [pid for address in replicas(cluster).values() for pid in descendants_of(server_on(port_of(address)))]
+    inodes = [inodes_of_store(pid) for pid in engines]
+    holders = [found for found in inodes if found]
+    assert len(holders) == 2, "not every engine maps a store"
+    assert len(holders[0]) == 8, "not every layer"
+    assert holders[0] == holders[1]
+
+
+@pytest.mark.engine
 @pytest.mark.skipif(not has_prometheus(), reason="no prometheus in PATH: apt-get install prometheus")
 def test_prometheus_finds_both_replicas_and_tells_them_apart(cluster):
     there = replicas(cluster)
@@ -186,8 +198,7 @@ def test_a_killed_replica_comes_back(cluster):
     """The last one here in file order would wait for a start; in any order the others find two replicas again."""
     there = replicas(cluster)
     killed = sorted(there)[0]
-    port = int(there[killed].rsplit(":", 1)[1])
-    server = server_on(port)
+    server = server_on(port_of(there[killed]))
     engines = descendants_of(server)
     assert engines
     os.kill(server, signal.SIGKILL)
@@ -195,6 +206,16 @@ def test_a_killed_replica_comes_back(cluster):
     assert not any(is_running(pid) for pid in engines), "what it had started holds its memory"
     assert set(replicas(cluster)) & set(there) == set(there) - {killed}
     assert [complete(cluster, "In the beginning") for _ in range(4)] == [complete(cluster, "In the beginning")] * 4
+
+
+def port_of(address: str) -> int:
+    return int(address.rsplit(":", 1)[1])
+
+
+def inodes_of_store(pid: int) -> set[str]:
+    """Of the memory of shared stores that a process maps."""
+    lines = [line.split() for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+    return {line[4] for line in lines if len(line) > 5 and line[5].startswith("/memfd:expert_prefetch-")}
 
 
 def server_on(port: int) -> int:

@@ -10,9 +10,9 @@ import pytest
 from counter_files import INFO, Worker, labels, make_counters
 from processes import run_python
 
+from vllm_expert_prefetch.locks import is_locked
 from vllm_expert_prefetch.metrics.counters import HEADER_BYTES, SUFFIX, Counters, layer_index, read_counters
 from vllm_expert_prefetch.metrics.definitions import INDEX, LAYER_INDEX, LAYER_SERIES, SERIES
-from vllm_expert_prefetch.metrics.locks import is_locked
 
 HIT = "lookups_total/hit"
 

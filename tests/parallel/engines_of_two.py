@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from engines import TINY_MODEL, Output, greedy, open_engine, prompts
 
+from vllm_expert_prefetch.locks import is_locked
 from vllm_expert_prefetch.metrics.counters import SUFFIX, Snapshot, read_counters
-from vllm_expert_prefetch.metrics.locks import is_locked
 from vllm_expert_prefetch.metrics.runtime_dir import ensure_runtime_dir
 
 SERVED = {"cache_fraction": 0.5, "prefetch": "on", "emulated_link_gbps": 0.2}

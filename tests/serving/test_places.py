@@ -10,7 +10,7 @@ from vllm_expert_prefetch.metrics.collector import register_collector
 from vllm_expert_prefetch.metrics.counters import Counters
 from vllm_expert_prefetch.metrics.definitions import INDEX
 from vllm_expert_prefetch.metrics.runtime_dir import ENVIRONMENT_VARIABLE, ensure_runtime_dir
-from vllm_expert_prefetch.serving.places import place_of
+from vllm_expert_prefetch.serving.places import checkpoint_of, part_of_rank, place_of
 
 
 @pytest.fixture
@@ -43,3 +43,26 @@ def test_an_engine_after_another_takes_its_labels(place):
     path, labels = place()
     assert labels == {"model_name": "served", "engine": "0", "rank": "1"}
     assert not path.exists()
+
+
+def test_checkpoints_are_told_apart_by_model_revision_dtype_and_quantization(tmp_path):
+    def checkpoint(**other):
+        known = {"model": "org/m", "revision": None, "dtype": "torch.bfloat16", "quantization": None}
+        return checkpoint_of(SimpleNamespace(model_config=SimpleNamespace(**(known | other))))
+
+    assert checkpoint() == {"model": "org/m@main", "dtype": "bfloat16", "quantization": "none"}
+    others = [{"model": "org/n"}, {"revision": "v2"}, {"dtype": "torch.float16"}, {"quantization": "fp8"}]
+    assert len({tuple(checkpoint(**other).values()) for other in [{}, *others]}) == 5
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path)
+    assert checkpoint(model=str(link)) == checkpoint(model=str(tmp_path))
+
+
+def test_ranks_that_have_different_parts_of_the_experts_are_told_apart_and_others_are_not():
+    def part(rank, size, experts=False):
+        parallel = SimpleNamespace(rank=rank, tensor_parallel_size=size, enable_expert_parallel=experts)
+        return part_of_rank(SimpleNamespace(parallel_config=parallel))
+
+    assert part(0, 1) == "rank0of1"
+    assert len({part(0, 1), part(0, 2), part(1, 2), part(0, 2, True), part(1, 2, True)}) == 5
+    assert part(2, 2) == part(0, 2), "the same part, of the layers of another stage"

@@ -169,7 +169,8 @@ def wait_for_line(running: Server, text: str, seconds: float = 120) -> None:
 
 @pytest.mark.proves("tensor parallelism")
 def test_tensor_parallel_workers_give_the_same_text_and_are_told_apart(stock_texts):
-    arguments = [*ASK, "--tensor-parallel-size", "2"]
+    store = ["--additional-config.expert_prefetch.shared_store", f"test-{os.getpid()}"]
+    arguments = [*ASK, *store, "--tensor-parallel-size", "2"]
     bind = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     with serve("--tensor-parallel-size", "2", environment=bind) as stock:
         stock.wait_ready()
@@ -181,3 +182,4 @@ def test_tensor_parallel_workers_give_the_same_text_and_are_told_apart(stock_tex
     by_rank = [total(metrics, "lookups_total", rank=rank) for rank in ("0", "1")]
     assert by_rank[0] == by_rank[1] > 0
     assert total(metrics, "experts", rank="1") == 128
+    assert total(metrics, "info", store="shared") == 2, "each rank in memory of its own"

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from vllm_expert_prefetch.cli.main import main
+from vllm_expert_prefetch.locks import hold_lock
 from vllm_expert_prefetch.metrics import runtime_dir
-from vllm_expert_prefetch.metrics.locks import hold_lock
 from vllm_expert_prefetch.serving.recording import create_switch
 from vllm_expert_prefetch.tracing.card import TraceError
 from vllm_expert_prefetch.tracing.control import ask, serve_control

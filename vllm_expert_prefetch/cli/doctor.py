@@ -172,8 +172,8 @@ def _host_memory() -> dict[str, Any]:
 
 def _workers() -> list[dict[str, str]]:
     """Those that serve on this host now, with what they say of themselves."""
+    from vllm_expert_prefetch.locks import is_locked
     from vllm_expert_prefetch.metrics.counters import SUFFIX, read_counters
-    from vllm_expert_prefetch.metrics.locks import is_locked
     from vllm_expert_prefetch.metrics.runtime_dir import folders
 
     workers = []

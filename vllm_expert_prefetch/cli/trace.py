@@ -137,7 +137,7 @@ def _joined(answers: list[dict[str, Any]]) -> dict[str, Any]:
 def _ask(server: int | None, request: dict[str, Any]) -> list[dict[str, Any]]:
     """The answers of the one server of this user that there is, or of the one with the process number `server`: one of
     each worker that can record, several where a pipeline has stages or a process has engines."""
-    from vllm_expert_prefetch.metrics.locks import is_locked
+    from vllm_expert_prefetch.locks import is_locked
     from vllm_expert_prefetch.metrics.runtime_dir import folders
     from vllm_expert_prefetch.tracing.control import SUFFIX, ask
 

@@ -9,6 +9,7 @@ import mmap
 import os
 import platform
 import re
+import warnings
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +28,7 @@ _MAX_NODES = 1024
 _MADV_POPULATE_WRITE = 23
 _TOUCH_BYTES = 64 * 2**20
 _MAX_TOUCH_THREADS = 8
-_CUDA_PORTABLE_AND_MAPPED = 1 | 2
+_CUDA_PORTABLE_AND_MAPPED, _CUDA_READ_ONLY = 1 | 2, 8
 _CAP_IPC_LOCK = 14
 
 
@@ -54,31 +55,42 @@ class HostMemoryOptions:
 
 
 class HostMemory:
-    """One anonymous private mapping of `num_bytes`, seen as a uint8 tensor of that length.
+    """One mapping of `num_bytes`, seen as a uint8 tensor of that length: anonymous and private, or of a `file` (its
+    descriptor), which others may map as well; `read_only`, a write ends the process.
 
     Raises ConfigError when an option cannot be honoured, naming the option and the limit. The mapping is unregistered
     and released when the last tensor over it is gone. `is_pinned` says whether it is page-locked, `notes` what was
     asked for, was not possible and is not needed.
     """
 
-    def __init__(self, num_bytes: int, options: HostMemoryOptions) -> None:
+    def __init__(
+        self, num_bytes: int, options: HostMemoryOptions, file: int | None = None, read_only: bool = False
+    ) -> None:
         self.num_bytes = num_bytes
         self.notes: list[str] = []
-        mapping = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._read_only = read_only
+        mapping = mmap.mmap(
+            -1 if file is None else file,
+            num_bytes,
+            flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS if file is None else mmap.MAP_SHARED,
+            prot=mmap.PROT_READ if read_only else mmap.PROT_READ | mmap.PROT_WRITE,
+        )
         # Every tensor over the mapping keeps this view alive, and the view the mapping.
         view = memoryview(mapping)
-        self.bytes = torch.frombuffer(view, dtype=torch.uint8)
+        with warnings.catch_warnings(action="ignore"):  # torch knows no tensor that may not be written to
+            self.bytes = torch.frombuffer(view, dtype=torch.uint8)
         if options.huge_pages:
             self._try(lambda: _advise_huge_pages(mapping), options.must_have_huge_pages)
         if options.numa_node is not None:
             node, mode = options.numa_node, _MPOL_BIND if options.must_bind else _MPOL_PREFERRED
             self._try(lambda: _place_on_node(self.bytes.data_ptr(), num_bytes, node, mode), options.must_bind)
-        _touch_pages(self.bytes.data_ptr(), num_bytes)
+        if not read_only:
+            _touch_pages(self.bytes.data_ptr(), num_bytes)
         self.is_pinned = options.pin and self._try(lambda: self._pin(view, mapping, options.cuda), options.must_pin)
 
     def _pin(self, view: memoryview, mapping: mmap.mmap, cuda: bool) -> None:
         if cuda:
-            weakref.finalize(view, _release, _register_with_cuda(self.bytes, self.num_bytes), mapping)
+            weakref.finalize(view, _release, _register_with_cuda(self.bytes, self._read_only), mapping)
         else:
             _lock(self.bytes, self.num_bytes)
 
@@ -158,15 +170,19 @@ def _lock(memory: torch.Tensor, num_bytes: int) -> None:
         raise ConfigError(_pin_failure(num_bytes, os.strerror(code) if code != errno.ENOMEM else "limit reached"))
 
 
-def _register_with_cuda(memory: torch.Tensor, num_bytes: int) -> Callable[[], object]:
+def _register_with_cuda(memory: torch.Tensor, read_only: bool) -> Callable[[], object]:
     """cudaHostRegister: page-locked and known to the driver, so that copies run asynchronously at link speed.
 
     Returns what undoes it.
     """
     runtime = torch.cuda.cudart()
-    status = runtime.cudaHostRegister(memory.data_ptr(), num_bytes, _CUDA_PORTABLE_AND_MAPPED)
+    flags = _CUDA_PORTABLE_AND_MAPPED | (_CUDA_READ_ONLY if read_only else 0)
+    status = runtime.cudaHostRegister(memory.data_ptr(), memory.numel(), flags)
     if int(status) != 0:
-        raise ConfigError(_pin_failure(num_bytes, f"cudaHostRegister returned {status}"))
+        reason = f"cudaHostRegister returned {status}"
+        if read_only:
+            reason += ": for read-only memory, which not every driver takes; shared_store off needs none"
+        raise ConfigError(_pin_failure(memory.numel(), reason))
     return partial(runtime.cudaHostUnregister, memory.data_ptr())
 
 

@@ -16,6 +16,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
+from vllm_expert_prefetch.locks import is_locked
 from vllm_expert_prefetch.metrics.counters import SUFFIX, Snapshot, read_counters
 from vllm_expert_prefetch.metrics.definitions import (
     COMMON_LABELS,
@@ -26,7 +27,6 @@ from vllm_expert_prefetch.metrics.definitions import (
     histogram_series,
 )
 from vllm_expert_prefetch.metrics.definitions import Metric as Definition
-from vllm_expert_prefetch.metrics.locks import is_locked
 
 _FAMILIES = {
     Kind.COUNTER: CounterMetricFamily,

@@ -10,8 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from vllm_expert_prefetch.locks import hold_lock, release_lock
 from vllm_expert_prefetch.metrics.definitions import INDEX, LAYER_INDEX, LAYER_SERIES, SERIES
-from vllm_expert_prefetch.metrics.locks import hold_lock, release_lock
 
 SUFFIX = ".counters"
 HEADER_BYTES = 4096

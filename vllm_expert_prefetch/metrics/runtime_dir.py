@@ -10,7 +10,7 @@ import tempfile
 from contextlib import suppress
 from pathlib import Path
 
-from vllm_expert_prefetch.metrics.locks import hold_lock, is_locked
+from vllm_expert_prefetch.locks import hold_lock, is_locked
 
 ENVIRONMENT_VARIABLE = "EXPERT_PREFETCH_RUNTIME_DIR"
 """Set for child processes only; its value changes with every run, so it must stay out of vLLM's configuration."""

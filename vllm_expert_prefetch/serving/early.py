@@ -12,11 +12,13 @@ from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, OFF, ConfigError, Expe
 from vllm_expert_prefetch.lookahead.create import check_distance
 from vllm_expert_prefetch.memory.host_limit import check_experts_fit
 from vllm_expert_prefetch.memory.host_memory import check_can_lock
+from vllm_expert_prefetch.memory.shared_store import check_store
 from vllm_expert_prefetch.planning.checkpoint import read_layer_shapes
 from vllm_expert_prefetch.planning.sizing import Areas, areas_asked, share_of, size_cache
 from vllm_expert_prefetch.prediction import ArtifactError
 from vllm_expert_prefetch.prediction.artifact import load_card
 from vllm_expert_prefetch.serving import compat
+from vllm_expert_prefetch.serving.places import checkpoint_of
 from vllm_expert_prefetch.serving.scheduling import check_scheduler
 from vllm_expert_prefetch.tracing.card import TraceError
 from vllm_expert_prefetch.tracing.profile import read_profile
@@ -50,6 +52,8 @@ def check_settings(vllm_config: Any, config: ExpertPrefetchConfig) -> None:
         )
     if vllm_config.parallel_config.distributed_executor_backend != "ray":  # its workers may be on other hosts
         _check_host(config)
+        if config.shared_store != OFF:
+            check_store(config.shared_store, checkpoint_of(vllm_config))
 
 
 def _check_slots(config: ExpertPrefetchConfig, num_experts: int, top_k: Any) -> None:

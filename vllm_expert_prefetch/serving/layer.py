@@ -113,7 +113,7 @@ class CachedRoutedExperts(RoutedExperts):
         if num_slots == self.local_num_experts:
             leave_where_it_is(self)
         else:
-            store = HostStore(tensors, self.worker.host_memory, may_keep=True)
+            store = HostStore(tensors, self.worker.host_memory, True, self.worker.shared_memory_of(self))
             tensors.clear()
             self.cache = self.worker.create_cache(self, store, num_slots)
             # The worker leads to the whole model: looked through once for layers of a kind, not once for each layer.

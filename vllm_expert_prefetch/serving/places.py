@@ -1,10 +1,10 @@
-"""Where a worker's counters go, and the labels that tell them from those of other workers."""
+"""Where a worker's counters go, what tells them from those of other workers, and whose experts a worker has."""
 
 from pathlib import Path
 from typing import Any
 
+from vllm_expert_prefetch.locks import is_locked
 from vllm_expert_prefetch.metrics.counters import SUFFIX
-from vllm_expert_prefetch.metrics.locks import is_locked
 from vllm_expert_prefetch.metrics.runtime_dir import ensure_runtime_dir
 
 
@@ -24,3 +24,21 @@ def place_of(vllm_config: Any) -> tuple[Path, dict[str, str]]:
         "rank": str(parallel.rank),
     }
     return ensure_runtime_dir() / f"{stem}-{number:06d}{SUFFIX}", labels
+
+
+def checkpoint_of(vllm_config: Any) -> dict[str, str]:
+    """What a server's experts are made of, as far as its flags tell."""
+    model = vllm_config.model_config
+    folder = Path(model.model)
+    return {
+        "model": str(folder.resolve()) if folder.is_dir() else f"{model.model}@{model.revision or 'main'}",
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": str(model.quantization or "none"),
+    }
+
+
+def part_of_rank(vllm_config: Any) -> str:
+    """Which part of every layer's experts a worker has."""
+    parallel = vllm_config.parallel_config
+    size = parallel.tensor_parallel_size
+    return f"{'experts' if parallel.enable_expert_parallel else 'rank'}{parallel.rank % size}of{size}"

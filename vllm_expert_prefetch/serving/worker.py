@@ -2,6 +2,7 @@
 
 import time
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +14,10 @@ from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, GHOST_SCALES, OFF, Con
 from vllm_expert_prefetch.lookahead.after import LookAhead
 from vllm_expert_prefetch.lookahead.create import depth_of
 from vllm_expert_prefetch.memory.host_memory import HostMemoryOptions, numa_node_of_gpu
-from vllm_expert_prefetch.memory.host_store import HostStore
+from vllm_expert_prefetch.memory.host_store import HostStore, TakeShared
 from vllm_expert_prefetch.memory.link import EmulatedLink
 from vllm_expert_prefetch.memory.row_space import RowSpace
+from vllm_expert_prefetch.memory.shared_store import SharedStore
 from vllm_expert_prefetch.metrics.counters import Counters
 from vllm_expert_prefetch.metrics.publish import Publisher
 from vllm_expert_prefetch.metrics.scrape_port import serve_counters
@@ -23,7 +25,7 @@ from vllm_expert_prefetch.planning.sizing import GB
 from vllm_expert_prefetch.planning.warm_start import WarmStart
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.advice import PromptStep, measure_prompt_step
-from vllm_expert_prefetch.serving.places import place_of
+from vllm_expert_prefetch.serving.places import checkpoint_of, part_of_rank, place_of
 from vllm_expert_prefetch.serving.proof import prove
 from vllm_expert_prefetch.serving.recording import create_switch, warm_slots
 from vllm_expert_prefetch.serving.sizes import CacheSizes
@@ -53,6 +55,8 @@ class Worker:
         """None before the first takeover, and where every expert is resident."""
         self._groups: dict[tuple[object, ...], tuple[Any, list[int]]] = {}
         """Overflow rows, and the numbers of the layers that share them."""
+        self._shared_store: SharedStore | None = None
+        """Where one is asked for, once loading begins."""
         self._model: weakref.ref[torch.nn.Module] | None = None
         self._num_taken_over = 0
         self._began = self._said = 0.0
@@ -96,6 +100,7 @@ class Worker:
         """Called by each layer before its first weight is read: all layers are made."""
         if not self.sizes.is_host_checked:
             self.sizes.check_host(self.layers, self.host_memory.pin)
+            self._join_store()
 
     def num_slots_of(self, layer: "CachedRoutedExperts", tensors: dict[str, torch.Tensor]) -> int:
         """Slots of `layer`, whose post-processed expert `tensors` are given.
@@ -106,6 +111,18 @@ class Worker:
             self._began = self._said = time.monotonic()
             self.sizes.decide(self.layers, layer, tensors)
         return self.sizes.slots[layer.number]
+
+    def _join_store(self) -> None:
+        name = self.config.shared_store
+        if name != OFF and self._shared_store is None:
+            self._shared_store = SharedStore(name, checkpoint_of(self._vllm_config), part_of_rank(self._vllm_config))
+
+    def shared_memory_of(self, layer: "CachedRoutedExperts") -> TakeShared | None:
+        """What gives memory for the records of `layer` that other servers share; None where none is asked for."""
+        self._join_store()
+        if self._shared_store is None:
+            return None
+        return partial(self._shared_store.take, f"{layer.layer_name} for {compat.kernel_name(layer.quant_method)}")
 
     def create_cache(self, layer: "CachedRoutedExperts", store: HostStore, num_slots: int) -> LayerCache:
         """The cache of `layer`; overflow rows are shared with the layers whose records have the same shape."""
@@ -276,7 +293,7 @@ class Worker:
             f"{len(layers)} MoE layers x {span(experts)} experts, {span(slots)} slots each: {private / GB:.4g} GB "
             f"cache ({share:.0f} % of the experts), {shared / GB:.4g} GB overflow rows"
             f"{' in two areas' if shared and self.sizes.areas == 2 else ''}; on the host {store / GB:.4g} GB, "
-            f"{'page-locked' if self._is_pinned() else 'pageable'}",
+            f"{'page-locked' if self._is_pinned() else 'pageable'}{self._sharing()}",
             f"policy {self.config.policy}, execution {self.execution}, prefetch {self.prefetch}{self._depth()}; kernel "
             f"{self._kernels()} of {self._quant_methods()}, engine {self._engine_name()}, link "
             f"{self._link() or 'not emulated'}; sized by {self.sizes.description}",
@@ -285,6 +302,12 @@ class Worker:
             *prompts,
             "look: vllm_expert_prefetch_* on the server's /metrics, or vllm-expert-prefetch top URL",
         ]
+
+    def _sharing(self) -> str:
+        store = self._shared_store
+        if store is None:
+            return ""
+        return f", in the shared store {store.name}: {store.num_found} layers found there, {store.num_made} added"
 
     def _depth(self) -> str:
         look_ahead = self.layers[0].look_ahead
@@ -301,6 +324,7 @@ class Worker:
             "areas": str(self.sizes.areas if self.caches else 0),
             "link": str(self._link() or "real"),
             "pinned": str(self._is_pinned()).lower(),
+            "store": "private" if self._shared_store is None else "shared",
             "kernel": self._kernels(),
             "quant_method": self._quant_methods(),
             "self_check": "off" if self.config.self_check == OFF else "passed" if self.caches else "not needed",

@@ -5,13 +5,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 from processes import run_python, start_python
 
-from vllm_expert_prefetch.metrics.locks import hold_lock, is_locked, release_lock
+from vllm_expert_prefetch.locks import exclusive, hold_lock, is_locked, release_lock
 
-HOLD = "from pathlib import Path; from vllm_expert_prefetch.metrics.locks import *\nlock = hold_lock(Path({path!r}))\n"
+HOLD = "from pathlib import Path; from vllm_expert_prefetch.locks import *\nlock = hold_lock(Path({path!r}))\n"
 
 
 @pytest.fixture(params=["file", "folder"])
@@ -74,10 +75,45 @@ def test_children_do_not_hold_it(path):
 def test_another_container_sees_it(path):
     """A process number means nothing there: the same number is somebody else's, or nobody's."""
     lock = hold_lock(path)
-    ask = "import sys; from pathlib import Path; from vllm_expert_prefetch.metrics.locks import is_locked\n"
+    ask = "import sys; from pathlib import Path; from vllm_expert_prefetch.locks import is_locked\n"
     command = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc", sys.executable, "-c"]
     done = subprocess.run([*command, f"{ask}print(is_locked(Path({str(path)!r})))"], capture_output=True, text=True)
     release_lock(lock)
     if "unshare" in done.stderr:
         pytest.skip(f"this kernel has no such namespaces: {done.stderr}")
     assert done.stdout == "True\n", done.stderr
+
+
+def test_one_at_a_time_is_in_there(tmp_path):
+    path, entered, inside = tmp_path / "lock", threading.Event(), threading.Event()
+
+    def enter():
+        entered.set()
+        with exclusive(path):
+            inside.set()
+
+    other = threading.Thread(target=enter)
+    with exclusive(path):
+        assert path.stat().st_mode & 0o777 == 0o600
+        other.start()
+        assert entered.wait(10)
+        assert not inside.wait(0.3)
+    other.join(10)
+    assert inside.is_set()
+
+
+def test_who_waited_for_a_file_that_was_removed_is_told(tmp_path):
+    path, refused = tmp_path / "lock", []
+
+    def enter():
+        with pytest.raises(FileNotFoundError), exclusive(path):
+            pass
+        refused.append(True)
+
+    other = threading.Thread(target=enter)
+    with exclusive(path):
+        other.start()
+        other.join(0.3)
+        path.unlink()
+    other.join(10)
+    assert refused

@@ -6,7 +6,8 @@ container counts anew and which are given out again.
 
 import fcntl
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _held: set[int] = set()
@@ -29,6 +30,23 @@ def release_lock(descriptor: int) -> None:
     if descriptor in _held:
         _held.remove(descriptor)
         os.close(descriptor)
+
+
+@contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Wait for whoever else is in here with the file `path`, which is made (mode 0600) where it is missing.
+
+    Raises FileNotFoundError where its folder is missing, or somebody removed it meanwhile.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    _held.add(descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if not os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            raise FileNotFoundError(path)
+        yield
+    finally:
+        release_lock(descriptor)
 
 
 def is_locked(path: Path) -> bool:

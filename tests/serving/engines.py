@@ -67,12 +67,12 @@ def _spare_what_is_done_for_every_engine() -> None:
     gc.unfreeze = lambda: None
 
 
-def greedy(llm: Any, prompts: list[Any], num_tokens: int = 16) -> list[Output]:
-    """Greedy completions of all prompts in one batch."""
+def greedy(llm: Any, prompts: list[Any], num_tokens: int = 16, adapters: list[Any] | None = None) -> list[Output]:
+    """Greedy completions of all prompts in one batch, each with its LoRA adapter where these are given."""
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=num_tokens, logprobs=2, ignore_eos=True, detokenize=False)
-    outputs = llm.generate(prompts, sampling, use_tqdm=False)
+    outputs = llm.generate(prompts, sampling, use_tqdm=False, lora_request=adapters)
     return [
         Output(
             tuple(output.outputs[0].token_ids),

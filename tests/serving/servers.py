@@ -29,9 +29,9 @@ class Server:
     log: Path
     runtime: Path
 
-    def complete(self, prompt: str, num_tokens: int = 16) -> str:
-        """A greedy completion through the OpenAI endpoint."""
-        body = {"model": "demo", "prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
+    def complete(self, prompt: str, num_tokens: int = 16, model: str = "demo") -> str:
+        """A greedy completion through the OpenAI endpoint, by the model or a LoRA adapter."""
+        body = {"model": model, "prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
         answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=120)
         answer.raise_for_status()
         return answer.json()["choices"][0]["text"]

@@ -25,7 +25,7 @@ def create_config(model=TINY_MODEL, config=None, **options):
 @pytest.mark.parametrize(
     ("options", "flag"),
     [
-        ({"enable_lora": True}, "--enable-lora"),
+        ({"enable_lora": True, "lora_target_modules": ["experts"]}, "--lora-target-modules"),
         ({"cpu_offload_gb": 1}, "--cpu-offload-gb"),
         ({"offload_group_size": 2}, "--offload-group-size"),
         ({"data_parallel_size": 2}, "--data-parallel-size"),

@@ -73,7 +73,12 @@ CASES = {
     DATA_PARALLELISM: [{"parallel_config": parallel(data_parallel_size=2)}],
     "context parallelism in prefill": [{"parallel_config": parallel(prefill_context_parallel_size=2)}],
     "context parallelism in decode": [{"parallel_config": parallel(decode_context_parallel_size=2)}],
-    "LoRA": [{"lora_config": object()}],
+    "LoRA on routed experts": [
+        {"lora_config": SimpleNamespace(target_modules=["q_proj", "experts"])},
+        {"lora_config": SimpleNamespace(target_modules=["model.layers.0.mlp.experts.0.up_proj"])},
+        {"lora_config": SimpleNamespace(target_modules=None, enable_mixed_moe_lora_format=True)},
+        {"lora_config": SimpleNamespace(target_modules=None, enable_moe_shared_loras=True)},
+    ],
     "sleep mode": [{"model_config": model(enable_sleep_mode=True)}],
     "weight transfer into a running engine": [{"weight_transfer_config": object()}],
     "weights that are not loaded and post-processed by vLLM's usual loader": [
@@ -134,6 +139,12 @@ def test_what_one_platform_refuses_the_other_serves(monkeypatch, refusal):
     assert on == refusal.platform
     platform(monkeypatch, "cpu" if on == "gpu" else "gpu")
     check_refusals(served(**(given[0] if given else {})), ExpertPrefetchConfig(**keys))
+
+
+@pytest.mark.parametrize("targets", [None, ["q_proj", "shared_experts", "model.layers.0.mlp.shared_experts.up_proj"]])
+def test_adapters_of_other_layers_than_routed_experts_are_served(monkeypatch, targets):
+    platform(monkeypatch, "cpu")
+    check_refusals(served(lora_config=SimpleNamespace(target_modules=targets)), ExpertPrefetchConfig())
 
 
 def test_routing_is_recorded_in_eager_steps_of_a_gpu(monkeypatch):

@@ -9,6 +9,7 @@ import time
 import httpx
 import pytest
 from engines import TINY_MODEL, prompts
+from lora_adapters import ATTENTION, RANK, write_adapter
 from processes import run_python
 from servers import Server, serve
 
@@ -19,7 +20,9 @@ ASK = ["--plugin", "expert_prefetch", "--additional-config.expert_prefetch.cache
 
 @pytest.fixture(scope="module")
 def server():
-    with serve(*ASK) as running:
+    """Adapters may be loaded: without one, its completions are those of a server where they may not."""
+    lora = ["--enable-lora", "--max-lora-rank", str(RANK)]
+    with serve(*ASK, *lora, environment={"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}) as running:
         running.wait_ready()
         yield running
 
@@ -66,6 +69,21 @@ def test_the_start_says_in_few_lines_what_is_offloaded_and_where_to_look(server)
     )
     for part in ("8 MoE layers x 16 experts, 8 slots each", *sizes, *ways, "proved: all 8 MoE layers", "/metrics"):
         assert part in text
+
+
+def test_an_adapter_of_experts_is_refused_by_its_name_and_the_server_goes_on(server, tmp_path):
+    def load(name: str, *modules: str) -> httpx.Response:
+        body = {"lora_name": name, "lora_path": str(write_adapter(tmp_path / name, modules))}
+        return httpx.post(f"{server.url}/v1/load_lora_adapter", json=body, timeout=60)
+
+    text = "It is a truth universally acknowledged"
+    before = server.complete(text)
+    refused = load("mine", *ATTENTION, "mlp.experts.3.up_proj")
+    assert refused.status_code >= 400
+    assert "the LoRA adapter 'mine'" in refused.text
+    assert "merge this one into the checkpoint" in refused.text
+    assert load("attention", *ATTENTION).status_code == 200
+    assert server.complete(text) == before != server.complete(text, model="attention")
 
 
 def test_metrics_of_the_worker_process_appear_on_vllms_endpoint(server):

@@ -242,6 +242,20 @@ def moe_layers_of(model: "torch.nn.Module") -> list[Any]:
     return [module for module in model.modules() if isinstance(module, RoutedExperts)]
 
 
+def moe_runners_of(model: "torch.nn.Module") -> dict[str, Any]:
+    """vLLM's modules around the routed experts of `model`, by name."""
+    from vllm.model_executor.layers.fused_moe.runner.moe_runner import MoERunner
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, MoERunner)}
+
+
+def moe_config_among(arguments: Any) -> Any:
+    """The FusedMoEConfig among the `arguments` of vLLM's RoutedExperts."""
+    from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig
+
+    return next(argument for argument in arguments if isinstance(argument, FusedMoEConfig))
+
+
 def kv_bytes_per_sequence(vllm_config: Any) -> int:
     """KV cache bytes of one sequence of `max_model_len` tokens on one rank, as if every layer kept all tokens.
 

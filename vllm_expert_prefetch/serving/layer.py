@@ -14,6 +14,7 @@ from vllm_expert_prefetch.memory.host_store import HostStore
 from vllm_expert_prefetch.planning.warm_start import WarmStart
 from vllm_expert_prefetch.prediction.base import Signals
 from vllm_expert_prefetch.serving import compat
+from vllm_expert_prefetch.serving.adapters import choose_kernel_as_without_adapters
 from vllm_expert_prefetch.serving.block_order import blocks_by_expert, depends_on_order
 from vllm_expert_prefetch.serving.drafts import is_being_built
 from vllm_expert_prefetch.serving.expert_share import ExpertShare, own_experts, take_share
@@ -62,6 +63,7 @@ class CachedRoutedExperts(RoutedExperts):
         self.accelerator = torch.get_default_device()
         # Here and not later: vLLM's constructor hands out the weight loader. Plain Python: no module attribute yet.
         object.__setattr__(self, "_loaded", {})
+        choose_kernel_as_without_adapters((*args, *kwargs.values()))
         with torch.device("cpu"):
             super().__init__(*args, **kwargs)
         check_layer_refusals(self.layer_name, self.quant_method)

@@ -27,6 +27,15 @@ def _offload_flags(vllm_config: Any, config: ExpertPrefetchConfig) -> bool:
     return bool(offload.uva.cpu_offload_gb or offload.prefetch.offload_group_size or offload.offload_backend != "auto")
 
 
+def _adapters_on_experts(vllm_config: Any, config: ExpertPrefetchConfig) -> bool:
+    lora = vllm_config.lora_config
+    for_experts = ("enable_mixed_moe_lora_format", "enable_moe_shared_loras")
+    targets = getattr(lora, "target_modules", None) or ()
+    return any(getattr(lora, name, False) for name in for_experts) or any(
+        "experts" in name.split(".") for name in targets
+    )
+
+
 def _parallel(name: str, low: int | bool = False) -> Callable[[Any, ExpertPrefetchConfig], bool]:
     return lambda vllm_config, config: getattr(vllm_config.parallel_config, name, low) > low
 
@@ -74,7 +83,12 @@ REFUSALS = (
         DROP,
         _parallel("decode_context_parallel_size", 1),
     ),
-    Refusal("LoRA", "--enable-lora", DROP, lambda vllm_config, config: vllm_config.lora_config is not None),
+    Refusal(
+        "LoRA on routed experts",
+        "--lora-target-modules, --enable-mixed-moe-lora-format, --enable-moe-shared-loras",
+        "leave the experts out, and drop the flags that only concern them",
+        _adapters_on_experts,
+    ),
     Refusal(
         "sleep mode",
         "--enable-sleep-mode",

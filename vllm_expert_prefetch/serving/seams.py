@@ -112,6 +112,7 @@ config.compilation:CompilationConfig.static_forward_context
 {_MOE}fused_moe_method_base:FusedMoEMethodBase.is_monolithic
 {_MOE}fused_moe_method_base:FusedMoEMethodBase.topk_indices_dtype
 {_MOE}config:FusedMoEConfig.in_dtype
+{_MOE}config:FusedMoEConfig.is_lora_enabled
 {_MOE}experts.marlin_moe:moe_align_block_size
 {_MOE}runner.moe_runner:MoERunner.routed_experts
 {_MOE}runner.moe_runner:MoERunner.router
@@ -122,6 +123,13 @@ config.compilation:CompilationConfig.static_forward_context
 {_MOE}router.grouped_topk_router:GroupedTopKRouter.num_expert_group
 {_MOE}router.grouped_topk_router:GroupedTopKRouter.topk_group
 {_MOE}router.grouped_topk_router:GroupedTopKRouter.e_score_correction_bias
+lora.model_manager:get_supported_lora_modules(model)
+lora.model_manager:LoRAModelManager.supported_lora_modules
+lora.worker_manager:WorkerLoRAManager._adapter_manager
+lora.worker_manager:WorkerLoRAManager._load_adapter(lora_request)
+lora.lora_model:LoRAModel.loras
+lora.request:LoRARequest.lora_name
+lora.request:LoRARequest.lora_path
 v1.core.sched.output:CachedRequestData.num_output_tokens
 v1.core.sched.output:CachedRequestData.resumed_req_ids
 v1.core.sched.output:SchedulerOutput.scheduled_new_reqs
@@ -148,6 +156,8 @@ v1.worker.gpu_worker:Worker.peak_activation_memory
 v1.worker.gpu_model_runner:GPUModelRunner.execute_model(scheduler_output)
 v1.worker.gpu_model_runner:GPUModelRunner.sample_tokens
 v1.worker.gpu_model_runner:GPUModelRunner.reload_weights
+v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.load_lora_model(model)
+v1.worker.lora_model_runner_mixin:LoRAModelRunnerMixin.lora_manager
 v1.worker.gpu.model_runner:GPUModelRunner.execute_model(scheduler_output)
 v1.worker.gpu.model_runner:GPUModelRunner.sample_tokens
 """.split("\n")[1:-1]

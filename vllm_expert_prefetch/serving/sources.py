@@ -57,11 +57,16 @@ def find_sources(model: torch.nn.Module) -> list[Source]:
 
     To be called when the weights are loaded. Tensors of the gates are float32 copies on the weights' device.
     """
-    modules = dict(model.named_modules())
+    modules = {name: module for name, module in model.named_modules() if _plain(module) is module}
     runners = [(name, module) for name, module in modules.items() if _is_runner(module)]
     if len(runners) < 2:
         raise NotFound(f"the model has {len(runners)} MoE layers; looking ahead needs two")
     return [_source(name, runner, modules) for name, runner in runners]
+
+
+def _plain(module: Any) -> Any:
+    """The layer inside vLLM's LoRA wrapper, or `module` itself: adapters do not change what is guessed."""
+    return getattr(module, "base_layer", module)
 
 
 def _is_runner(module: torch.nn.Module) -> bool:
@@ -94,7 +99,7 @@ def _source(name: str, runner: Any, modules: dict[str, torch.nn.Module]) -> Sour
 
 def _gate_module(name: str, runner: Any, modules: dict[str, torch.nn.Module], shape: tuple[int, int]) -> Any:
     """The runner's own gate, or the only linear layer of the gate's shape in the block around the runner."""
-    own = getattr(runner, "gate", None)
+    own = _plain(getattr(runner, "gate", None))
     block_name = name.rpartition(".")[0]
     candidates = [own] if own is not None else list(_beside(block_name, name, modules))
     found = [module for module in candidates if _linear_shape(module) == shape]
@@ -148,7 +153,8 @@ def _router_with_a_norm(gate_module: Any, runner: Any, modules: dict[str, torch.
     """The module that holds the gate and a norm of its own, and not the experts: its gate reads what they do not."""
     for module in modules.values():
         children = list(module.children())
-        is_around = any(child is gate_module for child in children) and not any(m is runner for m in module.modules())
+        is_beside = not any(inner is runner for inner in module.modules())
+        is_around = is_beside and any(_plain(child) is gate_module for child in children)
         if is_around and any(_eps(child) is not None for child in children):
             return module
     return None

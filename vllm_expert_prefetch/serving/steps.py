@@ -4,6 +4,7 @@ from typing import Any
 
 from vllm_expert_prefetch.config import config_of
 from vllm_expert_prefetch.serving import compat, drafts
+from vllm_expert_prefetch.serving.adapters import watch_adapters
 from vllm_expert_prefetch.serving.expert_tensors import TakeoverError
 from vllm_expert_prefetch.serving.takeover import CANNOT_RELOAD
 from vllm_expert_prefetch.serving.worker import Worker, find_worker
@@ -28,6 +29,7 @@ def extend_worker() -> None:
             watch_memory(self.worker, self.vllm_config)
             watch_end(self.worker, self.vllm_config)
             watch_loading(runner)
+            watch_adapters(runner)
             runner.reload_weights = refuse_reload
 
     WorkerWrapperBase.init_device = init_device_and_watch

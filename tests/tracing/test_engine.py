@@ -83,16 +83,15 @@ def test_what_a_profile_gave_is_said_after_a_hundred_tokens(tmp_path, capsys, ca
     profile = tmp_path / "hot.json"
     flags = ["--slots", "6", "--policies", "ewma", "--no-bounds", "--json", "--write-profile", str(profile)]
     assert main(["simulate", str(tmp_path / "a"), *flags]) == 0
-    logging.getLogger("vllm.expert_prefetch").addHandler(caplog.handler)
-    try:
-        with open_engine(TINY_MODEL, config | {"profile": str(profile)}) as llm:
-            assert all(layer.warm_start is not None for layer in layers(llm))
-            assert greedy(llm, prompts(4), num_tokens=26) == plain
-            warm = live(llm)["misses"]
-            assert all(layer.warm_start is None for layer in layers(llm)), "off is one comparison"
-            greedy(llm, prompts(4), num_tokens=30)
-    finally:
-        logging.getLogger("vllm.expert_prefetch").removeHandler(caplog.handler)
+    with (
+        caplog.at_level(logging.INFO, "vllm.expert_prefetch"),
+        open_engine(TINY_MODEL, config | {"profile": str(profile)}) as llm,
+    ):
+        assert all(layer.warm_start is not None for layer in layers(llm))
+        assert greedy(llm, prompts(4), num_tokens=26) == plain
+        warm = live(llm)["misses"]
+        assert all(layer.warm_start is None for layer in layers(llm)), "off is one comparison"
+        greedy(llm, prompts(4), num_tokens=30)
     (said,) = [message for message in caplog.messages if "over the first" in message]
     assert warm < cold
     assert f"over the first 100 tokens the profile gave {warm:.0f} misses instead of {cold:.0f} (a cold start)" in said

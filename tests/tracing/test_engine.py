@@ -1,14 +1,15 @@
 """A recording of vLLM itself, started and stopped while it serves: replayed, it counts what the server counted."""
 
 import json
-import logging
 import os
+from unittest.mock import Mock
 
 import pytest
 from engines import TINY_MODEL, counters, greedy, layers, open_engine, prompts
 
 from vllm_expert_prefetch.cli.main import main
 from vllm_expert_prefetch.planning.simulate import as_recorded
+from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.tracing.trace import read_trace
 
 pytestmark = pytest.mark.engine
@@ -76,7 +77,7 @@ def test_text_is_recorded_without_a_server(tmp_path, capsys):
     assert as_recorded(trace)
 
 
-def test_what_a_profile_gave_is_said_after_a_hundred_tokens(tmp_path, capsys, caplog):
+def test_what_a_profile_gave_is_said_after_a_hundred_tokens(tmp_path, monkeypatch):
     config = {"cache_fraction": 0.4, "prefetch": "off", "emulated_link_gbps": 1}
     with open_engine(TINY_MODEL, config | {"trace": str(tmp_path / "a")}) as llm:
         plain = greedy(llm, prompts(4), num_tokens=26)
@@ -84,17 +85,16 @@ def test_what_a_profile_gave_is_said_after_a_hundred_tokens(tmp_path, capsys, ca
     profile = tmp_path / "hot.json"
     flags = ["--slots", "6", "--policies", "ewma", "--no-bounds", "--json", "--write-profile", str(profile)]
     assert main(["simulate", str(tmp_path / "a"), *flags]) == 0
-    logging.getLogger("vllm.expert_prefetch").addHandler(caplog.handler)
-    try:
-        with open_engine(TINY_MODEL, config | {"profile": str(profile)}) as llm:
-            assert all(layer.warm_start is not None for layer in layers(llm))
-            assert greedy(llm, prompts(4), num_tokens=26) == plain
-            warm = live(llm)["misses"]
-            assert all(layer.warm_start is None for layer in layers(llm)), "off is one comparison"
-            greedy(llm, prompts(4), num_tokens=30)
-    finally:
-        logging.getLogger("vllm.expert_prefetch").removeHandler(caplog.handler)
-    (said,) = [message for message in caplog.messages if "over the first" in message]
+    log = Mock()
+    monkeypatch.setattr(compat, "logger", lambda: log)
+    with open_engine(TINY_MODEL, config | {"profile": str(profile)}) as llm:
+        assert all(layer.warm_start is not None for layer in layers(llm))
+        assert greedy(llm, prompts(4), num_tokens=26) == plain
+        warm = live(llm)["misses"]
+        assert all(layer.warm_start is None for layer in layers(llm)), "off is one comparison"
+        greedy(llm, prompts(4), num_tokens=30)
+    lines = [call.args[0] % call.args[1:] for call in log.info.call_args_list]
+    (said,) = [line for line in lines if "over the first" in line]
     assert warm < cold
     assert f"over the first 100 tokens the profile gave {warm:.0f} misses instead of {cold:.0f} (a cold start)" in said
     assert said.endswith("ms of link less")

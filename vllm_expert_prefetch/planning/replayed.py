@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from vllm_expert_prefetch.config import MOST_LOOKAHEAD_LAYERS, SPECULATIVE, ConfigError, ExpertPrefetchConfig
 from vllm_expert_prefetch.planning.budget import Budget
@@ -126,8 +127,8 @@ class Replayed:
     def _serve(self, slots: tuple[int, ...], policy: str) -> Lookups:
         trace, layers = self.trace, range(self.trace.card.num_layers)
         counts = [serve_layer(trace, layer, Setting(slots, policy)) for layer in layers]
-        needed = np.sum([own.needed for own in counts], axis=0, dtype=np.int64)
-        hits = needed - np.sum([own.misses for own in counts], axis=0, dtype=np.int64)
+        needed: NDArray[np.int64] = np.stack([own.needed for own in counts]).sum(axis=0)
+        hits: NDArray[np.int64] = needed - np.stack([own.misses for own in counts]).sum(axis=0)
         parts = np.array_split(self._decodes, _PARTS)[1:]
         counted = np.concatenate(parts)
         rates = [float(hits[part].sum() / max(1, needed[part].sum())) for part in parts]

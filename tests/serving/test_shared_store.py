@@ -25,9 +25,9 @@ options = dict(skip_tokenizer_init=True, max_model_len=128, kv_cache_memory_byte
 prompts = [{{{{"prompt_token_ids": list(range(3 + i, 40 + 5 * i))}}}} for i in range(4)]
 with open_engine({{model!r}}, {{config!r}}, **options) as llm:
     lines = layers(llm)[0].worker.describe() if {{config!r}} else [""]
-    print(lines[0], flush=True)
+    print("=>", lines[0], flush=True)
     for _ in sys.stdin:
-        print([output.tokens for output in greedy(llm, prompts, 12)], flush=True)
+        print("=>", [output.tokens for output in greedy(llm, prompts, 12)], flush=True)
 """
 RETURN_AT_ONCE = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 """glibc gives freed tensors back: the holes it otherwise keeps between them are no copy of anything."""
@@ -41,9 +41,11 @@ def start(model, config):
 
 
 def line_of(process):
-    line = process.stdout.readline()
-    assert line, process.stderr.read()[-3000:]
-    return line
+    """The next one that is not vLLM's log."""
+    for line in process.stdout:
+        if line.startswith("=> "):
+            return line.removeprefix("=> ")
+    raise AssertionError(process.stderr.read()[-3000:])
 
 
 def tokens_of(process):

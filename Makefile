@@ -31,7 +31,7 @@ EMULATES = $(filter-out 0,$(LINK_GBPS))
 comma = ,
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve lint check test test-triton features mutants bench formats observe sanitize release-check gpu-check soak matrix clean
+.PHONY: help setup serve lint check test test-long test-triton features mutants bench formats observe sanitize release-check gpu-check soak matrix clean
 
 help:  ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -85,11 +85,14 @@ check: lint  ## lint, and the quick tests that start no engine
 	$(BIN)/pytest -m "not engine and not slow" $(PYTEST_ARGS)
 
 # On two cores; then, with nothing beside them, the tests that measure time. Pytest's status 5: there are none.
-test: setup  ## The whole test suite
+test: setup  ## The test suite
 	@status=0; \
-	$(BIN)/pytest -n 2 --dist loadfile -m "not alone" $(PYTEST_ARGS) || [ $$? = 5 ] || status=1; \
-	$(BIN)/pytest -m alone $(PYTEST_ARGS) || [ $$? = 5 ] || status=1; \
+	$(BIN)/pytest -n 2 --dist loadfile -m "not alone and not long" $(PYTEST_ARGS) || [ $$? = 5 ] || status=1; \
+	$(BIN)/pytest -m "alone and not long" $(PYTEST_ARGS) || [ $$? = 5 ] || status=1; \
 	exit $$status
+
+test-long: setup  ## Slow: what make test leaves out: half a million plans, several engines at once
+	$(BIN)/pytest -m long $(PYTEST_ARGS)
 
 # Not in .venv: vLLM's CPU build behaves differently beside Triton.
 test-triton: setup  ## Triton kernels in Triton's interpreter: the router's, and vLLM's own for experts

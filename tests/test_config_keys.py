@@ -16,6 +16,7 @@ from vllm_expert_prefetch.memory import host_memory
 from vllm_expert_prefetch.memory import shared_store as shared_module
 from vllm_expert_prefetch.memory.host_memory import HostMemory, HostMemoryOptions
 from vllm_expert_prefetch.memory.host_store import HostStore
+from vllm_expert_prefetch.metrics.counters import read_counters
 from vllm_expert_prefetch.native.library import host_library, why_not_host
 from vllm_expert_prefetch.planning.sizing import LayerShape, areas_asked, size_cache
 from vllm_expert_prefetch.prediction import ArtifactError
@@ -165,7 +166,8 @@ def shared_store(monkeypatch, tmp_path, config):
     monkeypatch.setattr(worker, "part_of_rank", lambda _: "rank0of1")
     workers = [made_worker(monkeypatch, config) for _ in range(2)]
     found = [made._shared_store and made._shared_store.num_found for made in workers]
-    return found, published(monkeypatch, tmp_path, config)[0].info["store"], workers[1].describe()[0]
+    counters = published(monkeypatch, tmp_path, config)[0]
+    return found, read_counters(counters.path).info["store"], workers[1].describe()[0]
 
 
 def test_workers_that_name_the_same_store_share_it(monkeypatch, tmp_path):

@@ -116,8 +116,14 @@ struct Ghosts {
 
   __device__ LayerMemory at(int ghost) const {
     int64_t* state = states;
-    for (int i = 0; i < ghost; ++i) state += num_words[i];
-    return {state, num_words[ghost], nullptr, nullptr, mirror + ghost * kHeaderWords};
+    int own_words = num_words[0];
+#pragma unroll  // an index that is known only as it runs would put the array into local memory
+    for (int i = 0; i + 1 < kMaxGhosts; ++i) {
+      if (i >= ghost) continue;
+      state += num_words[i];
+      own_words = num_words[i + 1];
+    }
+    return {state, own_words, nullptr, nullptr, mirror + ghost * kHeaderWords};
   }
 };
 

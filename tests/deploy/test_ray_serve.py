@@ -194,6 +194,7 @@ def test_what_vllm_refuses_comes_back_as_it_is(cluster):
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_a_killed_replica_comes_back(cluster):
     """The last one here in file order would wait for a start; in any order the others find two replicas again."""
     there = replicas(cluster)

@@ -228,6 +228,7 @@ def test_every_plan_is_that_of_the_specification():
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_plan_of_half_a_million_is_that_of_the_specification():
     with multiprocessing.get_context("fork").Pool(2) as pool:
         pool.map(walk_part, range(1, PARTS), chunksize=1)

@@ -61,6 +61,7 @@ def test_a_rank_with_the_larger_third_adds_what_plain_vllms_rank_adds(as_rank):
 
 @pytest.mark.proves("expert parallelism")
 @pytest.mark.engine
+@pytest.mark.long
 def test_two_ranks_together_give_the_tokens_of_plain_vllm():
     """In a process each."""
     options = {"tensor_parallel_size": 2, "enable_expert_parallel": True}

@@ -12,6 +12,10 @@ def row(variant, tpot_ratio, model="tiny", batch=1, copy_compute=1.0, **more):
         "tpot_ms": 10 * tpot_ratio,
         "tpot_ratio": tpot_ratio,
         "gain": 1 - tpot_ratio,
+        "bound_ms": 5.0,
+        "stall_ms": 10 * tpot_ratio - 4,
+        "demand_mb": 2.0,
+        "prefetch_mb": 0.0 if variant == "off" else 1.0,
         **more,
     }
 
@@ -34,6 +38,21 @@ def test_the_best_is_exact_and_knows_nothing_of_the_future_and_the_lowest_gain_c
     assert found["oracle_share"] == pytest.approx(0.5)
     assert [(own["batch"], own["best"]) for own in found["gains"]] == [(1, "router"), (4, "router")]
     assert found["recall"] == {"tiny": {"router": [0.8, 0.9]}}
+
+
+def test_depths_are_compared_at_one_request_where_a_record_takes_a_layer_and_more():
+    rows = [*cell(0.8, 0.6, 0.9), *cell(0.7, 0.65, 0.75, batch=4), *cell(0.7, 0.6, 0.9, copy_compute=0.25)]
+    rows.append(row("router, 4 layers", 0.7))
+    found = {own["variant"]: own for own in summary(rows)["depths"]}
+    assert list(found) == ["router", "previous", "oracle", "auto", "router, 4 layers"]
+    numbers = {"hidden": 0.5, "over_bound": 1.4, "bytes_over_off": 1.5}
+    assert found["router, 4 layers"] == {
+        "model": "tiny",
+        "residency": 0.5,
+        "copy_compute": 1.0,
+        "variant": "router, 4 layers",
+        **numbers,
+    }
 
 
 def test_auto_is_judged_where_nothing_can_be_gained():

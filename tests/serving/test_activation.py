@@ -111,6 +111,7 @@ WRITTEN = {
     "pin_memory": ("off", "off"),
     "numa_node": ("1", 1),
     "huge_pages": ("true", "on"),
+    "shared_store": ("name", "name"),
     "emulated_link_gbps": (".5", 0.5),
     "emulated_link_latency_us": ("20", 20.0),
     "self_check": ("off", "off"),

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -185,18 +186,50 @@ def wait_for_line(running: Server, text: str, seconds: float = 120) -> None:
         time.sleep(0.05)
 
 
+def assert_ends_with_its_worker(running: Server) -> None:
+    """SIGKILL one of the two ranks amid a generation: nothing is left of the server within 30 s."""
+    body = {"model": "demo", "prompt": "In the beginning", "max_tokens": 500, "n": 8, "ignore_eos": True}
+    with httpx.stream("POST", f"{running.url}/v1/completions", json={**body, "stream": True}, timeout=60) as answer:
+        lines = answer.iter_lines()
+        assert next(lines).startswith("data: ")
+        shared = shared_memory_of(running)
+        (worker,) = [pid for pid in running.descendants() if "Worker_TP1" in title(pid)]
+        os.kill(worker, signal.SIGKILL)
+        killed = time.monotonic()
+        with contextlib.suppress(httpx.HTTPError):
+            assert not any('"finish_reason":"length"' in line for line in lines), "it was not amid a generation"
+    assert running.all_gone(30 - (time.monotonic() - killed)), "orphans"
+    assert [path for path in shared if path.exists()] == []
+    assert list(running.runtime.iterdir()) == []
+
+
+def title(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
+
+
+def shared_memory_of(running: Server) -> set[Path]:
+    """The files in /dev/shm that its processes have mapped."""
+    maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in running.descendants())
+    return {Path(found) for found in re.findall(r"/dev/shm/\S+$", maps, re.MULTILINE)}
+
+
+@pytest.mark.proves("a rank that is killed", says="the server ends, and leaves nothing")
+@pytest.mark.alone
 @pytest.mark.proves("tensor parallelism")
 def test_tensor_parallel_workers_give_the_same_text_and_are_told_apart(stock_texts):
+    """When a rank is killed amid a generation, all of the server ends, as plain vLLM's does."""
     store = ["--additional-config.expert_prefetch.shared_store", f"test-{os.getpid()}"]
     arguments = [*ASK, *store, "--tensor-parallel-size", "2"]
     bind = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     with serve("--tensor-parallel-size", "2", environment=bind) as stock:
         stock.wait_ready()
         expected = [stock.complete(prompt) for prompt in prompts(4)]
+        assert_ends_with_its_worker(stock)
     with serve(*arguments, environment=bind) as running:
         running.wait_ready()
         assert [running.complete(prompt) for prompt in prompts(4)] == expected
         metrics = running.metrics()
+        assert_ends_with_its_worker(running)
     by_rank = [total(metrics, "lookups_total", rank=rank) for rank in ("0", "1")]
     assert by_rank[0] == by_rank[1] > 0
     assert total(metrics, "experts", rank="1") == 128

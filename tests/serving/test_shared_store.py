@@ -67,6 +67,7 @@ def kill(process):
 
 @pytest.mark.proves("one host store for several servers (`shared_store`)")
 @pytest.mark.engine
+@pytest.mark.long
 def test_two_engines_give_the_tokens_of_plain_vllm_from_one_copy_of_the_experts(tmp_path):
     sizes = {"num_hidden_layers": LAYERS, "num_experts": EXPERTS}
     model = write_checkpoint(

@@ -257,11 +257,12 @@ __global__ void __launch_bounds__(kThreads, 1)
                      const bool is_speculated, const Ghosts ghosts) {
   VEP_DYNAMIC_SHARED(shared);
   const bool is_ghost = blockIdx.x > 0;
-  const LayerMemory memory = is_ghost ? ghosts.at(static_cast<int>(blockIdx.x) - 1) : own;
-  auto desk = Desk<kThreads>::open(shared, memory);
+  // Asked for at both ends: held all the while, it would take registers that there are too few of.
+  const auto memory = [&] { return is_ghost ? ghosts.at(static_cast<int>(blockIdx.x) - 1) : own; };
+  auto desk = Desk<kThreads>::open(shared, memory());
   auto& team = desk.team;
   const Layer& layer = desk.layer;
-  SlotWords lane{memory.rows};
+  SlotWords lane{own.rows};  // of which a ghost asks for none
   const int64_t taken_back_before = desk.num_taken_back();
   int32_t entry;
   const int num_listed = list_ids(desk, ids, num_ids, true, true, &entry);
@@ -269,13 +270,13 @@ __global__ void __launch_bounds__(kThreads, 1)
       plan_step(team, layer, lane, const_cast<const int32_t*>(desk.ids), num_listed, desk.scratch, desk.loads);
   if (!is_ghost) {
     if (team.rank() == 0 && entry != kNever) *desk.scratch.entry = entry;
-    for (int m = team.rank(); m < step.num_misses; m += team.size()) begin_load(&memory.rows[desk.loads[2 * m + 1]]);
-    write_loads(desk, take_over_late(desk, memory.rows, step, orders), orders);
+    for (int m = team.rank(); m < step.num_misses; m += team.size()) begin_load(&own.rows[desk.loads[2 * m + 1]]);
+    write_loads(desk, take_over_late(desk, own.rows, step, orders), orders);
     write_rows(team, layer, ids, ids.ids, num_ids, row_ids, desk.scratch);
   }
   team.sync();
   if (team.rank() == 0) count_step(layer, step, is_speculated);
-  desk.close(memory, taken_back_before - desk.num_taken_back());
+  desk.close(memory(), taken_back_before - desk.num_taken_back());
 }
 
 // At most `wanted[0]` and at most `most` loads, of the first `wanted[1]` guesses of each token. `is_far`: as in

@@ -22,10 +22,8 @@
 
 #ifdef __CUDACC__
 #include <cuda/atomic>
-#define VEP_PRAGMA(text) _Pragma(#text)
 #define VEP_BLOCK_THREADS 512
 #else  // tests/native/cpp/gather_on_host.cc runs each block as one thread
-#define VEP_PRAGMA(text)
 #define VEP_BLOCK_THREADS 1
 #endif
 

@@ -117,7 +117,7 @@ struct Ghosts {
   __device__ LayerMemory at(int ghost) const {
     int64_t* state = states;
     int own_words = num_words[0];
-#pragma unroll  // an index that is known only as it runs would put the array into local memory
+    VEP_PRAGMA(unroll)  // an index that is known only as it runs would put the array into local memory
     for (int i = 0; i + 1 < kMaxGhosts; ++i) {
       if (i >= ghost) continue;
       state += num_words[i];

@@ -289,3 +289,12 @@ def test_memory_of_a_file_is_seen_by_who_maps_it_as_well():
     one.bytes.fill_(3)
     assert (other.bytes == 3).all()
     os.close(file)
+
+
+def test_memory_that_is_given_back_leaves_no_link(name):
+    member = join(name)
+    memory = take(member, 1)
+    links = folder_of(name).glob
+    assert len([*links("member-*/*")]) == 2, "what checkpoint it is of, and the memory"
+    del memory
+    assert len([*links("member-*/*")]) == 1

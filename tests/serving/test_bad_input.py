@@ -120,6 +120,7 @@ def test_a_weight_that_is_too_small_fails_as_in_plain_vllm(model_copy):
 
 
 @pytest.mark.engine
+@pytest.mark.long
 def test_a_server_of_a_damaged_checkpoint_ends_with_vllms_error(model_copy):
     from servers import serve
 

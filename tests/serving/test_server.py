@@ -151,6 +151,7 @@ def test_sigterm_during_load_ends_everything_within_ten_seconds():
         assert_ends_cleanly(running)
 
 
+@pytest.mark.long
 @pytest.mark.proves("several API servers")
 def test_several_api_servers_show_the_same_workers():
     with serve(*ASK, "--api-server-count", "2") as running:
@@ -214,7 +215,6 @@ def shared_memory_of(running: Server) -> set[Path]:
 
 
 @pytest.mark.proves("a rank that is killed", says="the server ends, and leaves nothing")
-@pytest.mark.alone
 @pytest.mark.proves("tensor parallelism")
 def test_tensor_parallel_workers_give_the_same_text_and_are_told_apart(stock_texts):
     """When a rank is killed amid a generation, all of the server ends, as plain vLLM's does."""

@@ -33,6 +33,7 @@ GOOD = {
     "lookahead_layers": [1, 2],
     "areas": ["auto", 1, 2],
     "max_decode_delay_ms": [None, 50, 0.5],
+    "draft_experts": ["resident", 0.25],
     "artifact": [None, "folder"],
     "pin_memory": ["auto", "on", "off"],
     "numa_node": [None, 0, 3],
@@ -63,6 +64,7 @@ BAD = {
     "lookahead_layers": [0, -1, 1.5, None],
     "areas": [0, 3, 1.5, "two", None],
     "max_decode_delay_ms": [0, -1, math.inf, "50 ms", True],
+    "draft_experts": [0, 1, -0.5, math.nan, "auto", "100%", None, True],
     "artifact": [1, True],
     "pin_memory": ["yes", 0, None],
     "numa_node": [-1, 0.5, "node 0", True],
@@ -114,7 +116,7 @@ SWITCHES = ("prefetch", "pin_memory", "huge_pages", "self_check", "metrics_per_l
 def test_true_is_not_a_number_and_not_a_name(key):
     with pytest.raises(
         ConfigError,
-        match=f"{key} must be (a number|a valid string|auto, or 1 to 4|auto, 1 or 2|off, or the folder to record into"
+        match=f"{key} must be (a number|a valid string|auto, or 1 to 4|auto, 1 or 2|resident, or a share above 0 and below 1|off, or the folder to record into"
         "|off, or a name of letters, digits, dots, - and _)"
         ", got True",
     ):

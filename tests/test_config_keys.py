@@ -22,6 +22,7 @@ from vllm_expert_prefetch.planning.sizing import LayerShape, areas_asked, size_c
 from vllm_expert_prefetch.prediction import ArtifactError
 from vllm_expert_prefetch.residency import POLICIES
 from vllm_expert_prefetch.serving import compat, worker
+from vllm_expert_prefetch.serving.draft_worker import worker_of_draft
 from vllm_expert_prefetch.serving.recording import create_switch
 from vllm_expert_prefetch.serving.scheduling import bound_of
 from vllm_expert_prefetch.serving.sizes import CacheSizes
@@ -263,6 +264,27 @@ def test_the_experts_that_a_profile_names_are_in_the_slots(monkeypatch, tmp_path
     assert profile(monkeypatch, tmp_path, ExpertPrefetchConfig(profile="p.json")) == {1, 3, 5, 6}
 
 
+def draft_slots(monkeypatch, tmp_path, config):
+    """Of a layer of eight experts of a draft; None where it is left to vLLM."""
+    monkeypatch.setattr(compat, "on_cuda_platform", lambda: False)
+    target, draft = object(), object()
+    given = SimpleNamespace(model_config=draft, additional_config={"expert_prefetch": {"draft_experts": config.draft_experts}})
+    given.speculative_config = SimpleNamespace(draft_model_config=draft, target_model_config=target)
+    made = worker_of_draft(given, draft)
+    layer = SimpleNamespace(accelerator=torch.device("cpu"), number=0, top_k=TOP_K, local_num_experts=8)
+    layer.layer_name, layer.unprocessed_row_bytes = "draft.layers.0.mlp.experts", (4000,)
+    if made is not None:
+        made._layers.append(lambda: layer)
+    return made and made.num_slots_of(layer, {"w13": torch.zeros(8, 1000)})
+
+
+def test_a_draft_gets_the_share_of_slots_that_is_asked_for(monkeypatch, tmp_path):
+    assert draft_slots(monkeypatch, tmp_path, ExpertPrefetchConfig(draft_experts=0.75)) == 6
+    assert draft_slots(monkeypatch, tmp_path, ExpertPrefetchConfig()) is None
+    with pytest.raises(ConfigError, match=r"draft_experts = 0\.2 gives the draft's .* 1 slots, and one token needs 2"):
+        draft_slots(monkeypatch, tmp_path, ExpertPrefetchConfig(draft_experts=0.2))
+
+
 LINKED = {"emulated_link_gbps": 5}
 TABLE = {
     "cache_gb": (slots, {"cache_gb": 0.00013}, {"cache_gb": 0.0002}),
@@ -277,6 +299,7 @@ TABLE = {
     "lookahead_layers": (distance, {"lookahead_layers": 1}, {"lookahead_layers": 2}),
     "areas": (areas, {"areas": 1, "cache_gb": 0.0002}, {"areas": 2, "cache_gb": 0.0002}),
     "max_decode_delay_ms": (decode_delay, {}, {"max_decode_delay_ms": 50}),
+    "draft_experts": (draft_slots, {}, {"draft_experts": 0.5}),
     "artifact": (artifact, {}, {"artifact": "/nowhere"}),
     "pin_memory": (pinned, {"pin_memory": "off"}, {"pin_memory": "on"}),
     "numa_node": (numa_node, {}, {"numa_node": 0}),

@@ -19,6 +19,7 @@ from vllm_expert_prefetch.residency import POLICIES
 CONFIG_KEY = "expert_prefetch"
 AUTO = "auto"
 OFF = "off"
+RESIDENT = "resident"
 EXACT, SPECULATIVE = "exact", "speculative"
 
 DEFAULT_CPU_FRACTION = 0.5
@@ -85,6 +86,18 @@ def _name_or_off(value: Any) -> Any:
     if not re.fullmatch(r"(?!(on|true)$)\w[\w.-]{0,63}", str(value), re.ASCII | re.IGNORECASE):
         raise ValueError("must be off, or a name of letters, digits, dots, - and _")
     return value
+
+
+def _share_or_resident(value: Any) -> Any:
+    if value == RESIDENT:
+        return value
+    try:
+        share = float(_plain(_per_cent(value)))
+    except (TypeError, ValueError):
+        share = 0.0
+    if not 0 < share < 1:
+        raise ValueError(f"must be {RESIDENT}, or a share above 0 and below 1")
+    return share
 
 
 def _flag(value: Any) -> Any:
@@ -178,6 +191,11 @@ class ExpertPrefetchConfig:
         "What a step that decodes may take when prompts come beside it, in milliseconds: such a step takes as many "
         "prompt tokens as keep it within this, as timed while serving, but 16 at least. Decodes get steadier, prompts "
         "slower. Unset: as many as vLLM's `max_num_batched_tokens` allows.",
+    )
+    draft_experts: Annotated[float | str, BeforeValidator(_share_or_resident)] = _key(
+        RESIDENT,
+        "Where a draft of speculative decoding that has MoE layers keeps their experts: `resident`, all on the "
+        "accelerator; or the share of each layer's experts that get a slot, above 0 and below 1: a cache of its own.",
     )
     artifact: StrictStr | None = _key(None, "Folder that `vllm-expert-prefetch calibrate` has written for this model.")
     pin_memory: _Switch = _key(
@@ -330,17 +348,42 @@ def config_of(vllm_config: Any, model_config: Any = None) -> ExpertPrefetchConfi
     settings of a model on to its drafts (draft models, EAGLE and Medusa heads), which are not for the plugin: None.
     Raises ConfigError as `config_from_additional` does.
     """
-    speculative = getattr(vllm_config, "speculative_config", None)
-    draft = getattr(speculative, "draft_model_config", None)
-    if speculative is not None and draft is not None and draft is not speculative.target_model_config:
-        own = model_config or vllm_config.model_config
-        if own is draft:
-            return None
+    if _is_draft(vllm_config, model_config):
+        return None
     key = id(vllm_config)
     if key not in _parsed:
         _parsed[key] = config_from_additional(vllm_config.additional_config)
         weakref.finalize(vllm_config, _parsed.pop, key, None)
     return _parsed[key]
+
+
+def draft_model_of(vllm_config: Any) -> Any:
+    """vLLM's configuration of the model that drafts, where it has weights of its own; else None."""
+    speculative = getattr(vllm_config, "speculative_config", None)
+    draft = getattr(speculative, "draft_model_config", None)
+    return None if draft is None or draft is speculative.target_model_config else draft
+
+
+def config_of_draft(vllm_config: Any, model_config: Any) -> ExpertPrefetchConfig | None:
+    """How a draft is served; None where the plugin was not asked for, and for a model that is no draft.
+
+    What is said of the target's cache holds for the draft's as far as it concerns memory, the link and proofs: nothing
+    is predicted, recorded or counted.
+    """
+    config = config_from_additional(vllm_config.additional_config) if _is_draft(vllm_config, model_config) else None
+    if config is None:
+        return None
+    kept = ("policy", "pin_memory", "numa_node", "huge_pages", "self_check", "draft_experts")
+    link = ("emulated_link_gbps", "emulated_link_latency_us")
+    share = None if config.draft_experts == RESIDENT else config.draft_experts
+    return ExpertPrefetchConfig(
+        cache_fraction=share, prefetch=OFF, **{name: getattr(config, name) for name in (*kept, *link)}
+    )
+
+
+def _is_draft(vllm_config: Any, model_config: Any) -> bool:
+    draft = draft_model_of(vllm_config)
+    return draft is not None and (model_config or vllm_config.model_config) is draft
 
 
 def _message(text: str) -> str:

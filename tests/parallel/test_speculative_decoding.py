@@ -1,15 +1,18 @@
-"""Speculative decoding: verification goes through the cache, and what vLLM drafts with is left to it."""
+"""Speculative decoding: verification goes through the cache, and what vLLM drafts with is left to it, or cached too."""
 
+import functools
 import json
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from engines import TINY_MODEL, Output, caches, counters, greedy, layers, open_engine, prompts
+from engines import TINY_MODEL, Output, caches, counters, draft_layers, greedy, layers, open_engine, prompts
 from families import OTHER_FAMILIES, prompt, random_values, write_checkpoint
+
+from vllm_expert_prefetch.config import ConfigError
 
 pytestmark = pytest.mark.engine
 
@@ -45,9 +48,11 @@ class Case:
     has_tokenizer: bool = True
     is_right: bool = False
     """At times at least: some of its tokens are accepted."""
+    draft_layers: int = 0
+    """Of the draft's, how many have experts."""
 
     def run(self, config: dict | None) -> tuple[list[Output], dict[str, float], dict[str, float]]:
-        """Outputs, what vLLM counted, what the plugin counted."""
+        """Outputs, what vLLM counted, what the plugin counted, and `draft_misses` in caches of the draft's layers."""
         options = {
             "max_num_seqs": self.num_seqs,
             "disable_log_stats": False,
@@ -59,7 +64,18 @@ class Case:
             if config is None:
                 return outputs, counted, {}
             assert len(caches(llm)) == len(layers(llm)) == self.num_layers
-            return outputs, counted, counters(llm)
+            return outputs, counted, counters(llm) | self._of_the_draft(llm, config.get("draft_experts"))
+
+    def _of_the_draft(self, llm: object, share: float | None) -> dict[str, float]:
+        found = draft_layers(llm) if self.draft_layers else []
+        assert len(found) == self.draft_layers
+        if share is None:
+            assert not any(hasattr(layer, "cache") for layer in found)
+            return {}
+        for layer in found:
+            layer.cache.check_integrity()
+            assert layer.cache.num_slots == share * layer.local_num_experts
+        return {"draft_misses": sum(layer.cache.words().misses for layer in found)}
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +99,7 @@ def dense(folder: Path) -> Case:
 def experts(folder: Path) -> Case:
     """A draft with experts of its own: the model itself, which is always right."""
     draft = {"model": str(TINY_MODEL), "method": "draft_model", "num_speculative_tokens": 3}
-    return Case(TINY_MODEL, prompts(16), draft, 8, num_seqs=2, is_right=True)
+    return Case(TINY_MODEL, prompts(16), draft, 8, num_seqs=2, is_right=True, draft_layers=8)
 
 
 def ngram(folder: Path) -> Case:
@@ -111,7 +127,8 @@ def mtp(folder: Path) -> Case:
     (model / "config.json").write_text(json.dumps(config))
     given = [prompt(5 + number, number) for number in range(16)]
     draft = {"method": "mtp", "num_speculative_tokens": 1}
-    return Case(model, given, draft, OTHER_FAMILIES["glm4-moe"][2], num_seqs=4, has_tokenizer=False)
+    num_layers = OTHER_FAMILIES["glm4-moe"][2]
+    return Case(model, given, draft, num_layers, num_seqs=4, has_tokenizer=False, draft_layers=1)
 
 
 def head(folder: Path, method: str, config: dict, shapes: Mapping[str, tuple[int, ...]]) -> Case:
@@ -171,6 +188,24 @@ def medusa(folder: Path) -> Case:
     return head(folder, "medusa", config, shapes)
 
 
+@pytest.fixture(scope="module")
+def in_stock(folder):
+    """For what makes a case: the case, and the outputs and acceptance of plain vLLM."""
+
+    @functools.cache
+    def run(make: Callable[[Path], Case]) -> tuple[Case, list[Output], list[float]]:
+        case = make(folder)
+        outputs, counted, _ = case.run(None)
+        return case, outputs, acceptance(counted)
+
+    return run
+
+
+def acceptance(counted: dict[str, float]) -> list[float]:
+    """Tokens that were drafted, and that were accepted."""
+    return [counted[name] for name in (DRAFTED, ACCEPTED)]
+
+
 @pytest.fixture(autouse=True, scope="module")
 def not_compiled():
     """The ngram method in Python, as vLLM wrote it: Numba, which must not be imported before vLLM has looked through
@@ -196,16 +231,41 @@ def not_compiled():
         pytest.param(medusa, marks=pytest.mark.proves("speculative decoding: Medusa")),
     ],
 )
-def test_tokens_and_acceptance_are_those_of_plain_vllm_and_only_the_targets_layers_count(make, folder):
-    case = make(folder)
-    expected, in_stock, _ = case.run(None)
+def test_tokens_and_acceptance_are_those_of_plain_vllm_and_only_the_targets_layers_count(make, in_stock):
+    case, expected, accepted = in_stock(make)
     outputs, counted, ours = case.run(SERVED)
     assert [one.tokens for one in outputs] == [one.tokens for one in expected]
     assert outputs == expected
-    assert [counted[name] for name in (DRAFTED, ACCEPTED)] == [in_stock[name] for name in (DRAFTED, ACCEPTED)]
+    assert acceptance(counted) == accepted
     assert counted[DRAFTED] > 0
     assert counted[ACCEPTED] > 0 or not case.is_right
     assert min(ours["lookups_total/miss"], ours["predictions_total/used"]) > 0
     assert ours["moe_layers"] == case.num_layers
     steps = sum(ours[f"steps_total/{phase}"] for phase in ("decode", "prefill", "mixed"))
     assert ours["moe_steps_total/narrow"] + ours["moe_steps_total/wide"] == case.num_layers * steps
+
+
+@pytest.mark.proves("speculative decoding: a draft's experts in a cache of their own (`draft_experts`)")
+@pytest.mark.parametrize("make", [experts, mtp])
+def test_a_drafts_experts_in_a_cache_of_their_own(make, in_stock):
+    case, expected, accepted = in_stock(make)
+    outputs, counted, ours = case.run(SERVED | {"draft_experts": 0.5})
+    assert outputs == expected
+    assert acceptance(counted) == accepted
+    assert min(ours["draft_misses"], ours["lookups_total/miss"]) > 0
+    assert ours["moe_layers"] == case.num_layers
+    steps = sum(ours[f"steps_total/{phase}"] for phase in ("decode", "prefill", "mixed"))
+    assert ours["moe_steps_total/narrow"] + ours["moe_steps_total/wide"] == case.num_layers * steps
+
+
+@pytest.mark.parametrize(
+    ("make", "share", "message"),
+    [
+        (mtp, 0.1, r"draft_experts = 0.1 gives the draft's .* slots, and one token needs \d.*: give a larger share"),
+        (eagle, 0.5, "draft_experts is 0.5, and the draft has no MoE layer: leave the key out"),
+        (ngram, 0.5, "draft_experts is 0.5, and no draft with weights of its own is asked for: leave the key out"),
+    ],
+)
+def test_a_share_of_the_drafts_experts_that_cannot_be_is_refused(make, share, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        make(tmp_path).run(SERVED | {"draft_experts": share})

@@ -101,6 +101,13 @@ def layers(llm: Any) -> list[Any]:
     return moe_layers_of(model)
 
 
+def draft_layers(llm: Any) -> list[Any]:
+    """Those of the model that drafts for it."""
+    from vllm_expert_prefetch.serving.compat import moe_layers_of
+
+    return moe_layers_of(llm.llm_engine.model_executor.driver_worker.worker.model_runner.drafter.model)
+
+
 def caches(llm: Any) -> list[Any]:
     """The caches of its layers, after a check of their books."""
     found = [layer.cache for layer in layers(llm) if layer.cache is not None]

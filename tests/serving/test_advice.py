@@ -36,5 +36,6 @@ def test_an_engine_says_it():
         assert 0.02 < step.copy_seconds < 0.1
         assert step.tokens >= 64
         assert f"--max-num-batched-tokens {step.tokens}" in line
-        seconds = [advice._compute_seconds(layers(llm)[0], number) for number in (16, 512)]
-        assert 0 < seconds[0] < seconds[1]
+        runs = [[advice._compute_seconds(layers(llm)[0], number) for number in (16, 512)] for _ in range(5)]
+        few, many = map(min, zip(*runs, strict=True))
+        assert 0 < few < many

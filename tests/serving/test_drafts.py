@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vllm_expert_prefetch.config import ConfigError
+from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig, config_of_draft, draft_model_of
 from vllm_expert_prefetch.serving import activation, backends, compat, drafts
 
 
@@ -66,18 +66,22 @@ def test_a_backend_that_is_chosen_for_the_target_is_not_its_drafts(monkeypatch):
     monkeypatch.setattr(compat, "compute_capability", lambda: 90)
     model = SimpleNamespace(hf_text_config=None, hf_config=None, quantization=None, quantization_config=None)
 
-    def chosen(target, draft):
+    def chosen(target, draft, leaves_drafts=True):
+        own = SimpleNamespace(hf_text_config=None, hf_config=None, quantization="auto_gptq", quantization_config=None)
         config = SimpleNamespace(
             model_config=model,
             kernel_config=SimpleNamespace(moe_backend=target),
-            speculative_config=SimpleNamespace(moe_backend=draft),
+            speculative_config=SimpleNamespace(
+                moe_backend=draft, draft_model_config=own, target_model_config=model
+            ),
         )
-        backends.choose_backend(config)
+        backends.choose_backend(config, leaves_drafts)
         return config.kernel_config.moe_backend, config.speculative_config.moe_backend
 
     assert chosen("auto", None) == ("triton", "auto")
     assert chosen("auto", "marlin") == ("triton", "marlin")
     assert chosen("marlin", None) == ("marlin", None)
+    assert chosen("auto", None, leaves_drafts=False) == ("triton", "marlin")
 
 
 def test_a_draft_with_weights_is_told_from_a_method_without():
@@ -85,8 +89,63 @@ def test_a_draft_with_weights_is_told_from_a_method_without():
 
     def has(draft):
         speculative = draft and SimpleNamespace(draft_model_config=draft, target_model_config=target)
-        return drafts.has_own_weights(SimpleNamespace(speculative_config=speculative))
+        return draft_model_of(SimpleNamespace(speculative_config=speculative)) is not None
 
     assert has(object())
     assert not has(target)
     assert not has(None)
+
+
+def drafted(settings):
+    speculative = Config(draft_model_config=object(), target_model_config=object())
+    return Config(
+        additional_config=settings, model_config=speculative.target_model_config, speculative_config=speculative
+    )
+
+
+def test_a_draft_is_served_with_what_the_target_says_of_memory_link_and_proof():
+    asked = {"cache_gb": 3, "policy": "lru", "emulated_link_gbps": 2, "self_check": "off", "trace": "somewhere"}
+
+    def found(model, **more):
+        vllm_config = drafted({"expert_prefetch": asked | more})
+        return config_of_draft(vllm_config, getattr(vllm_config.speculative_config, f"{model}_model_config"))
+
+    assert found("target", draft_experts=0.25) is None
+    assert found("draft").draft_experts == "resident"
+    assert found("draft", draft_experts="25 %") == ExpertPrefetchConfig(
+        cache_fraction=0.25,
+        draft_experts=0.25,
+        policy="lru",
+        prefetch="off",
+        emulated_link_gbps=2,
+        self_check="off",
+    )
+
+
+@pytest.mark.parametrize(
+    ("is_asked_for", "error", "message"),
+    [
+        (True, ConfigError, r"no memory left for the draft: 3 GB.*set draft_experts to the share"),
+        (False, torch.OutOfMemoryError, "^3 GB$"),
+    ],
+)
+def test_a_draft_of_ours_that_does_not_fit_is_told_what_helps(is_asked_for, error, message):
+    vllm_config = drafted({"expert_prefetch": is_asked_for})
+    with pytest.raises(error, match=message):
+        with drafts.naming_the_remedy(vllm_config, vllm_config.speculative_config.draft_model_config):
+            raise torch.OutOfMemoryError("3 GB")
+
+
+def test_cuda_graphs_wait_for_the_copies_of_target_and_draft():
+    from vllm.model_executor.offloader.base import NoopOffloader, get_offloader, set_offloader
+
+    joined = []
+    compat.install_offloader(lambda: joined.append("an earlier engine's"))
+    compat.install_offloader(lambda: joined.append("target"))
+    compat.install_offloader(lambda: joined.append("draft"), beside_others=True)
+    try:
+        get_offloader().sync_prev_onload()
+        get_offloader().join_after_forward()
+    finally:
+        set_offloader(NoopOffloader())
+    assert joined == ["target", "draft"] * 2

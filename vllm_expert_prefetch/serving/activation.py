@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
-from vllm_expert_prefetch.config import CONFIG_KEY, config_of
+from vllm_expert_prefetch.config import CONFIG_KEY, RESIDENT, config_of
 from vllm_expert_prefetch.metrics.runtime_dir import carry_to_ray_workers, ensure_runtime_dir
 from vllm_expert_prefetch.serving import compat, drafts
 from vllm_expert_prefetch.serving.backends import choose_backend
@@ -61,7 +61,7 @@ def check_config(vllm_config: Any) -> None:
     check_refusals(vllm_config, config)
     check_settings(vllm_config, config)
     check_libraries(compat.on_cuda_platform())
-    chosen = choose_backend(vllm_config)
+    chosen = choose_backend(vllm_config, config.draft_experts == RESIDENT)
     if chosen is not None:
         compat.logger().info("expert_prefetch: --moe-backend %s, which reads experts row by row", chosen)
     _show_metrics()
@@ -89,14 +89,21 @@ def _extend_model_loader() -> None:
     """After a model is loaded, prove that every MoE layer was taken over, and start serving it."""
     from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
+    from vllm_expert_prefetch.serving.draft_worker import worker_of_draft
+
     load = BaseModelLoader.load_model
 
     def load_and_verify(self: Any, vllm_config: Any, model_config: Any, *args: Any, **kwargs: Any) -> Any:
-        is_left_alone = config_of(vllm_config, model_config) is None
-        with drafts.building(is_left_alone):
-            model = load(self, vllm_config, model_config, *args, **kwargs)
-        if not is_left_alone:
+        if config_of(vllm_config, model_config) is not None:
+            with drafts.building(False):
+                model = load(self, vllm_config, model_config, *args, **kwargs)
             start_serving(model, vllm_config)
+            return model
+        worker = worker_of_draft(vllm_config, model_config)
+        with drafts.building(True, worker), drafts.naming_the_remedy(vllm_config, model_config):
+            model = load(self, vllm_config, model_config, *args, **kwargs)
+        if worker is not None:
+            worker.start(model)
         return model
 
     BaseModelLoader.load_model = load_and_verify

@@ -8,6 +8,7 @@ every format that is served, on every GPU since compute capability 8.0.
 from collections.abc import Mapping
 from typing import Any
 
+from vllm_expert_prefetch.config import draft_model_of
 from vllm_expert_prefetch.serving import compat
 
 _FP8_CAPABILITY = 89
@@ -24,21 +25,28 @@ _ONLINE = {
 """What vLLM makes of unquantised experts while it loads them, where Triton multiplies 8 bits."""
 
 
-def choose_backend(vllm_config: Any) -> str | None:
-    """Set vLLM's `moe_backend` where it is "auto" on a GPU. Returns what was chosen, None where nothing was."""
+def choose_backend(vllm_config: Any, leaves_drafts: bool = True) -> str | None:
+    """Set vLLM's `moe_backend` where it is "auto" on a GPU. Returns what was chosen, None where nothing was.
+
+    A draft gets one of its own: vLLM's choice if `leaves_drafts`, else one that reads rows as well.
+    """
     kernel_config = vllm_config.kernel_config
     if not compat.on_cuda_platform() or kernel_config.moe_backend != "auto":
         return None
-    model = vllm_config.model_config
+    kernel_config.moe_backend = _backend_of(vllm_config.model_config)
+    speculative: Any = getattr(vllm_config, "speculative_config", None)
+    if getattr(speculative, "moe_backend", "") is None:  # a draft would take its target's
+        draft = None if leaves_drafts else draft_model_of(vllm_config)
+        speculative.moe_backend = "auto" if draft is None else _backend_of(draft)
+    return str(kernel_config.moe_backend)
+
+
+def _backend_of(model: Any) -> str:
     given = getattr(model.hf_text_config, "quantization_config", None) or getattr(
         model.hf_config, "quantization_config", None
     )
     name = compat.online_quantization(model) or model.quantization
-    kernel_config.moe_backend = backend_for(name, given or {}, compat.compute_capability())
-    speculative: Any = getattr(vllm_config, "speculative_config", None)
-    if getattr(speculative, "moe_backend", "") is None:  # a draft would take its target's: left to vLLM
-        speculative.moe_backend = "auto"
-    return str(kernel_config.moe_backend)
+    return backend_for(name, given or {}, compat.compute_capability())
 
 
 def served_formats(capability: int) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Every name of vLLM that may move between releases, in one place, and the range of releases that was read."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from packaging.version import Version
 
@@ -186,16 +186,23 @@ def request_names(runner: Any) -> list[str]:
     return [*getattr(batch, "req_ids", ())]
 
 
-def install_offloader(join: Callable[[], None]) -> None:
-    """Have vLLM call `join` before it captures or replays a CUDA graph, and before a capture ends."""
-    from vllm.model_executor.offloader.base import NoopOffloader, set_offloader
+def install_offloader(join: Callable[[], None], beside_others: bool = False) -> None:
+    """Have vLLM call `join` before it captures or replays a CUDA graph, and before a capture ends.
+
+    `beside_others`: and what was installed before as well.
+    """
+    from vllm.model_executor.offloader.base import NoopOffloader, get_offloader, set_offloader
+
+    before = getattr(get_offloader(), "joins", []) if beside_others else []
 
     class _Joining(NoopOffloader):
-        def sync_prev_onload(self) -> None:
-            join()
+        joins: ClassVar = [*before, join]
 
-        def join_after_forward(self) -> None:
-            join()
+        def sync_prev_onload(self) -> None:
+            for each in self.joins:
+                each()
+
+        join_after_forward = sync_prev_onload
 
     set_offloader(_Joining())
 

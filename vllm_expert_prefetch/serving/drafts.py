@@ -1,4 +1,5 @@
-"""Drafts of speculative decoding: vLLM builds them with the target's settings, and everything of them is left to it.
+"""Drafts of speculative decoding: vLLM builds them with the target's settings, and they are left to it, but for experts
+that `draft_experts` gives a cache of their own.
 
 A draft model has a configuration of its own. An EAGLE or MTP head is built with its target's, and its MoE layers are of
 the same class: only the model that is being loaded tells them apart.
@@ -7,30 +8,55 @@ the same class: only the model that is being loaded tells them apart.
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllm_expert_prefetch.config import CONFIG_KEY, ConfigError
+import torch
+
+from vllm_expert_prefetch.config import CONFIG_KEY, ConfigError, config_of_draft
+
+if TYPE_CHECKING:
+    from vllm_expert_prefetch.serving.draft_worker import DraftWorker
 
 _is_being_built = False
+_worker: "DraftWorker | None" = None
 _with_a_worker: set[int] = set()
 """Ids of vLLM's SpeculativeConfig whose target's worker is in this process: what is configured with one later is for
 the draft."""
 
 
 @contextmanager
-def building(is_draft: bool) -> Iterator[None]:
-    """Within, MoE layers that are made belong to a draft, if `is_draft`: they are vLLM's own."""
-    global _is_being_built
-    before, _is_being_built = _is_being_built, is_draft
+def building(is_draft: bool, worker: "DraftWorker | None" = None) -> Iterator[None]:
+    """Within, MoE layers that are made belong to a draft, if `is_draft`: to its `worker`, or without one vLLM's own."""
+    global _is_being_built, _worker
+    before, (_is_being_built, _worker) = (_is_being_built, _worker), (is_draft, worker)
     try:
         yield
     finally:
-        _is_being_built = before
+        _is_being_built, _worker = before
 
 
 def is_being_built() -> bool:
     """Whether this process builds a draft at the moment."""
     return _is_being_built
+
+
+def worker_being_built() -> "DraftWorker | None":
+    """Of the draft that this process builds; None where its experts are left to vLLM."""
+    return _worker
+
+
+@contextmanager
+def naming_the_remedy(vllm_config: Any, model_config: Any) -> Iterator[None]:
+    """Around the loading of a model: ConfigError where there is no memory for it and it is the draft of ours."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        if config_of_draft(vllm_config, model_config) is None:
+            raise
+        raise ConfigError(
+            f"{CONFIG_KEY}: there is no memory left for the draft: {error}. Where it has experts, set draft_experts to "
+            "the share of them that gets a slot, 0.25 for example; else make the target's cache smaller"
+        ) from error
 
 
 def worker_begins(vllm_config: Any) -> None:
@@ -44,13 +70,6 @@ def worker_begins(vllm_config: Any) -> None:
 def is_for_a_draft(vllm_config: Any) -> bool:
     """Whether vLLM makes this configuration to build a draft with, or a part of one."""
     return _is_being_built or id(getattr(vllm_config, "speculative_config", None)) in _with_a_worker
-
-
-def has_own_weights(vllm_config: Any) -> bool:
-    """Whether a draft with weights of its own is loaded after the target."""
-    speculative = vllm_config.speculative_config
-    draft = getattr(speculative, "draft_model_config", None)
-    return draft is not None and draft is not speculative.target_model_config
 
 
 def check_shares_no_experts(runner: Any) -> None:

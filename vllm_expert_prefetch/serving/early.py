@@ -8,7 +8,15 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, OFF, ConfigError, ExpertPrefetchConfig
+from vllm_expert_prefetch.config import (
+    AUTO,
+    CONFIG_KEY,
+    OFF,
+    RESIDENT,
+    ConfigError,
+    ExpertPrefetchConfig,
+    draft_model_of,
+)
 from vllm_expert_prefetch.lookahead.create import check_distance
 from vllm_expert_prefetch.memory.host_limit import check_experts_fit
 from vllm_expert_prefetch.memory.host_memory import check_can_lock
@@ -49,6 +57,11 @@ def check_settings(vllm_config: Any, config: ExpertPrefetchConfig) -> None:
     if config.artifact is None and config.predictor not in _WITHOUT_ARTIFACT:
         raise ConfigError(
             f"{CONFIG_KEY}: predictor {config.predictor} needs an artifact: vllm-expert-prefetch calibrate makes one"
+        )
+    if config.draft_experts != RESIDENT and draft_model_of(vllm_config) is None:
+        raise ConfigError(
+            f"{CONFIG_KEY}: draft_experts is {config.draft_experts:g}, and no draft with weights of its own is asked "
+            "for: leave the key out, or give --speculative-config"
         )
     if vllm_config.parallel_config.distributed_executor_backend != "ray":  # its workers may be on other hosts
         _check_host(config)

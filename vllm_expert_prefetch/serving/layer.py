@@ -8,7 +8,6 @@ from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 
 from vllm_expert_prefetch.cache.base import LayerCache
-from vllm_expert_prefetch.config import config_of
 from vllm_expert_prefetch.lookahead.after import LookAhead
 from vllm_expert_prefetch.memory.host_store import HostStore
 from vllm_expert_prefetch.planning.warm_start import WarmStart
@@ -16,7 +15,7 @@ from vllm_expert_prefetch.prediction.base import Signals
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.adapters import choose_kernel_as_without_adapters
 from vllm_expert_prefetch.serving.block_order import blocks_by_expert, depends_on_order
-from vllm_expert_prefetch.serving.drafts import is_being_built
+from vllm_expert_prefetch.serving.drafts import is_being_built, worker_being_built
 from vllm_expert_prefetch.serving.expert_share import ExpertShare, own_experts, take_share
 from vllm_expert_prefetch.serving.expert_tensors import (
     ExpertTensor,
@@ -52,9 +51,8 @@ class CachedRoutedExperts(RoutedExperts):
     """The class that this one stands in for."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        vllm_config = get_current_vllm_config()
-        config = None if is_being_built() else config_of(vllm_config)
-        if config is None:
+        worker = worker_being_built() if is_being_built() else worker_of(get_current_vllm_config())
+        if worker is None:
             vllm_class = self.vllm_class
             self.__class__ = vllm_class
             vllm_class.__init__(self, *args, **kwargs)
@@ -83,7 +81,7 @@ class CachedRoutedExperts(RoutedExperts):
         """Which experts are this rank's, under expert parallelism; there once the layer is taken over."""
         # Plain Python: the module must not see these tensors a second time.
         object.__setattr__(self, "expert_tensors", {})
-        self.worker = worker_of(vllm_config, config)
+        self.worker = worker
         self.number = self.worker.register(self)
         self._take_over_after_post_processing()
 

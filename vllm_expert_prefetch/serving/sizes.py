@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vllm_expert_prefetch.cache.create import page_bytes
-from vllm_expert_prefetch.config import ExpertPrefetchConfig
+from vllm_expert_prefetch.config import ExpertPrefetchConfig, draft_model_of
 from vllm_expert_prefetch.memory.host_limit import check_experts_fit
 from vllm_expert_prefetch.planning.sizing import (
     DEFAULT_SEQUENCES,
@@ -18,7 +18,7 @@ from vllm_expert_prefetch.planning.sizing import (
     num_areas,
     size_cache,
 )
-from vllm_expert_prefetch.serving import compat, drafts
+from vllm_expert_prefetch.serving import compat
 
 if TYPE_CHECKING:
     from vllm_expert_prefetch.serving.layer import CachedRoutedExperts
@@ -98,7 +98,7 @@ class CacheSizes:
 
     def _all_fit(self, layer: "CachedRoutedExperts", tensors: dict[str, torch.Tensor]) -> bool:
         """Whether every expert fits on this GPU for sure, before vLLM has measured what else is needed."""
-        if compat.quantises_while_loading(layer.quant_method) or drafts.has_own_weights(self._vllm_config):
+        if compat.quantises_while_loading(layer.quant_method) or draft_model_of(self._vllm_config) is not None:
             return False  # other weights are still to come
         free, total = torch.cuda.mem_get_info()
         free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()

@@ -10,7 +10,15 @@ import torch
 from vllm_expert_prefetch import __version__
 from vllm_expert_prefetch.cache.base import Caches, LayerCache
 from vllm_expert_prefetch.cache.create import create_caches, create_shared_rows
-from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, GHOST_SCALES, OFF, ConfigError, ExpertPrefetchConfig
+from vllm_expert_prefetch.config import (
+    AUTO,
+    CONFIG_KEY,
+    GHOST_SCALES,
+    OFF,
+    ConfigError,
+    ExpertPrefetchConfig,
+    config_of,
+)
 from vllm_expert_prefetch.lookahead.after import LookAhead
 from vllm_expert_prefetch.lookahead.create import depth_of
 from vllm_expert_prefetch.memory.host_memory import HostMemoryOptions, numa_node_of_gpu
@@ -45,6 +53,9 @@ _workers: "weakref.WeakValueDictionary[int, Worker]" = weakref.WeakValueDictiona
 
 class Worker:
     """What the MoE layers of one model on one worker share, which is built with one configuration object of vLLM's."""
+
+    joins_others = False
+    """Whether another model's caches are there already, whose copies CUDA graphs wait for as well."""
 
     def __init__(self, vllm_config: Any, config: ExpertPrefetchConfig) -> None:
         self.config = config
@@ -130,7 +141,7 @@ class Worker:
             depth = depth_of(self.config, len(self._layers), compat.on_cuda_platform())
             self.caches = create_caches(len(self._layers), self._link(), layer.accelerator, depth)
             if self.caches.on_device:
-                compat.install_offloader(self.caches.join)
+                compat.install_offloader(self.caches.join, self.joins_others)
         key = (num_slots, *((name, view.shape, view.dtype) for name, view in store.views.items()))
         if key not in self._groups:
             self._groups[key] = create_shared_rows(store.views, num_slots, self.sizes.areas, layer.accelerator), []
@@ -204,23 +215,13 @@ class Worker:
 
         All but the look-ahead's memory waits for a cache that still grows.
         """
-        layers, caches = self.layers, self.caches
-        if caches and caches.on_device and not compat.tells_padding(self._vllm_config):
-            raise ConfigError(
-                f"{CONFIG_KEY}: this model has no attention layer with a KV cache, by which a GPU tells tokens from "
-                "padding: give every expert a slot (cache_fraction 1), or serve without the plugin"
-            )
-        for layer in layers:
-            if layer.cache is not None:
-                verify_rows(layer, layer.expert_tensors, layer.local_num_experts)
+        caches = self.caches
+        self._verify()
         if self.sizes.grows:
             self._model = weakref.ref(model)
             self._look_ahead(model, 0.0)  # vLLM measures beside it; it is made anew for the caches that have grown
             return
-        if self.config.self_check == "on":
-            prove([layer for layer in layers if layer.cache is not None], self._renew)
-        else:
-            compat.logger().warning("expert_prefetch: self_check is off: NOTHING is proved of copies and kernels here")
+        self._prove()
         link_rate = caches.measure_bandwidth() if caches else 0.0
         self._prompt_step = self._measure_prompt_step(link_rate)
         if self.config.ghost_caches:
@@ -231,6 +232,24 @@ class Worker:
         self.traces = create_switch(self, self._vllm_config)
         for line in self.describe():
             compat.logger().info("expert_prefetch: %s", line)
+
+    def _verify(self) -> None:
+        """Raise ConfigError or TakeoverError where a step would not read the rows that took the experts' place."""
+        if self.caches and self.caches.on_device and not compat.tells_padding(self._vllm_config):
+            raise ConfigError(
+                f"{CONFIG_KEY}: this model has no attention layer with a KV cache, by which a GPU tells tokens from "
+                "padding: give every expert a slot (cache_fraction 1), or serve without the plugin"
+            )
+        for layer in self.layers:
+            if layer.cache is not None:
+                verify_rows(layer, layer.expert_tensors, layer.local_num_experts)
+
+    def _prove(self) -> None:
+        """Raise TakeoverError where copies are not whole, or the kernel's bits depend on rows."""
+        if self.config.self_check == "on":
+            prove([layer for layer in self.layers if layer.cache is not None], self._renew)
+        else:
+            compat.logger().warning("expert_prefetch: self_check is off: NOTHING is proved of copies and kernels here")
 
     def _measure_prompt_step(self, link_rate: float) -> PromptStep | None:
         served = [layer for layer in self.layers if layer.cache is not None]
@@ -385,10 +404,10 @@ class Worker:
         return sum(int(shared.num_bytes) for shared, _ in self._groups.values())
 
 
-def worker_of(vllm_config: Any, config: ExpertPrefetchConfig) -> Worker:
-    """The worker of the model that is being built with this very configuration object."""
-    worker = find_worker(vllm_config)
-    if worker is None:
+def worker_of(vllm_config: Any) -> Worker | None:
+    """The worker of the model that is being built with this very configuration object; None where it asks for none."""
+    worker, config = find_worker(vllm_config), config_of(vllm_config)
+    if worker is None and config is not None:
         worker = _workers[id(vllm_config)] = Worker(vllm_config, config)
     return worker
 

@@ -43,6 +43,7 @@ def main() -> int:
     arguments.add_argument("--residency", default="0.25,0.5,0.75")
     arguments.add_argument("--ratios", default="0.25,0.5,1,2,4", help="copy/compute at half residency; elsewhere 1")
     arguments.add_argument("--rounds", type=int, default=6, help="batches per variant; half for smollm2-moe")
+    arguments.add_argument("--uncalibrated", action="store_true", help="go without artifacts that are not there")
     arguments.add_argument("--pictures", default=str(ROOT / "docs" / "pictures"), help="folder for the plots")
     options = arguments.parse_args()
     if options.job:
@@ -72,14 +73,14 @@ def main() -> int:
 
 
 def prepare(kind: str, options: Any) -> tuple[str, str | None]:
-    """The model and its artifact, made here if need be; --quick goes without what is not there."""
+    """The model and its artifact, made here if need be; --quick and --uncalibrated go without what is not there."""
     tool = str(Path(sys.executable).with_name("vllm-expert-prefetch"))
     model = TINY_MODEL if kind == "tiny" else DEMO / kind
     if kind != "tiny":
         subprocess.run([tool, "demo-model", str(model), "--kind", kind], check=True, stdout=subprocess.DEVNULL)
     artifact = DEMO / f"{kind}-artifact"
     if not artifact.exists():
-        if options.quick:
+        if options.quick or options.uncalibrated:
             return str(model), None
         sizes = ["--m", "1", "--n", "4"] if kind == "tiny" else ["--epochs", "12"]
         command = [tool, "calibrate", str(model), "-o", str(artifact), *sizes]

@@ -15,6 +15,7 @@ LINES = {
     "router": "C1",
     "hybrid+transition": "C2",
     "hybrid+transition, 4 layers": "C5",
+    "router, 4 layers": "C6",
     "auto": "C3",
     "oracle": "C4",
 }
@@ -59,6 +60,8 @@ def _draw_ratios(axis: Any, rows: list[Row]) -> None:
         points = sorted(
             (row["copy_compute"], row["tpot_ms"] / row["compute_ms"]) for row in cell if row["variant"] == name
         )
+        if not points:
+            continue
         axis.plot(*zip(*points, strict=True), marker="o", color=colour, label=name)
     bound = sorted({(row["copy_compute"], row["bound_ms"] / row["compute_ms"]) for row in cell})
     axis.plot(*zip(*bound, strict=True), color="black", linestyle="--", label="max(compute, missed bytes / link)")
@@ -71,6 +74,8 @@ def _draw_residency(axis: Any, rows: list[Row]) -> None:
     cell = [row for row in rows if row["copy_compute"] == 1 and row["batch"] == 1]
     for name, colour in list(LINES.items())[1:]:
         points = sorted((100 * row["residency"], row["tpot_ratio"]) for row in cell if row["variant"] == name)
+        if not points:
+            continue
         axis.plot(*zip(*points, strict=True), marker="o", color=colour, label=name)
     axis.axhline(1, color="black", linewidth=1)
     axis.set(title="Copy/compute 1, batch 1", xlabel="experts with a slot, %", ylabel="TPOT / TPOT without look-ahead")

@@ -1,20 +1,24 @@
 """Curves under load: a real server, `vllm bench serve` as the client, one to 64 requests at a time.
 
-Every variant is a server of its own: plain vLLM with every expert resident (the ceiling), and the plugin with a share
-of the experts in slots, look-ahead off and on, over an emulated link on which one expert takes `copy_compute` times as
-long as a layer of the plain model (its TPOT at one request, divided by its layers). Prompts are text of several
-domains, cut to lengths that spread as those of chats do; answers as well. Greedy, no answer ends early.
+Three servers at a time: plain vLLM with every expert resident (the ceiling), and the plugin with a share of the experts
+in slots, look-ahead off and on, over an emulated link on which one expert takes `copy_compute` times as long as a layer
+of the plain model (its TPOT at one request when the run began, divided by its layers). They are asked in turn, in
+rounds; a row has the medians of the rounds. Prompts are text of several domains, cut to lengths that spread as those of
+chats do; answers as well. Greedy, no answer ends early.
 
 Rows are kept in `--out` while it runs: a run that was interrupted goes on where it was; `--fresh` begins anew.
 
-`share_of_resident` is output tokens per second over plain vLLM's at the same concurrency: its least value over all rows
-with look-ahead at half residency and copy_compute 1. `worst_over_off`: the greatest TPOT (median) with look-ahead over
-that without it in the same cell. `worst_over_full_copy`: TPOT at 32 requests over that of computing and copying every
-absent expert of every layer in every step, one after the other.
+`share_of_resident` is output tokens per second over plain vLLM's in the same cell: its least value over all rows with
+look-ahead at half residency and copy_compute 1. `worst_over_off`: the greatest TPOT (median) with look-ahead over that
+without it in the same cell. `worst_over_full_copy`: TPOT at 32 requests over that of computing and copying every absent
+expert of every layer in every step, one after the other.
 """
 
+import contextlib
 import json
+import statistics
 import sys
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,21 +35,22 @@ from vllm_expert_prefetch.metrics.rates import Between  # noqa: E402
 CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64)
 SHARES, COPY_COMPUTE = (0.25, 0.5, 0.75), (0.5, 1.0, 2.0)
 LATENCY_US = 10.0
+PLAIN = "plain"
+SERVERS = (PLAIN, "off", "auto")
+ROUNDS = 3
+SETTLE_SECONDS = 1.2
+"""vLLM's processes spin for a second after they were last asked."""
 
 
-class Variant(NamedTuple):
-    """A server. `share` 0: plain vLLM."""
+class Cell(NamedTuple):
+    """What is compared at a time."""
 
     share: float
     copy_compute: float
-    prefetch: str
 
     @property
     def name(self) -> str:
-        return f"{self.share:.0%}, x{self.copy_compute:g}, {self.prefetch}" if self.share else "plain vLLM"
-
-
-PLAIN = Variant(0.0, 0.0, "off")
+        return f"{self.share:.0%}, x{self.copy_compute:g}"
 
 
 def main() -> int:
@@ -59,15 +64,12 @@ def main() -> int:
     arguments.add_argument("--fresh", action="store_true")
     arguments.add_argument("--pictures", type=Path, default=ROOT / "docs" / "pictures", help="folder for the plots")
     options = arguments.parse_args()
-    variants = [
-        Variant(share, ratio, prefetch) for share in SHARES for ratio in COPY_COMPUTE for prefetch in ("off", "auto")
-    ]
-    variants = [variant for variant in variants if variant.share == 0.5 or variant.copy_compute == 1]
+    cells = [Cell(share, ratio) for share in SHARES for ratio in COPY_COMPUTE if share == 0.5 or ratio == 1]
     concurrencies = [int(number) for number in options.concurrency.split(",")]
     if options.quick:
-        variants, concurrencies = [Variant(0.5, 1.0, "auto")], [1]
+        cells, concurrencies = [Cell(0.5, 1.0)], [1]
         options.out, options.fresh = ROOT / "build" / "serving-quick.json", True
-    rows = measure(options, [PLAIN, *variants], concurrencies)
+    rows = measure(options, cells, concurrencies)
     result = {**summary(rows), "rows": rows}
     if not options.quick:
         from serving_plots import draw
@@ -77,81 +79,90 @@ def main() -> int:
     return 0
 
 
-def measure(options: Any, variants: list[Variant], concurrencies: list[int]) -> list[dict[str, Any]]:
+def measure(options: Any, cells: list[Cell], concurrencies: list[int]) -> list[dict[str, Any]]:
     """All rows, those of an earlier run included."""
     options.out.parent.mkdir(exist_ok=True)
     rows: list[dict[str, Any]] = []
     if options.out.exists() and not options.fresh:
         rows = [row for row in json.loads(options.out.read_text()) if row["kind"] == options.kind]
     model = TINY_MODEL if options.kind == "tiny" else ROOT / ".demo" / options.kind
-    for variant in variants:
-        done = {row["concurrency"] for row in rows if row["variant"] == variant.name}
+    for cell in cells:
+        done = {row["concurrency"] for row in rows if (row["share"], row["copy_compute"]) == cell}
         missing = [number for number in concurrencies if number not in done]
         if not missing:
             continue
-        with serve(*flags(variant, model, rows), model=model) as server:
-            server.wait_ready()
-            load(server, 2, 2, options.out.parent)  # warm-up
+        with contextlib.ExitStack() as stack:
+            servers: dict[str, Server] = {}
+            plain_tpot_ms = rows[0]["tpot_ms_p50"] if rows else 0.0
+            for prefetch in SERVERS[::2] if options.quick else SERVERS:
+                given = flags(cell, prefetch, model, plain_tpot_ms)
+                servers[prefetch] = server = stack.enter_context(serve(*given, model=model))
+                server.wait_ready()
+                load(server, 2, 2, options.out.parent)  # warm-up
+                plain_tpot_ms = plain_tpot_ms or load(server, 1, 5, options.out.parent)["p50_tpot_ms"]
             for concurrency in missing:
-                row = one_row(server, variant, concurrency, options)
-                rows.append(row)
+                rows += rows_of(servers, cell, concurrency, options)
                 options.out.write_text(json.dumps(rows))
-                if not options.json:
-                    print(row, flush=True)
     return rows
 
 
-def flags(variant: Variant, model: Path, rows: list[dict[str, Any]]) -> list[str]:
+def flags(cell: Cell, prefetch: str, model: Path, plain_tpot_ms: float) -> list[str]:
     """Of `vllm serve`."""
     common = ["--max-num-seqs", "64", "--no-enable-prefix-caching"]
-    if variant == PLAIN:
+    if prefetch == PLAIN:
         return common
     shape = json.loads((model / "config.json").read_text())
     record_bytes = 3 * 2 * shape["hidden_size"] * shape.get("moe_intermediate_size", shape["intermediate_size"])
+    layer_seconds = plain_tpot_ms / 1000 / shape["num_hidden_layers"]
     config = {
-        "cache_fraction": variant.share,
-        "prefetch": variant.prefetch,
-        "emulated_link_gbps": record_bytes / (variant.copy_compute * layer_seconds(rows, shape)) / 1e9,
+        "cache_fraction": cell.share,
+        "prefetch": prefetch,
+        "emulated_link_gbps": record_bytes / (cell.copy_compute * layer_seconds) / 1e9,
         "emulated_link_latency_us": LATENCY_US,
     }
     return [*common, "--plugin", "expert_prefetch", "--additional-config", json.dumps({"expert_prefetch": config})]
 
 
-def layer_seconds(rows: list[dict[str, Any]], shape: dict[str, Any]) -> float:
-    """Of the plain model, one request at a time."""
-    (plain,) = [row for row in rows if row["variant"] == PLAIN.name and row["concurrency"] == 1]
-    return float(plain["tpot_ms_p50"]) / 1000 / int(shape["num_hidden_layers"])
+def rows_of(servers: dict[str, Server], cell: Cell, concurrency: int, options: Any) -> list[dict[str, Any]]:
+    """One for each server: what a load gave, by the client and by the plugin's counters."""
+    measured: dict[str, list[dict[str, float]]] = {prefetch: [] for prefetch in servers}
+    for number in range(1 if options.quick else ROUNDS):
+        order = list(servers)
+        for prefetch in order[number % len(order) :] + order[: number % len(order)]:
+            time.sleep(0 if options.quick else SETTLE_SECONDS)
+            measured[prefetch].append(figures(servers[prefetch], prefetch, concurrency, options.out.parent))
+    rows = []
+    for prefetch, found in measured.items():
+        where = {"kind": options.kind, **cell._asdict(), "prefetch": prefetch, "concurrency": concurrency}
+        medians = {name: round(float(statistics.median(one[name] for one in found)), 4) for name in found[0]}
+        rows.append(where | medians)
+        if not options.json:
+            print(rows[-1], flush=True)
+    return rows
 
 
-def one_row(server: Server, variant: Variant, concurrency: int, options: Any) -> dict[str, Any]:
-    """What a load gave, by the client and by the plugin's counters."""
-    num_requests = max(4, concurrency) if options.quick else max(10, 2 * concurrency)
+def figures(server: Server, prefetch: str, concurrency: int, folder: Path) -> dict[str, float]:
+    """Of one load on one server."""
     before = scrape(read(f"{server.url}/metrics"))
-    found = load(server, concurrency, num_requests, options.out.parent)
+    found = load(server, concurrency, max(5, concurrency), folder)
     seen = Between(before, scrape(read(f"{server.url}/metrics")))
-    row = {
-        "kind": options.kind,
-        "variant": variant.name,
-        **variant._asdict(),
-        "concurrency": concurrency,
-        "requests": found["completed"],
+    measured = {
         "output_tokens_per_s": found["output_throughput"],
         "ttft_ms_p50": found["p50_ttft_ms"],
         "tpot_ms_p50": found["p50_tpot_ms"],
         "tpot_ms_p99": found["p99_tpot_ms"],
         "itl_ms_p99": found["p99_itl_ms"],
     }
-    if variant != PLAIN:
-        lookups = seen.gained("lookups_total")
-        row |= {
-            "hit_rate": seen.gained("lookups_total", outcome="hit") / lookups,
+    if prefetch != PLAIN:
+        measured |= {
+            "hit_rate": seen.gained("lookups_total", outcome="hit") / seen.gained("lookups_total"),
             "mb_per_token": seen.gained("transfer_bytes_total") / 1e6 / found["total_output_tokens"],
             "stall_share": seen.gained("stall_seconds_total") / found["duration"],
             "record_mb": seen.after.total("expert_record_bytes") / 1e6,
             "absent_records": seen.after.total("experts") - seen.after.total("slots"),
             "link_gbps": seen.after.total("link_bytes_per_second") / 1e9,
         }
-    return {name: round(float(value), 4) if isinstance(value, float) else value for name, value in row.items()}
+    return measured
 
 
 def load(server: Server, concurrency: int, num_requests: int, folder: Path) -> dict[str, Any]:
@@ -161,27 +172,28 @@ def load(server: Server, concurrency: int, num_requests: int, folder: Path) -> d
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The figures that the curves are about."""
-    plain = {row["concurrency"]: row for row in rows if row["variant"] == PLAIN.name}
+    cells: dict[tuple[float, float, int], dict[str, dict[str, Any]]] = {}
     for row in rows:
-        ceiling = plain[row["concurrency"]]["output_tokens_per_s"]
-        row["share_of_resident"] = round(row["output_tokens_per_s"] / ceiling, 3)
-    ahead = [row for row in rows if row["prefetch"] == "auto"]
-    off = {(row["share"], row["copy_compute"], row["concurrency"]): row for row in rows if row["prefetch"] == "off"}
-    ratios = [
-        row["tpot_ms_p50"] / off[key]["tpot_ms_p50"]
-        for row in ahead
-        if (key := (row["share"], row["copy_compute"], row["concurrency"])) in off
-    ]
-    copying = [
-        row["tpot_ms_p50"] / (plain[32]["tpot_ms_p50"] + row["absent_records"] * row["record_mb"] / row["link_gbps"])
-        for row in rows
-        if row["concurrency"] == 32 and row["share"]
-    ]
-    half = [row["share_of_resident"] for row in ahead if (row["share"], row["copy_compute"]) == (0.5, 1.0)]
+        cells.setdefault((row["share"], row["copy_compute"], row["concurrency"]), {})[row["prefetch"]] = row
+    over_off, over_full_copy, shares = [], [], []
+    for (share, ratio, concurrency), cell in cells.items():
+        plain = cell[PLAIN]
+        for row in cell.values():
+            row["share_of_resident"] = round(row["output_tokens_per_s"] / plain["output_tokens_per_s"], 3)
+        ahead = cell["auto"]
+        if (share, ratio) == (0.5, 1.0):
+            shares.append(ahead["share_of_resident"])
+        if "off" not in cell:
+            continue
+        over_off.append(ahead["tpot_ms_p50"] / cell["off"]["tpot_ms_p50"])
+        if concurrency == 32:
+            for row in (cell["off"], ahead):
+                copying = row["absent_records"] * row["record_mb"] / row["link_gbps"]
+                over_full_copy.append(row["tpot_ms_p50"] / (plain["tpot_ms_p50"] + copying))
     return {
-        "share_of_resident": min(half, default=None),
-        "worst_over_off": round(max(ratios), 3) if ratios else None,
-        "worst_over_full_copy": round(max(copying), 3) if copying else None,
+        "share_of_resident": min(shares, default=None),
+        "worst_over_off": round(max(over_off), 3) if over_off else None,
+        "worst_over_full_copy": round(max(over_full_copy), 3) if over_full_copy else None,
     }
 
 

@@ -21,7 +21,7 @@ OTHERS = {
 def draw(rows: list[Row], path: Path) -> None:
     """TPOT and tokens per second against concurrency, and speed against the share of slots."""
     figure, axes = plt.subplots(1, 3, figsize=(18, 5.5), constrained_layout=True)
-    plain = [row for row in rows if not row["share"]]
+    plain = [r for r in rows if (r["share"], r["copy_compute"], r["prefetch"]) == (0.5, 1, "plain")]
     for axis, key, label in (
         (axes[0], "tpot_ms_p50", "TPOT, median, ms"),
         (axes[1], "output_tokens_per_s", "output tokens per second"),
@@ -55,7 +55,7 @@ def draw(rows: list[Row], path: Path) -> None:
         ylim=(0, 110),
     )
     axes[2].grid(alpha=0.3)
-    axes[2].legend(fontsize=8, loc="lower right")
+    axes[2].legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=2)
     figure.suptitle("vLLM on two CPU cores over an emulated link: curves of waiting and overlap, not of a GPU's speed")
     figure.savefig(path, dpi=80)
     plt.close(figure)

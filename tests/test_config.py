@@ -116,8 +116,8 @@ SWITCHES = ("prefetch", "pin_memory", "huge_pages", "self_check", "metrics_per_l
 def test_true_is_not_a_number_and_not_a_name(key):
     with pytest.raises(
         ConfigError,
-        match=f"{key} must be (a number|a valid string|auto, or 1 to 4|auto, 1 or 2|resident, or a share above 0 and below 1|off, or the folder to record into"
-        "|off, or a name of letters, digits, dots, - and _)"
+        match=f"{key} must be (a number|a valid string|auto, or 1 to 4|auto, 1 or 2|off, or the folder to record into"
+        "|resident, or a share above 0 and below 1|off, or a name of letters, digits, dots, - and _)"
         ", got True",
     ):
         ExpertPrefetchConfig.from_mapping({key: True})

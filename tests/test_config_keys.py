@@ -268,7 +268,9 @@ def draft_slots(monkeypatch, tmp_path, config):
     """Of a layer of eight experts of a draft; None where it is left to vLLM."""
     monkeypatch.setattr(compat, "on_cuda_platform", lambda: False)
     target, draft = object(), object()
-    given = SimpleNamespace(model_config=draft, additional_config={"expert_prefetch": {"draft_experts": config.draft_experts}})
+    given = SimpleNamespace(
+        model_config=draft, additional_config={"expert_prefetch": {"draft_experts": config.draft_experts}}
+    )
     given.speculative_config = SimpleNamespace(draft_model_config=draft, target_model_config=target)
     made = worker_of_draft(given, draft)
     layer = SimpleNamespace(accelerator=torch.device("cpu"), number=0, top_k=TOP_K, local_num_experts=8)

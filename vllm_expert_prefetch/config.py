@@ -359,7 +359,7 @@ def config_of(vllm_config: Any, model_config: Any = None) -> ExpertPrefetchConfi
 
 def draft_model_of(vllm_config: Any) -> Any:
     """vLLM's configuration of the model that drafts, where it has weights of its own; else None."""
-    speculative = getattr(vllm_config, "speculative_config", None)
+    speculative: Any = getattr(vllm_config, "speculative_config", None)
     draft = getattr(speculative, "draft_model_config", None)
     return None if draft is None or draft is speculative.target_model_config else draft
 
@@ -375,7 +375,7 @@ def config_of_draft(vllm_config: Any, model_config: Any) -> ExpertPrefetchConfig
         return None
     kept = ("policy", "pin_memory", "numa_node", "huge_pages", "self_check", "draft_experts")
     link = ("emulated_link_gbps", "emulated_link_latency_us")
-    share = None if config.draft_experts == RESIDENT else config.draft_experts
+    share = None if config.draft_experts == RESIDENT else float(config.draft_experts)
     return ExpertPrefetchConfig(
         cache_fraction=share, prefetch=OFF, **{name: getattr(config, name) for name in (*kept, *link)}
     )

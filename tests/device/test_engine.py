@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from engines import TINY_MODEL, caches, counters, greedy, layers, open_engine, prompts
+from engines import TINY_MODEL, caches, counters, draft_layers, greedy, layers, open_engine, prompts
 from families import FAMILIES, OTHER_FAMILIES, write_checkpoint
 from test_families import MORE_OPTIONS, PROMPTS
 from test_growth import KV_BYTES, Measured
@@ -81,6 +81,32 @@ def test_a_recording_counts_what_the_device_path_counted(monkeypatch, tmp_path):
         simulated = simulate_all(trace, Setting((slots,) * 8, "ewma"))
         assert counted[f"ghost_hits_total/{scale}"] == simulated.hits > hits
         assert counted[f"ghost_lookups_total/{scale}"] == simulated.lookups == hits + misses
+
+
+@pytest.mark.proves("speculative decoding: a draft's experts in a cache of their own (`draft_experts`)", "shim")
+def test_a_draft_with_a_cache_of_its_own_is_right_as_often(monkeypatch):
+    """It is the model itself, so that a wrong expert of the draft's costs an accepted token."""
+    draft = {"model": str(TINY_MODEL), "method": "draft_model", "num_speculative_tokens": 2}
+    options = {"speculative_config": draft, "max_num_seqs": 2, "disable_log_stats": False}
+
+    def generate(llm):
+        outputs = greedy(llm, prompts(4), 24)
+        found = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
+        return outputs, [found[f"vllm:spec_decode_num_{what}_tokens"] for what in ("draft", "accepted")]
+
+    def generate_and_look(llm):
+        found = [layer.cache for layer in draft_layers(llm)]
+        assert all(isinstance(cache, DeviceCache) for cache in found)
+        generated = generate(llm)
+        return generated, [cache.words().misses for cache in found]
+
+    with open_engine(TINY_MODEL, None, **options) as llm:
+        expected = generate(llm)
+    config = {"cache_fraction": 0.5, "draft_experts": 0.5}
+    (outputs, misses), _, words = served(monkeypatch, TINY_MODEL, config, generate_and_look, **options)
+    assert outputs == expected
+    assert outputs[1][1] > 0
+    assert min(*misses, *(layer.misses for layer in words)) > 0
 
 
 @pytest.fixture(scope="module")

@@ -71,9 +71,7 @@ def test_a_backend_that_is_chosen_for_the_target_is_not_its_drafts(monkeypatch):
         config = SimpleNamespace(
             model_config=model,
             kernel_config=SimpleNamespace(moe_backend=target),
-            speculative_config=SimpleNamespace(
-                moe_backend=draft, draft_model_config=own, target_model_config=model
-            ),
+            speculative_config=SimpleNamespace(moe_backend=draft, draft_model_config=own, target_model_config=model),
         )
         backends.choose_backend(config, leaves_drafts)
         return config.kernel_config.moe_backend, config.speculative_config.moe_backend
@@ -131,9 +129,9 @@ def test_a_draft_is_served_with_what_the_target_says_of_memory_link_and_proof():
 )
 def test_a_draft_of_ours_that_does_not_fit_is_told_what_helps(is_asked_for, error, message):
     vllm_config = drafted({"expert_prefetch": is_asked_for})
-    with pytest.raises(error, match=message):
-        with drafts.naming_the_remedy(vllm_config, vllm_config.speculative_config.draft_model_config):
-            raise torch.OutOfMemoryError("3 GB")
+    draft = vllm_config.speculative_config.draft_model_config
+    with pytest.raises(error, match=message), drafts.naming_the_remedy(vllm_config, draft):
+        raise torch.OutOfMemoryError("3 GB")
 
 
 def test_cuda_graphs_wait_for_the_copies_of_target_and_draft():

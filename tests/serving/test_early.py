@@ -51,6 +51,7 @@ def check(executor="mp", top_k=2, num_layers=8, model="an/absent-one", num_stage
         ({"predictor": "hybrid", "prefetch": "off"}, r"predictor hybrid needs an artifact"),
         ({"artifact": "/nowhere"}, r"no artifact at /nowhere.*calibrate"),
         ({"artifact": "/nowhere", "prefetch": "off"}, r"no artifact at /nowhere"),
+        ({"draft_experts": 0.5}, r"draft_experts is 0\.5, and no draft with weights of its own is asked for: leave"),
         ({"numa_node": 99}, r"numa_node is 99, and this host has 0"),
     ],
 )

@@ -35,7 +35,7 @@ class Recall:
     are kept by layer.
     """
 
-    scored_every = 16
+    scored_every = 64
     """On the host one step in so many of those with guesses is compared: recall at negligible cost."""
 
     def __init__(self, num_layers: int, last_layer: int, device: torch.device, on_device: bool) -> None:

@@ -62,6 +62,8 @@ class Run(NamedTuple):
 class _Recorder:
     """Notes each step's routing, and predicts nothing."""
 
+    speculated_layers: frozenset[int] = frozenset()
+
     def __init__(self) -> None:
         self.steps: list[list[torch.Tensor]] = []
 

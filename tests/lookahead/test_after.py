@@ -1,5 +1,6 @@
 """Looking ahead, against caches that only note what they are asked: which layer's experts, how many, and when not."""
 
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -239,6 +240,17 @@ def test_the_budget_is_what_the_link_can_begin_until_the_next_layer(window, reco
     assert caches.layers[1].guesses == (TOP_K + 1 if window >= 1 else TOP_K), "over_fetch only where a record fits"
 
 
+@pytest.mark.parametrize(("forced", "window", "asked"), [(False, 0.12, 0), (False, 0.13, 3), (True, 0.12, 3)])
+def test_a_link_that_is_far_slower_than_the_layers_is_left_to_demands_unless_forced(forced, window, asked):
+    """A record takes a second; layers take `window`."""
+    look_ahead, caches = make(link=RECORD_BYTES, forced=forced)
+    for _ in range(8):
+        look_ahead.note([words(steps=1)] * 4, 4 * window)
+    a_step(look_ahead)
+    assert len(caches.order) == asked
+    assert (caches.layers[1].records > 0) == (asked > 0)
+
+
 def test_time_that_steps_waited_is_no_time_to_copy_in():
     look_ahead, caches = make(link=RECORD_BYTES)
     for _ in range(200):
@@ -269,6 +281,19 @@ def test_what_guessing_took_is_told_to_the_valve():
     look_ahead.note([words(steps=1)] * 4, None)
     assert noted[0] > 0
     assert noted[1] == 0
+
+
+def test_the_nearest_guess_bears_what_is_done_for_all():
+    class Observed(Told):
+        observes = True
+
+        def observe(self, layer, signals):
+            time.sleep(0.01)
+
+    look_ahead, _ = make(Observed(4))
+    a_step(look_ahead)
+    assert all(spent >= 0.01 for spent in look_ahead._spent[1:])
+    assert look_ahead._spent[0] == 0
 
 
 def test_recall_is_that_of_the_guesses():

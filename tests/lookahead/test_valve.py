@@ -170,6 +170,28 @@ def test_the_cheapest_depth_is_held_and_a_draw_is_the_nearer_ones(costs, best):
     assert min(shares) > 0, "every depth is tried"
 
 
+def run_guessing(valve, waiting, guessing, num_steps):
+    """The shares of the steps that each depth was open, where each distance's guess takes so long and saves nothing."""
+    seen = [0] * 5
+    for _ in range(num_steps):
+        seen[valve.depth] += 1
+        valve.note(words(steps=1, stall_ns=int(1e9 * waiting)), guessing * valve.depth)
+    return [number / num_steps for number in seen]
+
+
+def test_where_guessing_takes_as_long_as_waiting_nothing_farther_is_tried():
+    shares = run_guessing(Valve(False, True, 4), 1.0, 1.0, 400)
+    assert shares[0] > 0.9
+    assert shares[1:] == [0.04, 0, 0, 0.04], "one window each: where it begins, and what guessing takes"
+
+
+def test_a_valve_that_could_not_pay_tries_anew_as_soon_as_waiting_takes_longer():
+    valve = Valve(False, True, 4)
+    run_guessing(valve, 1.0, 1.0, 400)
+    shares = run_deep(valve, (9, 5, 1, 5, 5), 400)
+    assert shares[2] > 0.5
+
+
 def test_a_valve_goes_deeper_when_that_begins_to_pay():
     valve = Valve(False, True, 4)
     run_deep(valve, (3, 2, 2, 2, 2), 4000)

@@ -9,23 +9,29 @@ from lookahead_replay import summary
 from vllm_expert_prefetch.bench.client import conversations
 
 
-def row(variant, share, prefetch, concurrency, tokens, tpot, **more):
-    known = {"variant": variant, "share": share, "copy_compute": 1.0 if share else 0.0, "prefetch": prefetch}
+def row(share, prefetch, concurrency, tokens, tpot, **more):
+    known = {"share": share, "copy_compute": 1.0, "prefetch": prefetch}
     return {**known, "concurrency": concurrency, "output_tokens_per_s": tokens, "tpot_ms_p50": tpot, **more}
 
 
-def test_curves_are_held_against_the_same_concurrency_and_look_ahead_against_the_same_cache():
+def test_curves_are_held_against_what_stood_beside_them():
     copied = {"absent_records": 100, "record_mb": 0.2, "link_gbps": 1.0}  # 20 ms for all of them
     rows = [
-        row(serving.PLAIN.name, 0.0, "off", 1, 100.0, 10.0),
-        row(serving.PLAIN.name, 0.0, "off", 32, 800.0, 40.0),
-        row("a", 0.5, "off", 1, 50.0, 20.0, **copied),
-        row("b", 0.5, "auto", 1, 80.0, 12.0, **copied),
-        row("b", 0.5, "auto", 32, 400.0, 75.0, **copied),
+        row(0.5, serving.PLAIN, 1, 100.0, 10.0),
+        row(0.5, "off", 1, 50.0, 20.0, **copied),
+        row(0.5, "auto", 1, 80.0, 12.0, **copied),
+        row(0.5, serving.PLAIN, 32, 800.0, 40.0),
+        row(0.5, "off", 32, 480.0, 60.0, **copied),
+        row(0.5, "auto", 32, 400.0, 75.0, **copied),
+        row(0.25, serving.PLAIN, 1, 50.0, 20.0),
+        row(0.25, "off", 1, 20.0, 50.0, **copied),
+        row(0.25, "auto", 1, 10.0, 40.0, **copied),
     ]
     found = serving.summary(rows)
-    assert [one["share_of_resident"] for one in rows] == [1, 1, 0.5, 0.8, 0.5]
-    assert found == {"share_of_resident": 0.5, "worst_over_off": 0.6, "worst_over_full_copy": 1.25}
+    assert [one["share_of_resident"] for one in rows] == [1, 0.5, 0.8, 1, 0.6, 0.5, 1, 0.4, 0.2]
+    assert found == {"share_of_resident": 0.5, "worst_over_off": 1.25, "worst_over_full_copy": 1.25}
+    in_a_hurry = serving.summary([row(0.5, serving.PLAIN, 1, 100.0, 10.0), row(0.5, "auto", 1, 80.0, 12.0, **copied)])
+    assert in_a_hurry == {"share_of_resident": 0.8, "worst_over_off": None, "worst_over_full_copy": None}
 
 
 def test_a_plan_is_held_against_what_was_measured_at_the_hit_rate_that_was_measured():

@@ -57,7 +57,7 @@ class LookAhead:
         `speculated_layers` execute their guess of distance 1 in steps that give every sequence one token (on the host
         only). `preloads`: the overflow rows of a layer and of the next one are in different areas.
         """
-        self._preloads = preloads
+        self._preloads, self._forced = preloads, forced
         self.depth = len(predictors)
         self.speculated_layers = speculated_layers
         self._caches = caches
@@ -97,7 +97,11 @@ class LookAhead:
     def _is_open(self, ahead: _Ahead) -> bool:
         """Whether a guess may be fetched, or executed, which must not hang on valves: these follow the clock."""
         is_executed = ahead.distance == 1 and ahead.target in self.speculated_layers
-        return is_executed or ahead.distance <= self.valves[ahead.target].depth
+        return is_executed or ahead.distance <= self._depth_of(ahead.target)
+
+    def _depth_of(self, layer: int) -> int:
+        """From how many layers ahead its experts are fetched."""
+        return self.valves[layer].depth if self._forced or self.budgets[layer].hides else 0
 
     def _what_is_guessed_at(self, layer: int) -> list[_Ahead]:
         found = []
@@ -134,6 +138,7 @@ class LookAhead:
             if not is_wide and not self._open[layer] and not self._observers and self.recall.is_idle(layer):
                 return
             signals, routed = _first(signals, rows), None if routed is None else _first(routed, rows)
+        started = time.perf_counter()
         self._guesses[layer] = None
         true = signals if routed is None else routed
         self.recall.compare(layer, true, rows)
@@ -155,11 +160,12 @@ class LookAhead:
             speculates = ahead.distance == 1 and self._speculates(ahead.target, rows)
             takes = num_ids <= ahead.cache.num_routed and ahead.cache.takes_guesses(ahead.distance)
             if takes or speculates:
-                started = time.perf_counter()
                 guess = self._guess(layer, ahead, signals, rows, takes, speculates)
                 if ahead.distance == 1:
                     self._guesses[ahead.target] = guess
-                self._spent[ahead.target] += time.perf_counter() - started
+                ended = time.perf_counter()  # the first guess bears what is done for all of them
+                self._spent[ahead.target] += ended - started
+                started = ended
 
     def _preload(self, layer: int, ahead: _Ahead, signals: Signals, rows: Rows) -> None:
         guess = ahead.predictor.predict(layer, signals, ahead.cache.top_k)
@@ -211,7 +217,7 @@ class LookAhead:
     def _set_budgets(self) -> None:
         changed = False
         for number, cache in enumerate(self._caches.layers):
-            budget, depth = self.budgets[number], self.valves[number].depth
+            budget, depth = self.budgets[number], self._depth_of(number)
             state = (depth, budget.num_records, budget.has_time)
             if cache is None or self._budgets_set[number] == state:
                 continue

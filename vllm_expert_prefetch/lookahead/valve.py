@@ -13,6 +13,9 @@ _MARGIN = 0.98
 _WASTE = 0.25
 """What a copy for nothing costs, in misses: it yields to demands, but takes the link from what is wanted next."""
 _WINDOW_WEIGHT = 0.125
+_LEAST_HIDDEN = 0.125
+"""Of a record's time on the link that a guess must come before its layer: less hides nothing that a wrong guess does
+not cost."""
 
 
 class Valve:
@@ -20,7 +23,8 @@ class Valve:
 
     A trial of another depth now and then, and what was found best is held. Two rules. Where waiting is timed, windows
     of 16 steps are compared by what they cost: seconds waited for experts, and spent on predicting them; a greater
-    depth must be cheaper. Where nothing is timed, a window of 64 steps pays unless its prefetches save fewer misses
+    depth must be cheaper. Where guessing one layer ahead takes as long as waiting does without, nothing can pay: only
+    that is tried, rarely. Where nothing is timed, a window of 64 steps pays unless its prefetches save fewer misses
     than they cause, a copy for nothing counted as a quarter; one that does not takes a distance away. The longer the
     best has stayed the same, the rarer the trials. All distances, always, where `forced`.
     """
@@ -32,9 +36,12 @@ class Valve:
         self._forced = forced
         self._is_timed = is_timed
         self._costs: list[float | None] = [None] * (most + 1)
+        self._guessing: float | None = None
+        """Seconds that a step's guesses of distance 1 took when they alone were made last."""
+        self._could_pay = True
         self._best = most
         self._num_steps = 0
-        self._seconds = self._gain = 0.0
+        self._seconds = self._spent = self._gain = 0.0
         self._hold = 0
         self._next_hold = _FIRST_HOLD
         self._next_trial = 0
@@ -46,43 +53,51 @@ class Valve:
             return
         self._num_steps += num_steps
         self._seconds += delta.stall_ns * 1e-9 * num_steps / delta.steps + spent_seconds
+        self._spent += spent_seconds
         self._gain += delta.used - delta.claimed - delta.displaced - _WASTE * delta.unused
         if self._num_steps >= (_WINDOW_STEPS if self._is_timed else _COUNTED_WINDOW_STEPS):
             if self._is_timed:
                 self._costs[self.depth] = self._seconds / self._num_steps
+                if self.depth == 1:
+                    self._guessing = self._spent / self._num_steps
                 self._choose_by_time()
             else:
                 self._choose_by_gain()
-            self._num_steps, self._seconds, self._gain = 0, 0.0, 0.0
+            self._num_steps, self._seconds, self._spent, self._gain = 0, 0.0, 0.0, 0.0
 
     def _choose_by_time(self) -> None:
-        unknown = [depth for depth, cost in enumerate(self._costs) if cost is None]
+        waiting, could_pay = self._costs[0], self._could_pay
+        self._could_pay = waiting is None or self._guessing is None or self._guessing < _MARGIN * waiting
+        candidates = range(self._most + 1 if self._could_pay else 2)
+        unknown = [depth for depth in candidates if self._costs[depth] is None]
         if unknown:
             self.depth = unknown[0]
             return
         best = 0
-        for depth in range(1, self._most + 1):
+        for depth in candidates:
             if self._cost(depth) <= _MARGIN * self._cost(best):
                 best = depth
-        if self._hold:
+        if self._hold and self._could_pay <= could_pay:
             self._hold -= 1
-        elif best == self._best:
+        elif not self._could_pay:
+            self._next_hold = self._hold = _LONGEST_HOLD
+        elif best == self._best and could_pay:
             self._next_hold = self._hold = min(2 * self._next_hold, _LONGEST_HOLD)
         else:
             self._next_hold = self._hold = _FIRST_HOLD
         self._best = best
-        self.depth = best if self._hold else self._trial()
+        self.depth = best if self._hold else self._trial(len(candidates))
 
     def _cost(self, depth: int) -> float:
         cost = self._costs[depth]
         assert cost is not None
         return cost
 
-    def _trial(self) -> int:
-        """Every other depth in turn."""
-        self._next_trial = (self._next_trial + 1) % (self._most + 1)
+    def _trial(self, num_depths: int) -> int:
+        """Every other one of the first depths in turn."""
+        self._next_trial = (self._next_trial + 1) % num_depths
         if self._next_trial == self._best:
-            return self._trial()
+            return self._trial(num_depths)
         return self._next_trial
 
     def _choose_by_gain(self) -> None:
@@ -123,6 +138,11 @@ class Budget:
         if self._window is None or self._record_seconds <= 0:
             return self._most
         return max(1, min(self._most, math.ceil(self._window / self._record_seconds)))
+
+    @property
+    def hides(self) -> bool:
+        """Whether a copy that is right comes noticeably sooner than on demand."""
+        return self._window is None or self._window >= _LEAST_HIDDEN * self._record_seconds
 
     @property
     def has_time(self) -> bool:

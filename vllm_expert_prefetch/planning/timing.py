@@ -10,9 +10,10 @@ FLOPS_SHARE = 0.5
 """Of the nominal FLOPS that a prompt reaches: an assumption."""
 LAYER_SECONDS = 9.5e-6
 """Of every MoE layer and step: a plan and an empty gather, 8.25 and 1.23 us (benchmarks/results/h100/plan.json)."""
-HIDDEN = Range(0.5, 0.65, 0.85)
-"""Share of what can overlap that look-ahead hides (docs/predictors.md: 54 to 69 % with guesses of real routers, 57 to
-86 % of the recordings of large models). A step of more routed ids than experts looks ahead with two areas only."""
+HIDDEN = Range(0.3, 0.65, 0.85)
+"""Share of what can overlap that look-ahead hides (docs/predictors.md, replays: 32 to 69 % with guesses of real
+routers, least where the link is the narrow place; 56 to 87 % of the recordings of large models). A step of more routed
+ids than experts looks ahead with two areas only."""
 
 
 @dataclass(frozen=True)

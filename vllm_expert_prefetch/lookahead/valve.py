@@ -38,7 +38,6 @@ class Valve:
         self._costs: list[float | None] = [None] * (most + 1)
         self._guessing: float | None = None
         """Seconds that a step's guesses of distance 1 took when they alone were made last."""
-        self._could_pay = True
         self._best = most
         self._num_steps = 0
         self._seconds = self._spent = self._gain = 0.0
@@ -66,9 +65,9 @@ class Valve:
             self._num_steps, self._seconds, self._spent, self._gain = 0, 0.0, 0.0, 0.0
 
     def _choose_by_time(self) -> None:
-        waiting, could_pay = self._costs[0], self._could_pay
-        self._could_pay = waiting is None or self._guessing is None or self._guessing < _MARGIN * waiting
-        candidates = range(self._most + 1 if self._could_pay else 2)
+        waiting = self._costs[0]
+        may_pay = waiting is None or self._guessing is None or self._guessing < _MARGIN * waiting
+        candidates = range(self._most + 1 if may_pay else 2)
         unknown = [depth for depth in candidates if self._costs[depth] is None]
         if unknown:
             self.depth = unknown[0]
@@ -77,11 +76,11 @@ class Valve:
         for depth in candidates:
             if self._cost(depth) <= _MARGIN * self._cost(best):
                 best = depth
-        if self._hold and self._could_pay <= could_pay:
+        if self._hold:
             self._hold -= 1
-        elif not self._could_pay:
+        elif not may_pay:
             self._next_hold = self._hold = _LONGEST_HOLD
-        elif best == self._best and could_pay:
+        elif best == self._best:
             self._next_hold = self._hold = min(2 * self._next_hold, _LONGEST_HOLD)
         else:
             self._next_hold = self._hold = _FIRST_HOLD

@@ -21,13 +21,21 @@ class Output:
     logprobs: tuple[tuple[float, ...], ...]
 
 
+_has_failed = False
+"""Whether the last engine did not start."""
+
+
 @contextlib.contextmanager
 def open_engine(model: Path | str, config: dict[str, Any] | bool | None, **options: Any) -> Iterator[Any]:
     """A vLLM `LLM` in this process. `config`: the plugin's configuration, None for an engine that does not ask."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    global _has_failed
     _spare_what_is_done_for_every_engine()
+    if _has_failed:
+        gc.collect()  # else what an engine left that failed at its start, threads and all, would be frozen for good
+        _has_failed = False
     gc.freeze()  # what is there by now stays: not looked at by every collection of this engine's
     if config is not None:
         options["additional_config"] = {"expert_prefetch": config}
@@ -38,7 +46,9 @@ def open_engine(model: Path | str, config: dict[str, Any] | bool | None, **optio
         "enable_prefix_caching": False,
         "kv_cache_memory_bytes": 1 << 27,
     }
+    _has_failed = True
     llm = LLM(str(model), **(defaults | options))
+    _has_failed = False
     try:
         yield llm
     finally:

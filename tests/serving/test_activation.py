@@ -107,6 +107,7 @@ WRITTEN = {
     "lookahead_layers": ("3", 3),
     "areas": ("2", 2),
     "max_decode_delay_ms": ("50", 50.0),
+    "draft_experts": ("25%", 0.25),
     "artifact": ("a/folder", "a/folder"),
     "pin_memory": ("off", "off"),
     "numa_node": ("1", 1),

@@ -6,10 +6,14 @@ from vllm_expert_prefetch.cache.words import Words
 
 _WINDOW_STEPS = 16
 _COUNTED_WINDOW_STEPS = 64
-_FIRST_HOLD, _LONGEST_HOLD = 4, 64
+_FIRST_HOLD, _LONGEST_HOLD = 8, 64
 """In windows."""
 _MARGIN = 0.98
 """Fetching must cost at most this share of what not fetching costs: a draw is not worth the traffic."""
+_CHANCE = 0.5
+"""Of the standard deviation of a difference of costs, that it must be beyond."""
+_COST_WEIGHT = 0.25
+"""Of the last one of several windows in a row in what a depth is known to cost."""
 _WASTE = 0.25
 """What a copy for nothing costs, in misses: it yields to demands, but takes the link from what is wanted next."""
 _WINDOW_WEIGHT = 0.125
@@ -22,25 +26,31 @@ class Valve:
     """Decides how deep look-ahead for one layer goes: guesses of distance 1 to `depth` are fetched, 0 for none.
 
     A trial of another depth now and then, and what was found best is held. Two rules. Where waiting is timed, windows
-    of 16 steps are compared by what they cost: seconds waited for experts, and spent on predicting them; a greater
-    depth must be cheaper. Where guessing one layer ahead takes as long as waiting does without, nothing can pay: only
-    that is tried, rarely. Where nothing is timed, a window of 64 steps pays unless its prefetches save fewer misses
-    than they cause, a copy for nothing counted as a quarter; one that does not takes a distance away. The longer the
-    best has stayed the same, the rarer the trials. All distances, always, where `forced`.
+    of 16 steps are compared by what they cost: seconds waited for experts, and spent on predicting them. A greater
+    depth must be cheaper, and by more than may be chance, as misses are few in a window. Where guessing one layer ahead
+    takes as long as waiting does without, nothing can pay: only that is tried, rarely. Where nothing is timed, a window
+    of 64 steps pays unless its prefetches save fewer misses than they cause, a copy for nothing counted as a quarter;
+    one that does not takes a distance away. The longer the best has stayed the same, the rarer the trials. All
+    distances, always, where `forced`.
     """
 
     def __init__(self, forced: bool, is_timed: bool, most: int = 1) -> None:
         """`most`: the greatest depth."""
-        self.depth = most
+        self.depth = min(1, most) if is_timed and not forced else most
         self._most = most
         self._forced = forced
         self._is_timed = is_timed
         self._costs: list[float | None] = [None] * (most + 1)
+        self._variances = [0.0] * (most + 1)
+        """Of these costs, if misses come by chance."""
+        self._learned: int | None = None
+        """The depth of the last window."""
         self._guessing: float | None = None
         """Seconds that a step's guesses of distance 1 took when they alone were made last."""
         self._best = most
         self._num_steps = 0
         self._seconds = self._spent = self._gain = 0.0
+        self._num_missed = 0
         self._hold = 0
         self._next_hold = _FIRST_HOLD
         self._next_trial = 0
@@ -53,16 +63,28 @@ class Valve:
         self._num_steps += num_steps
         self._seconds += delta.stall_ns * 1e-9 * num_steps / delta.steps + spent_seconds
         self._spent += spent_seconds
+        self._num_missed += delta.misses + delta.late
         self._gain += delta.used - delta.claimed - delta.displaced - _WASTE * delta.unused
         if self._num_steps >= (_WINDOW_STEPS if self._is_timed else _COUNTED_WINDOW_STEPS):
             if self._is_timed:
-                self._costs[self.depth] = self._seconds / self._num_steps
+                self._learn(self._seconds / self._num_steps, (self._seconds - self._spent) / self._num_steps)
                 if self.depth == 1:
                     self._guessing = self._spent / self._num_steps
                 self._choose_by_time()
             else:
                 self._choose_by_gain()
             self._num_steps, self._seconds, self._spent, self._gain = 0, 0.0, 0.0, 0.0
+            self._num_missed = 0
+
+    def _learn(self, seconds: float, waiting: float) -> None:
+        """A step of the window cost so many seconds, of which it was `waiting` so many."""
+        known, weight = self._costs[self.depth], _COST_WEIGHT
+        if known is None or self.depth != self._learned:
+            known, weight = seconds, 1.0
+        self._learned = self.depth
+        self._costs[self.depth] = known + weight * (seconds - known)
+        variance = waiting**2 / self._num_missed if self._num_missed else 0.0
+        self._variances[self.depth] = (1 - weight) ** 2 * self._variances[self.depth] + weight**2 * variance
 
     def _choose_by_time(self) -> None:
         waiting = self._costs[0]
@@ -74,7 +96,8 @@ class Valve:
             return
         best = 0
         for depth in candidates:
-            if self._cost(depth) <= _MARGIN * self._cost(best):
+            chance = math.sqrt(self._variances[depth] + self._variances[best])
+            if self._cost(depth) + _CHANCE * chance <= _MARGIN * self._cost(best):
                 best = depth
         if self._hold:
             self._hold -= 1

@@ -212,6 +212,15 @@ def check_refusals(vllm_config: Any, config: ExpertPrefetchConfig) -> None:
             raise ConfigError(_refused(refusal))
 
 
+def check_tells_padding(vllm_config: Any) -> None:
+    """Raise ConfigError where a GPU could not tell the tokens of this model's steps from padding."""
+    if not compat.tells_padding(vllm_config):
+        raise ConfigError(
+            f"{CONFIG_KEY}: this model has no attention layer with a KV cache, by which a GPU tells tokens from "
+            "padding: give every expert a slot (cache_fraction 1), or serve without the plugin"
+        )
+
+
 def check_libraries(on_gpu: bool) -> None:
     """Raise ConfigError when a library that this platform needs was not built. Loads nothing: whoever reads flags may
     fork, and must not have started CUDA."""

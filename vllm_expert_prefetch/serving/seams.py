@@ -90,6 +90,7 @@ config.parallel:ParallelConfig.local_world_size
 config.parallel:ParallelConfig.rank
 model_executor.custom_op:op_registry_oot
 model_executor.custom_op:PluggableLayer.register_oot
+model_executor.offloader.base:get_offloader()
 model_executor.offloader.base:set_offloader(instance)
 model_executor.offloader.base:NoopOffloader
 model_executor.offloader.base:BaseOffloader.sync_prev_onload()

@@ -10,15 +10,7 @@ import torch
 from vllm_expert_prefetch import __version__
 from vllm_expert_prefetch.cache.base import Caches, LayerCache
 from vllm_expert_prefetch.cache.create import create_caches, create_shared_rows
-from vllm_expert_prefetch.config import (
-    AUTO,
-    CONFIG_KEY,
-    GHOST_SCALES,
-    OFF,
-    ConfigError,
-    ExpertPrefetchConfig,
-    config_of,
-)
+from vllm_expert_prefetch.config import AUTO, OFF, ExpertPrefetchConfig, config_of
 from vllm_expert_prefetch.lookahead.after import LookAhead
 from vllm_expert_prefetch.lookahead.create import depth_of
 from vllm_expert_prefetch.memory.host_memory import HostMemoryOptions, numa_node_of_gpu
@@ -33,9 +25,11 @@ from vllm_expert_prefetch.planning.sizing import GB
 from vllm_expert_prefetch.planning.warm_start import WarmStart
 from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.advice import PromptStep, measure_prompt_step
+from vllm_expert_prefetch.serving.ghosts import add_ghosts
 from vllm_expert_prefetch.serving.places import checkpoint_of, part_of_rank, place_of
 from vllm_expert_prefetch.serving.proof import prove
 from vllm_expert_prefetch.serving.recording import create_switch, warm_slots
+from vllm_expert_prefetch.serving.refusals import check_tells_padding
 from vllm_expert_prefetch.serving.sizes import CacheSizes
 from vllm_expert_prefetch.serving.sources import create_look_ahead_of
 from vllm_expert_prefetch.serving.speculation import describe_execution
@@ -225,7 +219,7 @@ class Worker:
         link_rate = caches.measure_bandwidth() if caches else 0.0
         self._prompt_step = self._measure_prompt_step(link_rate)
         if self.config.ghost_caches:
-            self._add_ghosts(caches)
+            add_ghosts(caches)
         if self.config.profile is not None:  # before anything is counted
             self._watch_warm_start(warm_slots(self, self._vllm_config.model_config.model))
         self.publisher = self._publish(self._look_ahead(model, link_rate), link_rate)
@@ -235,11 +229,8 @@ class Worker:
 
     def _verify(self) -> None:
         """Raise ConfigError or TakeoverError where a step would not read the rows that took the experts' place."""
-        if self.caches and self.caches.on_device and not compat.tells_padding(self._vllm_config):
-            raise ConfigError(
-                f"{CONFIG_KEY}: this model has no attention layer with a KV cache, by which a GPU tells tokens from "
-                "padding: give every expert a slot (cache_fraction 1), or serve without the plugin"
-            )
+        if self.caches and self.caches.on_device:
+            check_tells_padding(self._vllm_config)
         for layer in self.layers:
             if layer.cache is not None:
                 verify_rows(layer, layer.expert_tensors, layer.local_num_experts)
@@ -255,15 +246,6 @@ class Worker:
         served = [layer for layer in self.layers if layer.cache is not None]
         most = self._vllm_config.scheduler_config.max_num_batched_tokens
         return measure_prompt_step(served, link_rate, most) if served else None
-
-    def _add_ghosts(self, caches: Caches | None) -> None:
-        if caches is None:
-            compat.logger().warning("expert_prefetch: ghost_caches counts nothing: every expert has a slot")
-            return
-        try:
-            caches.add_ghosts([float(scale) for scale in GHOST_SCALES])
-        except ValueError as error:
-            raise ConfigError(f"{CONFIG_KEY}: ghost_caches cannot be planned here, set it to false: {error}") from error
 
     def step_begins(self, num_prefilling: int, num_decoding: int, continues: bool) -> None:
         """An engine step begins; see `StepClock.begin`."""

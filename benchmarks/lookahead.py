@@ -32,6 +32,7 @@ BATCHES = (1, 4)
 DEPTHS, DEPTH_RATIOS = (1, 2, 4), (1.0, 2.0)
 """How many layers are looked ahead, where it matters."""
 EXTREMES = (0.02, 20.0)
+AUTO_WARM_UPS = 8
 
 
 def main() -> int:
@@ -146,10 +147,12 @@ def choose_variants(make: Any, ratio: float, job: dict[str, Any], engine: Any) -
 
 
 def take_turns(engine: Any, variants: list[Any], gbps: float, requests: list[tuple[str, ...]]) -> dict[str, list[Any]]:
-    """Variant -> its runs. Each round begins with another variant; one round more, at first, is warm-up."""
+    """Variant -> its runs. Each round begins with another variant; one round more, at first, is warm-up, and for `auto`
+    as many as its valves need to settle."""
     measured: dict[str, list[Any]] = {variant.name: [] for variant in variants}
     for variant in variants:
-        engine.run(variant, gbps, requests[0])
+        for _ in range(1 if variant.is_forced else AUTO_WARM_UPS):
+            engine.run(variant, gbps, requests[0])
     for number, request in enumerate(requests):
         shift = number % len(variants)
         for variant in variants[shift:] + variants[:shift]:

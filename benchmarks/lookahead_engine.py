@@ -153,7 +153,9 @@ class StudyEngine:
             rate = self.record_bytes / (LATENCY_US * 1e-6 + self.record_bytes / (gbps * 1e9))
             fixed = (self._config.over_fetch, variant.is_forced, rate, torch.device("cpu"))
             look_ahead = LookAhead(predictors, self._caches, *fixed, self._speculated(variant.speculates))
-            look_ahead.valves = self._kept_valves.setdefault((variant.name, gbps), look_ahead.valves)
+            own = look_ahead.valves, look_ahead.step_valve
+            look_ahead.valves, look_ahead.step_valve = self._kept_valves.setdefault((variant.name, gbps), own)
+            look_ahead.note([cache.words() for cache in self._caches.layers], None)  # what kept valves leave open
             look_ahead.recall.scored_every = 1 if scores_all else look_ahead.recall.scored_every
         self._look_ahead_with(look_ahead)
         return self._generate(prompts)

@@ -174,7 +174,9 @@ class ExpertPrefetchConfig:
         "artifact.",
     )
     over_fetch: Annotated[_Count, Field(ge=0)] = _key(
-        1, "Experts to prefetch for each token beyond the model's top-k, where a copy fits the time there is."
+        1,
+        "Experts to prefetch for each token beyond the model's top-k: those that are nearly as likely as the last of "
+        "these, where a copy fits the time there is.",
     )
     lookahead_layers: Annotated[int | str, BeforeValidator(_layers_ahead)] = _key(
         AUTO,

@@ -9,7 +9,7 @@ from toy_moe import EXPERTS, TOP_K, make_gates, tokens
 
 from vllm_expert_prefetch.cache.words import Words
 from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig
-from vllm_expert_prefetch.lookahead.after import LookAhead, most_wanted
+from vllm_expert_prefetch.lookahead.after import LookAhead, close_ones, most_wanted
 from vllm_expert_prefetch.lookahead.create import choose_predictors, depth_of, why_not
 from vllm_expert_prefetch.memory.link import EmulatedLink
 from vllm_expert_prefetch.prediction import Ingredients, Prediction, Predictor, Signals, create_predictor
@@ -72,7 +72,7 @@ class Told(Predictor):
 
     def predict(self, source, signals, count):
         rows = len(signals.topk_ids)
-        return Prediction(torch.arange(count).repeat(rows, 1), torch.linspace(1, 0.1, count).repeat(rows, 1))
+        return Prediction(torch.arange(count).repeat(rows, 1), torch.linspace(1, 0.95, count).repeat(rows, 1))
 
 
 def make(predictor=None, num_layers=4, over_fetch=1, forced=True, link=1e9, depth=1, **named):
@@ -272,6 +272,32 @@ def test_a_closed_valve_stops_guessing_and_a_forced_one_never_closes():
         assert len(caches.order) - before == (3 if forced else 0)
 
 
+def test_where_steps_are_longer_for_it_nothing_is_guessed_and_layers_learn_nothing():
+    look_ahead, caches = make(forced=False)
+    look_ahead.begin_step(3)
+    noted = []
+    look_ahead.step_valve.note = lambda seconds, sequences: noted.append((seconds, sequences))
+    look_ahead.note([words(steps=1)] * 4, 0.5)
+    look_ahead.note([words(steps=1)] * 4, None)
+    assert noted == [(0.5, 3)]
+    look_ahead.step_valve.is_open = False
+    look_ahead.note([words(steps=1)] * 4, None)  # what it has just found closes every layer
+    a_step(look_ahead)
+    assert caches.order == []
+    look_ahead.valves[1].note = None
+    look_ahead.note([words(steps=1)] * 4, 0.5)
+    del look_ahead.valves[1].note
+    look_ahead.step_valve.is_open = True
+    look_ahead.note([words(steps=1)] * 4, None)
+    a_step(look_ahead)
+    assert caches.order == [(1, 1), (2, 1), (3, 1)]
+
+
+def test_steps_as_a_whole_are_compared_unless_look_ahead_is_forced():
+    assert make(forced=True)[0].step_valve is None
+    assert make(forced=False)[0].step_valve is not None
+
+
 def test_what_guessing_took_is_told_to_the_valve():
     look_ahead, _ = make()
     noted = []
@@ -326,6 +352,43 @@ def test_a_layer_executes_its_guess_where_every_sequence_gives_one_token():
 def prediction(rows):
     ids = torch.tensor([[expert for expert, _ in row] for row in rows])
     return Prediction(ids, torch.tensor([[weight for _, weight in row] for row in rows]))
+
+
+def close(rows, on_host=True, top_k=2):
+    return close_ones(prediction(rows), top_k, on_host).ids.tolist()
+
+
+CLEAR = [(5, 0.5), (2, 0.3), (3, 0.28), (1, 0.26)]
+UNSURE = [(1, 0.31), (0, 0.3), (4, 0.29), (7, 0.28)]
+
+
+@pytest.mark.parametrize(("row", "kept"), [(CLEAR, [5, 2, 3]), (UNSURE, [1, 0, 4, 7])])
+def test_of_further_guesses_those_stay_that_are_nearly_as_likely(row, kept):
+    assert close([row]) == [kept]
+    assert close([row], on_host=False) == [kept + [-1] * (4 - len(kept))]
+    assert close([row, CLEAR])[0] == close([row, CLEAR], on_host=False)[0] == kept + [-1] * (4 - len(kept))
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+def test_the_first_top_k_guesses_stay_whatever_their_weights(on_host):
+    """A router with a correction bias does not choose by weight."""
+    row = [(3, 0.2), (1, 0.6), (5, 0.3), (0, 0.1)]
+    assert close([row], on_host)[0][:3] == [3, 1, 5]
+    assert close([row, row], on_host)[0] == [3, 1, 5, -1]
+    assert close([row[:2]], on_host) == [[3, 1]]
+
+
+def test_what_is_clearly_less_likely_is_not_fetched():
+    class Sure(Told):
+        def predict(self, source, signals, count):
+            guess = super().predict(source, signals, count)
+            guess.weights[:, TOP_K:] = 0.5
+            return guess
+
+    look_ahead, caches = make(Sure(4), over_fetch=2)
+    a_step(look_ahead)
+    a_step(look_ahead, num_tokens=2)
+    assert caches.layers[1].asked == [([0, 1], 1), ([0, 1], 2)]
 
 
 def test_one_token_is_fetched_for_in_the_order_of_its_guesses():

@@ -92,7 +92,7 @@ def test_the_router_predictor_is_bit_equal_and_saves_stalls(stock, setting):
         assert all(own[1:])
     recall = counted["recall_found_total/top_k"] / counted["recall_routed_total"]
     assert 0.6 < recall <= counted["recall_found_total/fetched"] / counted["recall_routed_total"]
-    assert counted["predictions_total/used"] * (1 + setting["over_fetch"]) > counted["predictions_total/unused"]
+    assert counted["predictions_total/used"] > counted["predictions_total/unused"]
     assert counted["transfer_bytes_total/prefetch"] > 0
     assert 0 < counted["missing_gate_mass_total"] < counted["scored_tokens_total"]
 

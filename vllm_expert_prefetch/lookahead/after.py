@@ -10,10 +10,14 @@ import torch
 from vllm_expert_prefetch.cache.base import Caches, LayerCache, Rows
 from vllm_expert_prefetch.cache.words import Words
 from vllm_expert_prefetch.lookahead.recall import Recall
+from vllm_expert_prefetch.lookahead.step_valve import StepValve
 from vllm_expert_prefetch.lookahead.valve import Budget, Valve
 from vllm_expert_prefetch.metrics.counters import Counters
 from vllm_expert_prefetch.prediction.base import Predictor, Signals
 from vllm_expert_prefetch.prediction.routing import Prediction
+
+_CLOSE = 0.9
+"""Share of the least weight among a row's first top-k guesses that a further one must have to be fetched."""
 
 
 class _Ahead(NamedTuple):
@@ -26,7 +30,8 @@ class _Ahead(NamedTuple):
 
 
 class LookAhead:
-    """One worker's look-ahead: a predictor for each distance, and for each MoE layer a valve and a budget.
+    """One worker's look-ahead: a predictor for each distance, for each MoE layer a valve and a budget, and on the host
+    a valve for steps as a whole.
 
     Where there are two areas of overflow rows, and more experts are guessed for the next layer than it has slots, all
     of them are brought, into slots and overflow rows. A step with more routed ids than experts guesses for the next
@@ -63,12 +68,14 @@ class LookAhead:
         self._caches = caches
         self._over_fetch = over_fetch
         self.valves = [Valve(forced, not caches.on_device, self.depth) for _ in caches.layers]
+        self.step_valve = None if forced or caches.on_device else StepValve()
         self.budgets = [
             Budget(cache.record_bytes / link_bytes_per_second, cache.num_slots)
             if cache is not None and link_bytes_per_second
             else Budget(0.0, 0 if cache is None else cache.num_slots)
             for cache in caches.layers
         ]
+        self._published_open: list[list[_Ahead]] | None = None
         self._budgets_set: list[tuple[int, int, bool] | None] = [None] * len(caches.layers)
         self.use(predictors)
         last = max(number for number, cache in enumerate(caches.layers) if cache is not None)
@@ -101,6 +108,8 @@ class LookAhead:
 
     def _depth_of(self, layer: int) -> int:
         """From how many layers ahead its experts are fetched."""
+        if self.step_valve is not None and not self.step_valve.is_open:
+            return 0
         return self.valves[layer].depth if self._forced or self.budgets[layer].hides else 0
 
     def _what_is_guessed_at(self, layer: int) -> list[_Ahead]:
@@ -179,6 +188,7 @@ class LookAhead:
         guess = predictor.predict(layer, signals, self._num_guesses(target, distance, speculates))
         if guess is None:
             return None
+        guess = close_ones(guess, cache.top_k, isinstance(rows, int))
         if fetches:
             own = Prediction(cache.local(guess.ids), guess.weights)
             wanted = most_wanted(own, cache.num_experts) if isinstance(rows, int) else own.ids
@@ -196,6 +206,11 @@ class LookAhead:
 
         Valves may close or open, and the time of a layer says how many records its link can begin.
         """
+        if self.step_valve is not None and decode_step_seconds is not None:
+            looked = self.step_valve.is_open
+            self.step_valve.note(decode_step_seconds, self._num_one_token_each)
+            if not looked and not self.step_valve.is_open:
+                return
         for layer, delta in enumerate(deltas):
             self.valves[layer].note(delta, self._spent[layer])
             self._spent[layer] = 0.0
@@ -210,6 +225,9 @@ class LookAhead:
     def publish(self, counters: Counters) -> None:
         """Bring what the counters say of guesses up to date."""
         self.recall.publish(counters)
+        if self._published_open is self._open:
+            return
+        self._published_open = self._open
         open_at = Counter(ahead.distance for own in self._open for ahead in own)
         for distance in range(1, self.depth + 1):
             counters.set(f"lookahead_open_layers/{distance}", open_at[distance])
@@ -244,6 +262,23 @@ def _first(signals: Signals, num_tokens: int) -> Signals:
     if num_tokens == len(signals.topk_ids):
         return signals
     return Signals(*(tensor[:num_tokens] for tensor in signals))
+
+
+def close_ones(guess: Prediction, top_k: int, on_host: bool) -> Prediction:
+    """Without guesses beyond a row's first `top_k` that are clearly less likely: -1 in their place, or a shorter row.
+
+    One in five of those that stay is needed, one in 20 of the others (half resident, docs/predictors.md).
+    """
+    ids, weights = guess
+    if ids.shape[1] <= top_k:
+        return guess
+    if on_host and len(ids) == 1:  # the usual step, and torch takes longer for it
+        row = weights[0].tolist()
+        least = _CLOSE * min(row[:top_k])
+        count = next((number for number in range(top_k, len(row)) if row[number] < least), len(row))
+        return Prediction(ids[:, :count], weights[:, :count])
+    least_of_each = _CLOSE * weights[:, :top_k].amin(-1, keepdim=True)
+    return Prediction(ids.masked_fill(weights < least_of_each, -1), weights)
 
 
 def most_wanted(guess: Prediction, num_experts: int) -> torch.Tensor:

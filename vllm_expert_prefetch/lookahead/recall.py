@@ -51,6 +51,8 @@ class Recall:
         options = HostMemoryOptions(pin=self._on_device, cuda=self._on_device)
         self._seen = HostMemory(self._sums.nbytes, options).bytes.view(torch.float64).view(shape)
         self._published = torch.zeros(shape, dtype=torch.float64)
+        self._has_grown = on_device
+        """Whether there may be something to publish; on a GPU nobody knows."""
 
     def expect(self, layer: int, guessed: torch.Tensor) -> None:
         """Hold the ids `guessed`, (T or 1, P) int64, against the routing of `layer`, later in this step."""
@@ -77,6 +79,7 @@ class Recall:
             self._compared.clear()
 
     def _add(self, rows: int | torch.Tensor) -> None:
+        self._has_grown = True
         if isinstance(rows, torch.Tensor):
             pairs = self._compared
             parts = zip(*(pair[1:] for pair in pairs), strict=True)
@@ -90,6 +93,9 @@ class Recall:
 
     def publish(self, counters: Counters) -> None:
         """Add what has come since the last time, as far as the host has seen it: no synchronisation."""
+        if not self._has_grown:
+            return
+        self._has_grown = self._on_device
         now = self._seen.clone()
         grown = (now - self._published).tolist()
         self._published = now

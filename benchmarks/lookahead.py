@@ -32,7 +32,7 @@ BATCHES = (1, 4)
 DEPTHS, DEPTH_RATIOS = (1, 2, 4), (1.0, 2.0)
 """How many layers are looked ahead, where it matters."""
 EXTREMES = (0.02, 20.0)
-AUTO_WARM_UPS = 8
+AUTO_WARM_UPS = 16
 
 
 def main() -> int:

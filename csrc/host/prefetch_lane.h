@@ -74,6 +74,7 @@ class PrefetchLane {
         int32_t* word = words + load.row;
         queue_.push_back({&records, word, load, vep::enqueue(word), now});
       }
+      if (sleeps_for_ != kWork) return;
     }
     wake_.notify_one();
   }
@@ -93,13 +94,17 @@ class PrefetchLane {
     {
       std::lock_guard lock(mutex_);
       demand_active_.store(false);
+      if (sleeps_for_ != kTurn) return;
     }
     wake_.notify_one();
   }
 
   // To be called after records became URGENT: the lane may be yielding in the middle of one.
   void hurry() {
-    { std::lock_guard lock(mutex_); }
+    {
+      std::lock_guard lock(mutex_);
+      if (sleeps_for_ != kTurn) return;
+    }
     wake_.notify_one();
   }
 
@@ -117,6 +122,8 @@ class PrefetchLane {
   }
 
  private:
+  enum SleepsFor { kTime, kWork, kTurn };
+
   struct Landing {
     LaneEntry entry;
     Time due;
@@ -127,7 +134,7 @@ class PrefetchLane {
     prctl(PR_SET_TIMERSLACK, 1);  // nanoseconds, of this thread: the default of 50 us is longer than many copies
     std::unique_lock lock(mutex_);
     while (!stop_) {
-      sleep(lock, Time::max(), [this] { return !queue_.empty(); });
+      sleep(lock, Time::max(), [this] { return !queue_.empty(); }, kWork);
       if (stop_) return;
       const LaneEntry entry = queue_.front();
       queue_.pop_front();
@@ -168,18 +175,20 @@ class PrefetchLane {
     const auto may_go_on = [&] { return !demand_active_.load() || exempt(); };
     if (may_go_on()) return;
     ++counters_.yields;
-    sleep(lock, Time::max(), may_go_on);
+    sleep(lock, Time::max(), may_go_on, kTurn);
     resumed_ = Clock::now();
   }
 
-  // Sleeps until `ready()`, `deadline` or the end of the lane; records land meanwhile.
+  // Sleeps until `ready()`, `deadline` or the end of the lane; records land meanwhile. Who makes it ready wakes this
+  // thread if it sleeps for that: waking takes longer than planning a step of a layer.
   template <class Ready>
-  void sleep(std::unique_lock<std::mutex>& lock, Time deadline, Ready ready) {
+  void sleep(std::unique_lock<std::mutex>& lock, Time deadline, Ready ready, SleepsFor what = kTime) {
     constexpr nanoseconds kSpin{50'000};
+    sleeps_for_ = what;
     while (true) {
       const Time now = Clock::now();
       land_due(now);
-      if (stop_ || ready() || now >= deadline) return;
+      if (stop_ || ready() || now >= deadline) break;
       const Time wake = landing_.empty() ? deadline : std::min(deadline, landing_.front().due);
       if (wake == Time::max()) {
         wake_.wait(lock);
@@ -193,6 +202,7 @@ class PrefetchLane {
         lock.lock();
       }
     }
+    sleeps_for_ = kTime;
   }
 
   void land_due(Time now) {
@@ -217,6 +227,7 @@ class PrefetchLane {
   std::deque<LaneEntry> queue_;
   std::deque<Landing> landing_;  // copied, their data still on its way; in order of `due`
   Time resumed_{};
+  SleepsFor sleeps_for_ = kTime;
   bool stop_ = false;
   std::thread thread_;
 };

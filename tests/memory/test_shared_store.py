@@ -20,7 +20,7 @@ import vllm_expert_prefetch.memory.host_memory as host_memory
 from vllm_expert_prefetch.config import ConfigError
 from vllm_expert_prefetch.memory.host_memory import HostMemory, HostMemoryOptions
 from vllm_expert_prefetch.memory.host_store import HostStore
-from vllm_expert_prefetch.memory.shared_store import SharedStore, check_store
+from vllm_expert_prefetch.memory.shared_store import SharedStore, check_store, remove_dead_stores
 
 CHECKPOINT = {"model": "/models/one", "dtype": "bfloat16"}
 MEMBER = """
@@ -164,6 +164,21 @@ def test_processes_that_were_killed_leave_no_memory_and_the_next_member_removes_
     assert len(list(folder_of(name).glob("member-*"))) == 1
     take(member, 9)
     assert counts(member) == (0, 1)
+
+
+def test_a_server_removes_what_killed_members_of_any_store_have_left_and_nothing_else(name):
+    other, open_to_all = f"{name}-other", f"{name}-open"
+    member = join(other)
+    folder_of(open_to_all).mkdir(mode=0o755)
+    with started(name) as killed:
+        assert killed.stdout.readline() == "0\n"
+        remove_dead_stores()
+        assert folder_of(name).exists(), "its member lives"
+        kill(killed)
+    remove_dead_stores()
+    assert [folder_of(store).exists() for store in (name, other, open_to_all)] == [False, True, True]
+    folder_of(open_to_all).rmdir()
+    take(member, 7)
 
 
 def test_who_waits_for_a_process_that_is_killed_amid_filling_goes_on(name):

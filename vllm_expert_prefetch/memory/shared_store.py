@@ -102,6 +102,22 @@ def check_store(name: str, checkpoint: Mapping[str, str]) -> None:
     _check_checkpoint(name, checkpoint, _living(folder))
 
 
+def remove_dead_stores() -> None:
+    """Remove the folders of this user's stores none of whose members lives: a SIGKILL leaves them, and no memory."""
+    for folder in _PLACE.glob(_folder_of("*").name):
+        with suppress(OSError, ConfigError):
+            _check_is_own(folder)
+            with exclusive(folder / _LOCK):
+                _tidy(folder)
+
+
+def _tidy(folder: Path) -> None:
+    """Of a locked folder, or the folder itself."""
+    _remove_dead(folder)
+    if not any(folder.glob(f"{_MEMBER}*")):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _folder_of(name: str) -> Path:
     return _PLACE / f"expert-prefetch-store-{os.getuid()}-{name}"
 
@@ -166,9 +182,7 @@ def _leave(folder: Path, place: Path, lock: int, process: int) -> None:
     with suppress(OSError), exclusive(folder / _LOCK):
         shutil.rmtree(place, ignore_errors=True)
         release_lock(lock)
-        _remove_dead(folder)
-        if not any(folder.glob(f"{_MEMBER}*")):
-            shutil.rmtree(folder, ignore_errors=True)
+        _tidy(folder)
 
 
 def _withdraw(link: Path, file: int, process: int) -> None:

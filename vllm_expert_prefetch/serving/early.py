@@ -1,5 +1,6 @@
 """Settings that cannot work, found in the process that reads the flags: before anything is loaded, message last."""
 
+import atexit
 import contextlib
 import mmap
 from pathlib import Path
@@ -20,7 +21,7 @@ from vllm_expert_prefetch.config import (
 from vllm_expert_prefetch.lookahead.create import check_distance
 from vllm_expert_prefetch.memory.host_limit import check_experts_fit
 from vllm_expert_prefetch.memory.host_memory import check_can_lock
-from vllm_expert_prefetch.memory.shared_store import check_store
+from vllm_expert_prefetch.memory.shared_store import check_store, remove_dead_stores
 from vllm_expert_prefetch.planning.checkpoint import read_layer_shapes
 from vllm_expert_prefetch.planning.sizing import Areas, areas_asked, share_of, size_cache
 from vllm_expert_prefetch.prediction import ArtifactError
@@ -66,6 +67,8 @@ def check_settings(vllm_config: Any, config: ExpertPrefetchConfig) -> None:
     if vllm_config.parallel_config.distributed_executor_backend != "ray":  # its workers may be on other hosts
         _check_host(config)
         if config.shared_store != OFF:
+            remove_dead_stores()
+            atexit.register(remove_dead_stores)
             check_store(config.shared_store, checkpoint_of(vllm_config))
 
 

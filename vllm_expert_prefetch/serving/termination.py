@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
+from vllm_expert_prefetch.memory.shared_store import remove_dead_stores
 from vllm_expert_prefetch.metrics.runtime_dir import remove_runtime_dir
 
 GRACE_SECONDS = 2.0
@@ -72,4 +73,5 @@ def _end_after_engines() -> None:
 
 def _exit(code: int) -> None:
     remove_runtime_dir()
+    remove_dead_stores()
     os._exit(code)

@@ -1,6 +1,9 @@
 """What does not fit the model or this host is refused before anything is loaded, with the number and the remedy."""
 
+import os
 import re
+import uuid
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -107,6 +110,15 @@ def test_a_size_in_bytes_is_held_against_the_checkpoint_before_it_is_loaded(give
 def create_tiny(**settings):
     additional = {"expert_prefetch": settings}
     return EngineArgs(str(TINY_MODEL), additional_config=additional, max_model_len=512).create_engine_config()
+
+
+def test_a_start_with_a_store_removes_what_killed_servers_have_left_of_any():
+    left = Path(f"/dev/shm/expert-prefetch-store-{os.getuid()}-{uuid.uuid4().hex}")
+    left.mkdir(mode=0o700)
+    create_tiny()
+    assert left.exists()
+    create_tiny(shared_store="test-early")
+    assert not left.exists()
 
 
 EXPERT_BYTES = 8 * 16 * 3 * 128 * 64 * 2

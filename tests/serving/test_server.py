@@ -123,6 +123,16 @@ def test_files_of_the_metrics_are_private(server):
     assert files == {".counters": 0o600, ".trace": 0o600}
 
 
+LONG = ["--max-model-len", "2048"]
+"""Of servers that are ended amid a generation: on a busy machine a signal has come seconds after it was sent."""
+
+
+def generation(num_choices: int) -> dict[str, object]:
+    """The body of a request to a LONG server that takes half a minute and more."""
+    body = {"model": "demo", "prompt": "In the beginning", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+    return body | {"n": num_choices}
+
+
 def assert_ends_cleanly(running: Server) -> None:
     started = time.monotonic()
     running.stop(10)
@@ -132,11 +142,10 @@ def assert_ends_cleanly(running: Server) -> None:
 
 @pytest.mark.alone
 def test_sigterm_during_generation_ends_everything_within_ten_seconds():
-    with serve(*ASK) as running:
+    with serve(*ASK, *LONG) as running:
         running.wait_ready()
         running.complete("In the beginning", 2)  # the first request compiles the sampler: seconds in which nothing ends
-        body = {"model": "demo", "prompt": "In the beginning", "max_tokens": 500, "n": 16, "ignore_eos": True}
-        with httpx.stream("POST", f"{running.url}/v1/completions", json={**body, "stream": True}, timeout=30) as answer:
+        with httpx.stream("POST", f"{running.url}/v1/completions", json=generation(16), timeout=30) as answer:
             lines = answer.iter_lines()
             assert next(lines).startswith("data: ")
             assert_ends_cleanly(running)
@@ -193,8 +202,7 @@ def left_by_a_killed_rank(running: Server) -> set[str]:
     differs from run to run; they are removed."""
     shared = shared_memory_of(running)
     (worker,) = [pid for pid in running.descendants() if "Worker_TP1" in title(pid)]
-    body = {"model": "demo", "prompt": "In the beginning", "max_tokens": 500, "n": 8, "ignore_eos": True}
-    with httpx.stream("POST", f"{running.url}/v1/completions", json={**body, "stream": True}, timeout=60) as answer:
+    with httpx.stream("POST", f"{running.url}/v1/completions", json=generation(8), timeout=60) as answer:
         lines = answer.iter_lines()
         assert next(lines).startswith("data: ")
         os.kill(worker, signal.SIGKILL)
@@ -224,13 +232,13 @@ def shared_memory_of(running: Server) -> set[Path]:
 def test_tensor_parallel_workers_give_the_same_text_and_are_told_apart(stock_texts):
     """When a rank is killed amid a generation, all of the server ends, as plain vLLM's does."""
     store = ["--additional-config.expert_prefetch.shared_store", f"test-{os.getpid()}"]
-    arguments = [*ASK, *store, "--tensor-parallel-size", "2"]
+    two = [*LONG, "--tensor-parallel-size", "2"]
     bind = {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    with serve("--tensor-parallel-size", "2", environment=bind) as stock:
+    with serve(*two, environment=bind) as stock:
         stock.wait_ready()
         expected = [stock.complete(prompt) for prompt in prompts(4)]
         left_by_vllm = left_by_a_killed_rank(stock)
-    with serve(*arguments, environment=bind) as running:
+    with serve(*ASK, *store, *two, environment=bind) as running:
         running.wait_ready()
         assert [running.complete(prompt) for prompt in prompts(4)] == expected
         metrics = running.metrics()

@@ -7,7 +7,7 @@ once in one process, and once with tensor parallel size 2.
 
 `differing`: answers of the plugin unlike the reference; `control_differing`: those of plain vLLM under the same load.
 `memory_growth_mb` and `descriptor_growth`: of all processes of the plugin's server, from a quarter of the load to its
-end. `exit_code` and `left_over`: after SIGTERM.
+end; `control_memory_growth_mb`: of plain vLLM's. `exit_code` and `left_over`: after SIGTERM.
 """
 
 import contextlib
@@ -80,6 +80,7 @@ def soak(size: int, options: Any) -> dict[str, Any]:
     if not misses:
         raise RuntimeError("the plugin served nothing from its cache: no lookup missed")
     row = {"tensor_parallel_size": size, "control_differing": control["differing"], **found}
+    row["control_memory_growth_mb"] = control["memory_growth_mb"]
     return row | {"misses": misses, "exit_code": exit_code, "left_over": left_over}
 
 

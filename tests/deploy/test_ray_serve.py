@@ -14,14 +14,14 @@ import yaml
 from engines import TINY_MODEL, greedy, open_engine, prompts
 from observatory import has_prometheus, run_prometheus
 from processes import is_running
-from servers import descendants_of, free_port, remove_store
+from servers import descendants_of, free_port
 
+from vllm_expert_prefetch.memory.shared_store import remove_dead_stores
 from vllm_expert_prefetch.ray_serve import Targets, build
 
 pytest.importorskip("ray.serve", reason="ray is not installed: pip install 'ray[serve]'")
 
 SERVE_FILE = Path(__file__).resolve().parents[2] / "deploy" / "ray-serve" / "serve.yaml"
-STORE = f"test-ray-serve-{os.getpid()}"
 START_SECONDS = 240
 FLAGS = ["--served-model-name", "demo", "--max-model-len", "512", "--enforce-eager", "--kv-cache-memory-bytes", "256M"]
 
@@ -58,7 +58,7 @@ def local_config(port: int) -> dict:
         "--additional-config.expert_prefetch.cache_fraction",
         "0.5",
         "--additional-config.expert_prefetch.shared_store",
-        STORE,
+        f"test-ray-serve-{os.getpid()}",
         *FLAGS,
     ]
     application["args"]["environment"] = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1"}
@@ -95,7 +95,7 @@ def cluster(tmp_path_factory):
         for pid in {process.pid, *started}:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        remove_store(STORE)
+        remove_dead_stores()
 
 
 def answer_to_interrupts() -> None:

@@ -1,3 +1,5 @@
+"""Steps with look-ahead and without it: the shorter ones are found, and nothing else decides."""
+
 import random
 
 import pytest
@@ -5,18 +7,18 @@ import pytest
 from vllm_expert_prefetch.lookahead.step_valve import StepValve
 
 
-def run(valve, num_steps, take, num_sequences=lambda step: 1):
-    """`take(is_open, sequences)`: seconds of a step. For each step, whether it looked ahead."""
+def run(valve, num_steps, take):
+    """`take(is_open)`: seconds of a step of one sequence. For each step, whether it looked ahead."""
     looked = []
-    for step in range(num_steps):
+    for _ in range(num_steps):
         looked.append(valve.is_open)
-        valve.note(take(valve.is_open, num_sequences(step)), num_sequences(step))
+        valve.note(take(valve.is_open), 1)
     return looked
 
 
 def taking(with_it, without, noise=0.02, seed=0):
     rng = random.Random(seed)
-    return lambda is_open, sequences: sequences * (with_it if is_open else without) * rng.gauss(1, noise)
+    return lambda is_open: (with_it if is_open else without) * rng.gauss(1, noise)
 
 
 @pytest.mark.parametrize(("with_it", "is_open"), [(0.9, True), (1.1, False), (1.0, False)])
@@ -44,9 +46,9 @@ def test_what_changes_is_noticed():
 def test_numbers_of_sequences_are_compared_with_themselves():
     """Steps of eight sequences happen to come while the valve is open."""
     valve = StepValve()
-    for _ in range(256):
-        sequences = 8 if valve.is_open and random.Random(valve._num_timed).random() < 0.5 else 1
-        valve.note(0.9 * sequences if valve.is_open else 1.0 * sequences, sequences)
+    for step in range(256):
+        sequences = 8 if valve.is_open and step % 2 else 1
+        valve.note((0.9 if valve.is_open else 1.0) * sequences, sequences)
     assert valve.is_open
 
 
@@ -60,5 +62,5 @@ def test_a_trial_that_compares_nothing_changes_nothing():
 def test_a_few_steps_that_others_held_up_say_nothing():
     valve, take = StepValve(), taking(0.9, 1.0)
     for step in range(256):
-        valve.note(take(valve.is_open, 1) + (20 if valve.is_open and step % 20 == 0 else 0), 1)
+        valve.note(take(valve.is_open) + (20 if valve.is_open and step % 20 == 0 else 0), 1)
     assert valve.is_open

@@ -125,12 +125,6 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def remove_store(name: str) -> None:
-    """The folder of a shared store whose members were killed: without memory, kept until one of its name starts."""
-    for folder in Path("/dev/shm").glob(f"expert-prefetch-store-*-{name}"):
-        shutil.rmtree(folder)
-
-
 def descendants_of(pid: int) -> list[int]:
     """Ids of the processes that `pid` started, and of those that these started."""
     parents = {child: _parent(child) for child in _pids()}

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 from engines import TINY_MODEL
+from processes import run_python
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig
@@ -118,6 +119,18 @@ def test_a_start_with_a_store_removes_what_killed_servers_have_left_of_any():
     create_tiny()
     assert left.exists()
     create_tiny(shared_store="test-early")
+    assert not left.exists()
+
+
+def test_what_is_killed_while_a_server_runs_is_removed_as_it_ends():
+    left = Path(f"/dev/shm/expert-prefetch-store-{os.getuid()}-{uuid.uuid4().hex}")
+    run_python(f"""
+        from pathlib import Path
+        from vllm.engine.arg_utils import EngineArgs
+        settings = {{"expert_prefetch": {{"shared_store": "test-early"}}}}
+        EngineArgs({str(TINY_MODEL)!r}, additional_config=settings).create_engine_config()
+        Path({str(left)!r}).mkdir(mode=0o700)
+    """)
     assert not left.exists()
 
 

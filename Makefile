@@ -67,7 +67,8 @@ serve: setup  ## Serve the demo model with the plugin (PORT=8000, DEMO=tiny or s
 	done & \
 	exec $(BIN)/vllm serve "$(DEMO_DIR)" --plugin expert_prefetch \
 		--additional-config.expert_prefetch.cache_fraction $(CACHE_FRACTION) --served-model-name demo \
-		$(if $(EMULATES),--additional-config.expert_prefetch.emulated_link_gbps $(LINK_GBPS)) \
+		$(if $(EMULATES),--additional-config.expert_prefetch.emulated_link_gbps $(LINK_GBPS) \
+			--additional-config.expert_prefetch.prefetch on) \
 		--port $(PORT) --max-model-len 2048 --kv-cache-memory-bytes 1G --enforce-eager $(SERVE_ARGS)
 
 mutants: setup  ## Slow: every mutant of tests/mutants.toml must be killed by the fast tests (20 minutes on two cores)

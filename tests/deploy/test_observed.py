@@ -46,7 +46,13 @@ RECORD_BYTES = 49152
 NUM_LAYERS = 8
 TOP_K = 2
 ITL = "sum(increase({name}_sum[2m])) / sum(increase({name}_count[2m]))"
-CONFIG = {"cache_fraction": 0.5, "metrics_per_layer": True, "ghost_caches": True, "emulated_link_gbps": 1.0}
+CONFIG = {
+    "cache_fraction": 0.5,
+    "metrics_per_layer": True,
+    "ghost_caches": True,
+    "emulated_link_gbps": 1.0,
+    "prefetch": "on",  # `auto` may find that it does not pay here, and panels of guesses have nothing to show then
+}
 
 
 def ask(metrics_port: int) -> list[str]:

@@ -1,8 +1,8 @@
 """Settings that cannot work, found in the process that reads the flags: before anything is loaded, message last."""
 
-import atexit
 import contextlib
 import mmap
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +68,7 @@ def check_settings(vllm_config: Any, config: ExpertPrefetchConfig) -> None:
         _check_host(config)
         if config.shared_store != OFF:
             remove_dead_stores()
-            atexit.register(remove_dead_stores)
+            Finalize(None, remove_dead_stores, exitpriority=-1)  # below 0: once this process's children have ended
             check_store(config.shared_store, checkpoint_of(vllm_config))
 
 

@@ -284,6 +284,15 @@ def test_an_emulated_link_is_measured_as_what_it_is_and_nothing_is_counted(make_
     assert model.holds(0, 0, 1)
 
 
+def test_a_copy_that_was_disturbed_does_not_count_for_the_link(make_model, monkeypatch):
+    model = make_model(3, 6, large_tensors)
+    taken = [1.0, 9.0, 9.0, 9.0, 9.0, 2.0, 9.0, 3.0, 9.0]
+    first, *_ = model.layers
+    monkeypatch.setattr(type(first), "measure_copy", lambda self: taken.pop(0))
+    assert model.caches.measure_bandwidth() == 3 * first.record_bytes / 6.0
+    assert not taken
+
+
 def test_without_a_cache_there_is_nothing_to_measure(make_model):
     model = make_model(1, 6, large_tensors)
     model.caches.layers[0] = None

@@ -1,7 +1,7 @@
 """Prompts: how well a long one hides its copies, and what it does to sequences that decode beside it.
 
 Two studies of one model with a share of its experts in slots, over an emulated link. All engines are open at once, each
-in a process of its own, and take turns, so that the machine's mood is shared: figures are medians over rounds.
+in a process of its own, and take turns, so that a slow minute hits all of them: figures are medians over rounds.
 
 *Alone*: a prompt of `--prompt` tokens in one step. `over_bound`: its time over the larger one of computing it (every
 expert resident) and of copying every absent expert over the link, with one area of overflow rows and with two.

@@ -12,6 +12,8 @@ Rows are kept in `--out` while it runs: a run that was interrupted goes on where
 look-ahead at half residency and copy_compute 1. `worst_over_off`: the greatest TPOT (median) with look-ahead over that
 without it in the same cell. `worst_over_full_copy`: TPOT at 32 requests over that of computing and copying every absent
 expert of every layer in every step, one after the other.
+
+With one share of slots (`--shares`) nothing is drawn.
 """
 
 import contextlib
@@ -58,20 +60,23 @@ def main() -> int:
     arguments = parser(__doc__)
     arguments.add_argument("--kind", choices=["tiny", "smollm2-moe"], default="tiny", help="the latter made beforehand")
     arguments.add_argument("--concurrency", default=",".join(map(str, CONCURRENCIES)))
+    arguments.add_argument("--shares", default=",".join(map(str, SHARES)), help="of the experts that have a slot")
+    arguments.add_argument("--ratios", default=",".join(map(str, COPY_COMPUTE)), help="copy/compute, where it is a half")
     arguments.add_argument(
         "--out", type=Path, default=ROOT / "build" / "serving.json", help="rows of an unfinished run"
     )
     arguments.add_argument("--fresh", action="store_true")
-    arguments.add_argument("--pictures", type=Path, default=ROOT / "docs" / "pictures", help="folder for the plots")
+    arguments.add_argument("--pictures", type=Path, default=ROOT / "docs" / "pictures", help="folder for the plot")
     options = arguments.parse_args()
-    cells = [Cell(share, ratio) for share in SHARES for ratio in COPY_COMPUTE if share == 0.5 or ratio == 1]
+    shares, ratios = (list(map(float, given.split(","))) for given in (options.shares, options.ratios))
+    cells = [Cell(share, ratio) for share in shares for ratio in ratios if share == 0.5 or ratio == 1]
     concurrencies = [int(number) for number in options.concurrency.split(",")]
     if options.quick:
         cells, concurrencies = [Cell(0.5, 1.0)], [1]
         options.out, options.fresh = ROOT / "build" / "serving-quick.json", True
     rows = measure(options, cells, concurrencies)
     result = {**summary(rows), "rows": rows}
-    if not options.quick:
+    if not options.quick and len(shares) > 1:
         from serving_plots import draw
 
         draw(rows, options.pictures / f"serving-{options.kind}.png")

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from harness import TINY_MODEL, Engine, engine_environment, finish, load_prompts, parser
 
 NUM_DECODING, NUM_WIDE = 4, 32
+KV_CACHE = {"kv_cache_memory_bytes": 1 << 28}
 DELAY_SHARE = 0.5
 """`max_decode_delay_ms`, as a share of what a step takes that copies every absent expert."""
 
@@ -43,6 +44,7 @@ class Variant(NamedTuple):
         if not self.share:
             return None
         config = {"cache_fraction": self.share, "emulated_link_gbps": self.gbps, "prefetch": self.prefetch}
+        config["shared_store"] = "benchmark-prompts"  # all engines hold the experts once
         if self.prefetch != "off":
             config["areas"] = self.areas
         return config if self.delay_ms is None else config | {"max_decode_delay_ms": self.delay_ms}
@@ -160,7 +162,9 @@ def serve(job: dict[str, Any]) -> int:
     """In the engine's process: answer questions from the standard input."""
     most = job["most_tokens"]
     engine = (
-        Engine(job["model"], True, job["config"], NUM_WIDE, most, {"max_num_batched_tokens": most}).open().llm_engine
+        Engine(job["model"], True, job["config"], NUM_WIDE, most, {"max_num_batched_tokens": most, **KV_CACHE})
+        .open()
+        .llm_engine
     )
     _say(_facts(engine))
     for line in sys.stdin:

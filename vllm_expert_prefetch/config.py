@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BeforeValidator, Field, StrictStr, ValidationError
 from pydantic.dataclasses import dataclass
 
-from vllm_expert_prefetch.residency import POLICIES
+from vllm_expert_prefetch.residency import HALF_LIFE, POLICIES
 
 CONFIG_KEY = "expert_prefetch"
 AUTO = "auto"
@@ -153,7 +153,10 @@ class ExpertPrefetchConfig:
         "takes the rest of the memory. Unset: four sequences of `max_model_len`, or half of that memory at most.",
     )
     policy: Annotated[StrictStr, _one_of(*POLICIES)] = _key(
-        "ewma", "Eviction policy: " + ", ".join(f"`{name}`" for name in POLICIES) + "."
+        "ewma",
+        "Eviction policy, who leaves: `lru`, the least recently used expert; `lfu`, the least often used; `lfru`, the "
+        "one with the fewest uses over the age of the last; `ewma`, the one with the fewest uses, which halve every "
+        f"{HALF_LIFE} steps.",
     )
     execution: Annotated[StrictStr, _one_of(EXACT, SPECULATIVE)] = _key(
         EXACT,

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# One call's worth of `make gpu-check` on a GPU machine that is lent for a while: goes on where the last call stopped.
+# One sitting of `make gpu-check` on a GPU machine without network: goes on where the last one stopped.
 #
 #   benchmarks/gpu/on_device.sh MINUTES FOLDER [arguments of gpu_check.py]
 #
 # vLLM must be importable (a vLLM built for this machine on PYTHONPATH), with torch and pytest. Libraries that were built
 # elsewhere from the same sources, and metadata beside them (setup.py egg_info), are used as they are; else a C++20
 # compiler and nvcc build them. What there is comes to FOLDER as gpu-results.tar.gz, after every step and also when one
-# hangs. Unpack it into build/gpu-results before the next call on another machine, and into benchmarks/results/NAME for
+# hangs. Unpack it into build/gpu-results before the next sitting on another machine, and into benchmarks/results/NAME for
 # `gpu_check.py --report --out benchmarks/results/NAME`, which makes the page and the pictures.
 set -u
 minutes=${1:?MINUTES}

@@ -127,7 +127,8 @@ LINK = (
         "Speed while copying",
         "timeseries",
         "Bps",
-        "Bytes per second of the copies that steps waited for, and the speed measured when the server started.",
+        "Bytes per second of the copies that steps waited for (not timed on a GPU), and the speed measured when the "
+        "server started.",
         [
             (
                 share(rate("transfer_bytes_total", own='kind!="prefetch"'), rate("transfer_seconds_total")),
@@ -140,7 +141,7 @@ LINK = (
         "Link use",
         "timeseries",
         "percentunit",
-        "Share of the time in which something that a step waited for was being copied, mean of the ranks.",
+        "Share of the time in which something that a step waited for was being copied, mean of the ranks. 0 on a GPU.",
         [(f"avg by (instance) (rate({P}transfer_seconds_total{{{RANKS}}}[{RATE}]))", "{{instance}}")],
         limits=(0.7, 0.9),
         colours=OK_TO_BAD,
@@ -160,7 +161,7 @@ PREFETCH = (
         "Prefetch precision",
         "timeseries",
         "percentunit",
-        "Share of the prefetched experts that a step then used.",
+        "Share of all prefetches, cancelled ones included, whose expert a step then used.",
         [(share(rate("predictions_total", own='outcome="used"'), rate("predictions_total")), "{{instance}}")],
         limits=(0.3, 0.6),
         colours=BAD_TO_OK,
@@ -300,7 +301,7 @@ LAYERS = Dashboard(
         ),
         _share_by_layer(
             "Prefetch precision of each layer",
-            "Share of the prefetched experts that were needed before they were evicted.",
+            "Share of all prefetches, cancelled ones included, whose expert was needed before it was evicted.",
             rate("layer_predictions_total", by="layer", own='outcome="used"'),
             rate("layer_predictions_total", by="layer"),
         ),

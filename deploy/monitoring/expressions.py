@@ -12,7 +12,10 @@ TPOT = (
     "Time per output token as the worker's step clock sees it, beside vLLM's own inter-token latency. vLLM's histogram "
     "has wider buckets, so that its quantiles are coarser; the means agree."
 )
-STALLS = "Part of the steps' time that was spent waiting for experts. Above 20 % an alert names the cause."
+STALLS = (
+    "Part of the steps' time that was spent waiting for experts. Above 20 % an alert names the cause. 0 on a GPU: "
+    "nothing is timed there."
+)
 
 
 def rate(series: str, selector: str = RANKS, by: str = "instance", own: str = "") -> str:

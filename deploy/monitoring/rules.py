@@ -114,8 +114,8 @@ ALERTS = (
         f"{R}slot_ratio >= 1",
         5,
         "{{ $labels.instance }} offloads nothing",
-        "Every expert has a slot: the plugin saves no accelerator memory and only costs host memory. Give it a smaller "
-        "cache and the KV cache the rest, or serve without it.",
+        "Every expert has a slot: the plugin saves no accelerator memory, and the model is served as plain vLLM does. "
+        "Give it a smaller cache and the KV cache the rest, or serve without it.",
         severity="info",
     ),
     Alert(
@@ -158,8 +158,9 @@ ALERTS = (
         f'{R}prefetch_precision:rate5m < 0.3 and max by ({SERVER}) ({P}info{{prefetch=~"on:.*"}}) '
         f"and {_rate('predictions_total')} > 0",
         10,
-        "{{ $labels.instance }} uses only {{ $value | humanizePercentage }} of what it prefetches",
-        "Prefetching is forced on and mostly wrong: it takes bandwidth from demand copies and slots from others.",
+        "{{ $labels.instance }} uses only {{ $value | humanizePercentage }} of its prefetches",
+        "Prefetching is forced on, and most prefetches, cancelled ones included, are for nothing: they take bandwidth "
+        "from demand copies and slots from other experts.",
     ),
     Alert(
         "ExpertPrefetchHostMemoryNotPinned",

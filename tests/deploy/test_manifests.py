@@ -140,10 +140,13 @@ def check_compose(path: Path) -> subprocess.CompletedProcess:
 
 def test_compose_mounts_what_is_there():
     (compose,) = documents(DEPLOY / "docker-compose.yml")
-    for service in compose["services"].values():
+    on_cpu = yaml.safe_load((DEPLOY / "docker-compose.cpu.yml").read_text().replace("!reset null", "{}"))
+    for service in (*compose["services"].values(), *on_cpu["services"].values()):
         for volume in service.get("volumes", ()):
             source = volume.split(":")[0]
             assert (DEPLOY / source).exists() if source.startswith(".") else source in compose["volumes"]
+    asked = re.findall(r"MODEL=(/\S+) docker compose .*docker-compose.cpu.yml", (DEPLOY / "README.md").read_text())
+    assert asked == [volume.split(":")[1] for volume in on_cpu["services"]["vllm"]["volumes"]]
     assert (DEPLOY / compose["services"]["vllm"]["build"]["context"] / "deploy" / "Dockerfile").exists()
     assert compose["services"]["vllm"]["ulimits"]["memlock"] == -1
 

@@ -150,7 +150,7 @@ def _rows(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         ("hit rate", _percent(summary["hit_ratio"]), _planned_and_larger(summary)),
         ("stalls", _percent(summary["stall_ratio"]), "of the steps' time"),
         ("saved", _percent(summary["saved_ratio"]), "of the steps' time, by looking ahead"),
-        ("prefetch", _percent(summary["prefetch_precision"]), "of its copies used"),
+        ("prefetch", _percent(summary["prefetch_precision"]), "used, of all prefetches, cancelled ones too"),
         ("guesses", _percent(summary["prefetch_recall"]), f"of the experts found; {_open_layers(summary)}"),
         ("lookups", f"{sum(summary['lookups_per_second'].values()):.0f}/s", _bar(summary["lookups_per_second"])),
         ("copied", f"{_bytes(sum(copied.values()))}/s", _listed(copied, _bytes)),

@@ -114,20 +114,20 @@ METRICS = (
         "transfer_seconds_total",
         Kind.COUNTER,
         "seconds",
-        "Time spent issuing copies; on the CPU platform, the time until they have landed.",
+        "Time of the copies that steps waited for, prefetches not included; 0 on a GPU, where nothing is timed.",
     ),
     Metric(
         "stall_seconds_total",
         Kind.COUNTER,
         "seconds",
-        "Time that steps waited for experts to arrive, all MoE layers together.",
+        "Time that steps waited for experts to arrive, all MoE layers together; 0 on a GPU.",
     ),
     Metric(
         "saved_seconds_total",
         Kind.COUNTER,
         "seconds",
         "Time saved by looking ahead, estimated: what the copies of used predictions take over the link, at its speed "
-        "at start, less what steps waited for late ones.",
+        "at start, less what steps waited for late ones. On a GPU an upper bound: late ones count in full.",
     ),
     Metric("evictions_total", Kind.COUNTER, "evictions", "Experts that gave their slot to another."),
     Metric(

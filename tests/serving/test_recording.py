@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from routed import CARD, EXPERTS, LAYERS, RECORD_BYTES, SLOTS, TOP_K, make_caches
+from routed import CARD, EXPERTS, LAYERS, SLOTS, TOP_K, make_caches
 
 from vllm_expert_prefetch.cache.base import tables_of
 from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig
@@ -55,11 +55,12 @@ def resident(worker, layer):
     [(None, 1, EXPERTS, SLOTS), (0, 2, ROUTED, 2 * SLOTS), (1, 2, ROUTED, 2 * SLOTS)],
 )
 def test_a_recording_is_of_all_ranks_together(tmp_path, rank, num_ranks, num_experts, num_slots):
-    made = recording._recorder(make_worker(rank), make_config(num_ranks), TraceFolder(tmp_path, 10**9), False)
+    worker = make_worker(rank)
+    made = recording._recorder(worker, make_config(num_ranks), TraceFolder(tmp_path, 10**9), False)
     card = made.card
     made.finish()
     assert (card.num_experts, card.num_slots) == ((num_experts,) * LAYERS, (num_slots,) * LAYERS)
-    assert (card.top_k, card.record_bytes) == (CARD.top_k, (RECORD_BYTES,) * LAYERS)
+    assert (card.top_k, card.record_bytes) == (CARD.top_k, (worker.layers[0].cache.record_bytes,) * LAYERS)
     assert card.link_bytes_per_second == num_ranks * 3e9
 
 

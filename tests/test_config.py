@@ -47,7 +47,7 @@ GOOD = {
     "ghost_caches": [True, False],
     "metrics_port": [None, 9400, 65535],
     "trace": ["off", "/var/traces"],
-    "trace_mb": [1, 4096],
+    "trace_mb": [256],
     "trace_weights": [False],
     "profile": [None, "file"],
 }
@@ -211,10 +211,11 @@ def test_an_emulated_latency_needs_an_emulated_link():
         ExpertPrefetchConfig(emulated_link_latency_us=5)
 
 
-def test_weights_are_recorded_with_a_trace_only():
-    assert ExpertPrefetchConfig(trace="folder", trace_weights=True).trace_weights
-    with pytest.raises(ConfigError, match="trace_weights needs trace"):
-        ExpertPrefetchConfig(trace_weights=True)
+@pytest.mark.parametrize(("key", "value"), [("trace_weights", True), ("trace_mb", 1), ("trace_mb", 4096)])
+def test_what_is_said_of_a_recording_needs_one(key, value):
+    assert getattr(ExpertPrefetchConfig(trace="folder", **{key: value}), key) == value
+    with pytest.raises(ConfigError, match=f"{key} needs trace as well: say where to record, or drop it"):
+        ExpertPrefetchConfig(**{key: value})
 
 
 def test_a_configuration_is_parsed_once():

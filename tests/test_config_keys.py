@@ -155,7 +155,7 @@ def numa_node(monkeypatch, tmp_path, config):
 
 def huge_pages(monkeypatch, tmp_path, config):
     advised = []
-    monkeypatch.setattr(host_memory, "_advise_huge_pages", lambda mapping: advised.append(True))
+    monkeypatch.setattr(host_memory, "_advise_huge_pages", lambda *_: advised.append(True))
     HostMemory(4096, made_worker(monkeypatch, config).host_memory)
     return bool(advised)
 
@@ -218,7 +218,7 @@ def recording(monkeypatch, tmp_path, config):
     made = made_worker(monkeypatch, config)
     path = tmp_path / f"{id(made)}.counters"
     made.publisher = SimpleNamespace(counters=SimpleNamespace(path=path, get=lambda series: 0.0))
-    parallel = SimpleNamespace(rank=0, tensor_parallel_size=1)
+    parallel = SimpleNamespace(rank=0, tensor_parallel_size=1, enable_expert_parallel=False)
     served = SimpleNamespace(parallel_config=parallel, model_config=SimpleNamespace(model="m"))
     limits = []
     monkeypatch.setattr(switch, "TraceFolder", lambda path, limit: limits.append(limit) or TraceFolder(path, limit))
@@ -257,6 +257,7 @@ def profile(monkeypatch, tmp_path, config):
     monkeypatch.chdir(tmp_path)
     made = made_worker(monkeypatch, config)
     made._vllm_config.model_config = SimpleNamespace(model="m")
+    made._vllm_config.parallel_config = SimpleNamespace(pipeline_parallel_size=1)
     return {expert for expert in tables_of(started(monkeypatch, made).caches.layers[0].state)[1][4] if expert >= 0}
 
 

@@ -6,6 +6,7 @@ import importlib.util
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from email import message_from_string
 from importlib.metadata import Distribution
@@ -86,18 +87,22 @@ def test_the_demo_emulates_a_link_on_the_cpu_platform_alone(arguments, emulated)
 def test_a_gpu_gets_the_supported_range_and_a_cpu_one_version():
     assert setup_env.make_plan("cuda", (3, 12)).vllm == "vllm>=0.26,<0.34"
     assert setup_env.make_plan("cpu", (3, 12)).vllm == "0.32.0"
-    assert setup_env.make_plan("cpu", (3, 10)).vllm == "0.31.0"
 
 
 def test_a_named_vllm_version_wins():
     assert setup_env.make_plan("cuda", (3, 12), "0.26.0").vllm == "vllm==0.26.0"
-    assert setup_env.make_plan("cpu", (3, 10), "0.28.0").vllm == "0.28.0"
+    assert setup_env.make_plan("cpu", (3, 11), "0.28.0").vllm == "0.28.0"
 
 
-@pytest.mark.parametrize("python", [(3, 9), (3, 15)])
+@pytest.mark.parametrize("python", [(3, 10), (3, 15)])
 def test_an_unsupported_python_is_refused_with_the_range(python):
-    with pytest.raises(setup_env.SetupError, match=r"3\.10 to 3\.14.*make setup PYTHON="):
+    with pytest.raises(setup_env.SetupError, match=r"3\.11 to 3\.14.*make setup PYTHON="):
         setup_env.make_plan("cpu", python)
+
+
+def test_the_oldest_python_is_the_packages_own():
+    required = tomllib.loads((SCRIPT.parents[1] / "pyproject.toml").read_text())["project"]["requires-python"]
+    assert required == ">={}.{}".format(*setup_env.PYTHONS[0])
 
 
 def test_alias_wheel_records_what_it_holds(tmp_path):

@@ -24,6 +24,7 @@ EXACT, SPECULATIVE = "exact", "speculative"
 
 DEFAULT_CPU_FRACTION = 0.5
 MOST_LOOKAHEAD_LAYERS = 4
+TRACE_MB = 256
 GHOST_SCALES = ("1.5", "2")
 """How many times the slots ghost caches have."""
 
@@ -215,7 +216,7 @@ class ExpertPrefetchConfig:
     huge_pages: _Switch = _key(
         AUTO,
         "Ask for transparent huge pages (2 MB) for the host store: `auto` (on a GPU yes, and without them where the "
-        "kernel refuses; on CPU no), `on` (fail at start-up where it refuses), `off`.",
+        "kernel gives none; on CPU no), `on` (fail at start-up where it gives none), `off`.",
     )
     shared_store: Annotated[StrictStr, BeforeValidator(_name_or_off)] = _key(
         OFF,
@@ -258,7 +259,7 @@ class ExpertPrefetchConfig:
         "stops a recording of a running server.",
     )
     trace_mb: Annotated[_Count, Field(ge=1)] = _key(
-        256, "Size of all recordings in that folder, in MB (10^6 bytes): the oldest files go."
+        TRACE_MB, "Size of all recordings in that folder, in MB (10^6 bytes): the oldest files go. Needs `trace`."
     )
     trace_weights: _Flag = _key(
         False,
@@ -282,8 +283,9 @@ class ExpertPrefetchConfig:
             raise ConfigError(_message(f"{' and '.join(given)} exclude each other; keep one"))
         if self.execution == SPECULATIVE:
             self._check_speculative()
-        if self.trace_weights and self.trace == OFF:
-            raise ConfigError(_message("trace_weights needs trace as well: say where to record, or drop it"))
+        for key, value in (("trace_mb", TRACE_MB), ("trace_weights", False)):
+            if self.trace == OFF and getattr(self, key) != value:
+                raise ConfigError(_message(f"{key} needs trace as well: say where to record, or drop it"))
         if self.emulated_link_latency_us and self.emulated_link_gbps is None:
             raise ConfigError(
                 _message("emulated_link_latency_us needs emulated_link_gbps as well: set it, or drop the latency")

@@ -1,7 +1,6 @@
 // One layer's cache for Python: plan a step, bring what it needs, and turn expert ids into rows, in one call.
 // tvm_ffi releases the GIL around every call.
 
-#include <tvm/ffi/container/map.h>
 #include <tvm/ffi/memory.h>
 #include <tvm/ffi/object.h>
 #include <tvm/ffi/tvm_ffi.h>
@@ -18,11 +17,8 @@
 namespace vep {
 namespace {
 
-using tvm::ffi::Any;
-using tvm::ffi::Map;
 using tvm::ffi::Object;
 using tvm::ffi::ObjectRef;
-using tvm::ffi::String;
 using tvm::ffi::TensorView;
 
 template <class Call>
@@ -233,13 +229,9 @@ double Copy(CacheRef cache, int64_t expert, int64_t row) {
   });
 }
 
-// Totals of all layers; StagingCounters says what they are.
-Map<String, Any> Counters(EngineRef ref) {
-  const StagingCounters counters = ref->engine.counters();
-  return {{"prefetch_bytes", counters.prefetch_bytes},
-          {"prefetch_records", counters.prefetch_records},
-          {"yields", counters.yields},
-          {"lane_busy_seconds", counters.lane_busy_seconds}};
+// Records that the lane has landed, of all layers.
+int64_t NumLanded(EngineRef ref) {
+  return ref->engine.num_landed();
 }
 
 }  // namespace
@@ -247,8 +239,8 @@ Map<String, Any> Counters(EngineRef ref) {
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(engine_create, vep::CreateEngine);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(engine_close, vep::CloseEngine);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(engine_counters, vep::Counters);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(engine_num_queued, vep::NumQueued);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(engine_num_landed, vep::NumLanded);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cache_create, vep::Create);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cache_serve, vep::Serve);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cache_prefetch, vep::Prefetch);

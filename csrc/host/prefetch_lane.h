@@ -27,17 +27,9 @@ struct LaneEntry {
   Time since;  // when it was queued
 };
 
-struct LaneCounters {
-  std::atomic<int64_t> bytes{0};
-  std::atomic<int64_t> records{0};
-  std::atomic<int64_t> yields{0};
-  std::atomic<int64_t> busy_ns{0};
-};
-
 class PrefetchLane {
  public:
-  PrefetchLane(Link& link, int64_t chunk_bytes, LaneCounters& counters)
-      : link_(link), chunk_bytes_(chunk_bytes), counters_(counters) {}
+  PrefetchLane(Link& link, int64_t chunk_bytes) : link_(link), chunk_bytes_(chunk_bytes) {}
 
   // Drops what is queued; a record whose copy runs is left unfinished.
   ~PrefetchLane() {
@@ -85,6 +77,12 @@ class PrefetchLane {
     return std::count_if(queue_.begin(), queue_.end(), [](const LaneEntry& entry) {
       return load_word(entry.word) == word_of(entry.ticket, SlotState::kQueued);
     });
+  }
+
+  // Records so far.
+  int64_t num_landed() {
+    std::lock_guard lock(mutex_);
+    return num_landed_;
   }
 
   // While a demand runs, the lane yields between chunks, except within a record that is URGENT.
@@ -156,7 +154,6 @@ class PrefetchLane {
       if (stop_) return;
       const Time earliest = std::max(entry.since, resumed_);
       lock.unlock();
-      const Time started = Clock::now();
       const int64_t bytes = std::min(left, chunk_bytes_);
       left -= bytes;
       const int64_t padding = left == 0 ? records.record_bytes() - records.row_bytes() : 0;
@@ -164,7 +161,6 @@ class PrefetchLane {
       records.copy(entry.load, cursor, bytes);
       lock.lock();
       if (end - Clock::now() > kRunAhead) sleep(lock, end, [] { return false; });
-      counters_.busy_ns += (Clock::now() - started).count();
     }
     landing_.push_back({entry, end + link_.latency()});
     land_due(Clock::now());
@@ -174,7 +170,6 @@ class PrefetchLane {
   void yield_unless(std::unique_lock<std::mutex>& lock, Exempt exempt) {
     const auto may_go_on = [&] { return !demand_active_.load() || exempt(); };
     if (may_go_on()) return;
-    ++counters_.yields;
     sleep(lock, Time::max(), may_go_on, kTurn);
     resumed_ = Clock::now();
   }
@@ -208,17 +203,14 @@ class PrefetchLane {
   void land_due(Time now) {
     bool any = false;
     for (; !landing_.empty() && landing_.front().due <= now; landing_.pop_front(), any = true) {
-      const LaneEntry& entry = landing_.front().entry;
-      counters_.bytes += entry.records->record_bytes();
-      ++counters_.records;
-      finish(entry.word);
+      ++num_landed_;
+      finish(landing_.front().entry.word);
     }
     if (any) landed_.notify_all();
   }
 
   Link& link_;
   const int64_t chunk_bytes_;
-  LaneCounters& counters_;
   std::atomic<bool> demand_active_{false};
 
   std::mutex mutex_;  // of what follows
@@ -226,6 +218,7 @@ class PrefetchLane {
   std::condition_variable landed_;
   std::deque<LaneEntry> queue_;
   std::deque<Landing> landing_;  // copied, their data still on its way; in order of `due`
+  int64_t num_landed_ = 0;
   Time resumed_{};
   SleepsFor sleeps_for_ = kTime;
   bool stop_ = false;

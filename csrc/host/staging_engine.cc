@@ -45,7 +45,7 @@ StagingEngine::Layer::Layer(ExpertRecords layer_records)
 StagingEngine::StagingEngine(double gbps, double latency_us, int64_t chunk_bytes)
     : link_(gbps, latency_us), fork_count_(watch_forks()) {
   if (chunk_bytes < 1) throw std::invalid_argument("chunks of " + std::to_string(chunk_bytes) + " bytes");
-  lane_ = std::make_unique<PrefetchLane>(link_, chunk_bytes, lane_counters_);
+  lane_ = std::make_unique<PrefetchLane>(link_, chunk_bytes);
 }
 
 StagingEngine::~StagingEngine() {
@@ -195,9 +195,9 @@ int64_t StagingEngine::num_queued() const {
   return lane_->num_queued();
 }
 
-StagingCounters StagingEngine::counters() const {
-  return {lane_counters_.bytes, lane_counters_.records, lane_counters_.yields,
-          static_cast<double>(lane_counters_.busy_ns) * 1e-9};
+int64_t StagingEngine::num_landed() const {
+  check_usable();
+  return lane_->num_landed();
 }
 
 }  // namespace vep

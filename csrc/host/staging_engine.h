@@ -16,28 +16,19 @@
 
 namespace vep {
 
-constexpr int64_t kDefaultChunkBytes = 256 * 1024;
-
 struct DemandResult {
   int64_t num_claimed = 0;  // of the late ones, those that the demand itself copied
   int64_t stall_ns = 0;     // the whole call: what the step stalled
   int64_t late_ns = 0;      // of these, waiting for copies of the lane
 };
 
-struct StagingCounters {
-  int64_t prefetch_bytes;
-  int64_t prefetch_records;  // landed by the lane
-  int64_t yields;            // pauses of the lane for a demand
-  double lane_busy_seconds;  // copying, or holding the link
-};
-
-// Calls that change something run one at a time; the counters may be read from any thread. Every call throws
+// Calls that change something run one at a time; the counts may be read from any thread. Every call throws
 // std::invalid_argument, with the numbers and before anything is changed, for a layer, expert or row that does not
 // exist or a row in the wrong state, and std::runtime_error after `close` and in a forked child.
 class StagingEngine {
  public:
   // `gbps`: 10^9 bytes per second, 0 for no emulated link; `latency_us` per demand and per prefetched record.
-  StagingEngine(double gbps, double latency_us, int64_t chunk_bytes = kDefaultChunkBytes);
+  StagingEngine(double gbps, double latency_us, int64_t chunk_bytes);
   ~StagingEngine();
   StagingEngine(const StagingEngine&) = delete;
   StagingEngine& operator=(const StagingEngine&) = delete;
@@ -62,11 +53,12 @@ class StagingEngine {
   // Prefetched records of all layers whose copy has not started, and still may.
   int64_t num_queued() const;
 
+  // Prefetched records of all layers that the lane has landed.
+  int64_t num_landed() const;
+
   // The words of slot_state.h, one per row, for a planner in the thread that calls the engine, which may cancel there.
   // They live as long as the engine.
   int32_t* row_words(int32_t layer) const { return layer_at(layer).words.data(); }
-
-  StagingCounters counters() const;
 
  private:
   static constexpr int32_t kMaxLayers = 4096;
@@ -92,7 +84,6 @@ class StagingEngine {
   const int fork_count_;
   std::mutex calls_;  // one changing call at a time
   std::atomic<bool> closed_{false};
-  LaneCounters lane_counters_;
   // Leaked in a forked child, where its thread does not exist and cannot be joined.
   std::unique_ptr<PrefetchLane> lane_;
   std::array<std::unique_ptr<Layer>, kMaxLayers> layers_;

@@ -242,7 +242,7 @@ def install(patch: Any) -> None:
         lambda rows, slots, areas, where: device_rows.DeviceSharedRows(rows, slots, areas, CPU),
     )
     patch.setattr(sizes, "page_bytes", device_rows.granularity)
-    patch.setattr(compat, "install_offloader", lambda join, beside_others=False: None)
+    patch.setattr(compat, "install_offloader", lambda caches, beside_others=False: None)
     patch.setattr(compat, "rows_of", rows_of)
 
 

@@ -1,5 +1,8 @@
 """The plugin's GPU path inside vLLM's engine, its kernels on host threads (`shim.py`): bit-equal to plain vLLM."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from engines import TINY_MODEL, caches, counters, draft_layers, greedy, layers, open_engine, prompts
@@ -178,6 +181,28 @@ def test_a_kernel_that_a_graph_freezes_is_found_by_the_proof_at_start(monkeypatc
         open_engine(TINY_MODEL, {"slots_per_layer": 4}),
     ):
         pass
+
+
+def test_an_engine_that_has_ended_leaves_nothing_to_the_offloader_that_vllm_keeps(monkeypatch):
+    from vllm.model_executor.offloader.base import get_offloader, set_offloader
+
+    install = compat.install_offloader
+    shim.install(monkeypatch)
+    monkeypatch.setattr(compat, "install_offloader", install)
+    try:
+        with open_engine(TINY_MODEL, {"cache_fraction": 0.5}) as llm:
+            greedy(llm, prompts(1), 2)
+            offloader = get_offloader()
+            offloader.sync_prev_onload()
+            held = [weakref.ref(layers(llm)[0].worker.caches), weakref.ref(layers(llm)[0].cache.store)]
+            assert [joined() for joined in offloader.joined] == [held[0]()]
+        del llm
+        gc.collect()
+        assert get_offloader() is offloader
+        assert [reference() for reference in held] == [None, None]
+        offloader.sync_prev_onload()
+    finally:
+        set_offloader(None)
 
 
 def test_a_model_without_attention_is_refused_where_padding_is_told_by_it(monkeypatch):

@@ -6,8 +6,14 @@ import pytest
 import torch
 from gpu_layer import device
 
-from vllm_expert_prefetch.memory.device_rows import DeviceSharedRows, bytes_taken, granularity
+from vllm_expert_prefetch.memory.device_rows import DeviceSharedRows, granularity
 from vllm_expert_prefetch.memory.row_space import RowSpaceError
+from vllm_expert_prefetch.native.library import cuda_library
+
+
+def bytes_taken():
+    """Physical bytes behind all mapped rows of this process, shared ones once; plain tensors are not among them."""
+    return cuda_library().row_space_bytes()
 
 
 @pytest.fixture

@@ -12,7 +12,18 @@ from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig
 from vllm_expert_prefetch.lookahead.after import LookAhead, close_ones, most_wanted
 from vllm_expert_prefetch.lookahead.create import choose_predictors, depth_of, why_not
 from vllm_expert_prefetch.memory.link import EmulatedLink
-from vllm_expert_prefetch.prediction import Ingredients, Prediction, Predictor, Signals, create_predictor
+from vllm_expert_prefetch.prediction import (
+    Artifact,
+    ArtifactError,
+    Card,
+    Ingredients,
+    Prediction,
+    Predictor,
+    Signals,
+    create_predictor,
+    fingerprint,
+    save_artifact,
+)
 from vllm_expert_prefetch.prediction.truth import score
 
 CPU = torch.device("cpu")
@@ -203,6 +214,19 @@ def test_there_is_a_predictor_for_each_distance(depth):
 def test_the_configured_predictor_is_made(name):
     predictors, _ = choose_predictors(ExpertPrefetchConfig(predictor=name), make_gates(), 2)
     assert [predictor.name for predictor in predictors] == [name, name]
+
+
+@pytest.mark.parametrize("hybrid", [[], [["router"] * 3]])
+def test_an_artifact_without_a_hybrid_is_refused_by_name_where_one_is_asked_for(tmp_path, hybrid):
+    gates = make_gates()
+    card = Card("toy", fingerprint(gates), [gate.name for gate in gates], 1, {}, {}, 2, {}, hybrid=hybrid)
+    save_artifact(Artifact(card, None, torch.rand(4, 8), torch.rand(4, 8, 8)), tmp_path / "a")
+    config = ExpertPrefetchConfig(artifact=str(tmp_path / "a"), predictor="hybrid")
+    if hybrid:
+        assert choose_predictors(config, gates, 1)[0][0].name.startswith("hybrid")
+        return
+    with pytest.raises(ArtifactError, match=r"artifact .*/a holds no hybrid: calibrate again"):
+        choose_predictors(config, gates, 1)
 
 
 def test_padding_is_neither_guessed_for_nor_scored():

@@ -5,6 +5,7 @@ import gc
 import mmap
 import platform
 import re
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from vllm_expert_prefetch.memory.host_memory import (
     HostMemoryOptions,
     _advise_huge_pages,
     check_can_lock,
+    check_huge_pages,
     memlock_limit_bytes,
     numa_node_of_gpu,
 )
@@ -220,6 +222,8 @@ def test_a_numa_node_that_does_not_exist_is_refused_by_name_with_those_that_do(n
 @pytest.mark.skipif(not THP.exists(), reason="this kernel has no transparent huge pages")
 @pytest.mark.parametrize("asked", [True, False])
 def test_huge_pages_are_advised_exactly_when_asked_for(asked):
+    if "[never]" in THP.read_text():
+        pytest.skip("this kernel gives no transparent huge pages")
     memory = HostMemory(8 * 2**20, HostMemoryOptions(huge_pages=asked))
     mapping = mapping_at(memory.bytes.data_ptr())
     assert ("hg" in mapping["VmFlags"].split()) == asked
@@ -232,11 +236,49 @@ def test_refused_huge_pages_are_an_error_that_names_the_key_and_the_remedy():
             raise OSError(22, "Invalid argument")
 
     with pytest.raises(ConfigError, match=r"refuses transparent huge pages .*; set huge_pages to off"):
-        _advise_huge_pages(Refusing())
+        _advise_huge_pages(Refusing(), False)
+
+
+@pytest.mark.parametrize(
+    ("of_this_size", "of_all", "is_refused"),
+    [
+        (None, "always [madvise] never", False),
+        (None, "always madvise [never]", True),
+        (None, "always within_size advise never [deny] force", True),
+        ("always [inherit] madvise never", "always madvise [never]", True),
+        ("always inherit [madvise] never", "always madvise [never]", False),
+        ("always inherit madvise [never]", "[always] madvise never", True),
+        (None, None, False),
+        (None, "what a later kernel says", False),
+    ],
+)
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_a_kernel_that_gives_no_huge_pages_is_known_by_its_files(tmp_path, is_shared, of_this_size, of_all, is_refused):
+    name = "shmem_enabled" if is_shared else "enabled"
+    (tmp_path / "hugepages-2048kB").mkdir()
+    for folder, text in (("hugepages-2048kB", of_this_size), ("", of_all)):
+        if text is not None:
+            (tmp_path / folder / name).write_text(text + "\n")
+    if is_refused:
+        with pytest.raises(ConfigError, match=rf"huge_pages: {tmp_path}/.*{name} is set to .*huge_pages to off"):
+            check_huge_pages(is_shared, tmp_path)
+    else:
+        check_huge_pages(is_shared, tmp_path)
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_memory_of_a_file_is_judged_by_the_setting_for_files(monkeypatch, is_file):
+    asked = []
+    monkeypatch.setattr(module, "check_huge_pages", asked.append)
+    options = HostMemoryOptions(huge_pages=True, must_have_huge_pages=False)
+    with tempfile.TemporaryFile() as file:
+        file.truncate(PAGE)
+        HostMemory(PAGE, options, file.fileno() if is_file else None)
+    assert asked == [is_file]
 
 
 def test_huge_pages_that_need_not_be_are_done_without_and_it_says_why(monkeypatch):
-    def refuse(mapping):
+    def refuse(mapping, is_shared):
         raise ConfigError("the kernel refuses transparent huge pages")
 
     monkeypatch.setattr(module, "_advise_huge_pages", refuse)

@@ -266,7 +266,7 @@ def test_memory_is_page_locked_by_every_member_and_its_notes_are_those_of_who_fi
     locked = []
     monkeypatch.setattr(host_memory, "_lock", lambda memory, size: locked.append(size))
 
-    def refuse(mapping):
+    def refuse(mapping, is_shared):
         raise ConfigError("no huge pages")
 
     monkeypatch.setattr(host_memory, "_advise_huge_pages", refuse)

@@ -10,6 +10,7 @@ from counter_files import make_counters
 from vllm_expert_prefetch.metrics.counters import read_counters
 from vllm_expert_prefetch.metrics.definitions import PHASES, SERIES, STEP_BUCKETS, histogram_series
 from vllm_expert_prefetch.metrics.steps import StepClock
+from vllm_expert_prefetch.serving import steps
 from vllm_expert_prefetch.serving.steps import count_sequences
 
 
@@ -160,3 +161,28 @@ def scheduled(new=0, outputs=(), resumed=()):
 )
 def test_sequences_are_told_apart_by_what_the_scheduler_says_of_them(output, counted):
     assert count_sequences(output) == counted
+
+
+@pytest.mark.parametrize(
+    ("output", "samples"),
+    [(None, True), ("of a pooling model", False), ("what the next stage of a pipeline needs", True)],
+)
+def test_a_step_ends_once_wherever_it_is_computed(monkeypatch, output, samples):
+    seen = []
+    runner = SimpleNamespace(execute_model=lambda step: output, sample_tokens=lambda grammar: "tokens")
+    worker = SimpleNamespace(
+        publisher=True,
+        traces=None,
+        step_begins=lambda *counted: seen.append(counted),
+        step_ended=lambda: seen.append("end"),
+    )
+    monkeypatch.setattr(steps, "find_worker", lambda vllm_config: worker)
+    steps.watch_steps(runner, None)
+    for _ in range(2):
+        step = scheduled(outputs=(1, 7))
+        step.total_num_scheduled_tokens = 2
+        assert runner.execute_model(step) == output
+        if samples:
+            assert runner.sample_tokens(None) == "tokens"
+        runner.execute_model(SimpleNamespace(total_num_scheduled_tokens=0))  # vLLM has news, and no tokens
+    assert seen == [(0, 2, True), "end"] * 2

@@ -18,8 +18,11 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEParallelConfig
 from parallel import engines_of_two
 from parallel.engines_of_two import SERVED
 from parallel.rows_of_stock import told_rows
+from vllm_expert_prefetch.cache.base import tables_of
 from vllm_expert_prefetch.config import ConfigError
 from vllm_expert_prefetch.serving.expert_share import own_experts, take_share
+from vllm_expert_prefetch.tracing.profile import profile_of, write_profile
+from vllm_expert_prefetch.tracing.trace import read_trace
 
 
 @pytest.fixture
@@ -57,6 +60,30 @@ def test_a_rank_with_the_larger_third_adds_what_plain_vllms_rank_adds(as_rank):
     assert [cache.num_slots for cache in of_layers] == [own // 2] * 8
     assert min(ours["lookups_total/miss"], ours["predictions_total/used"]) > 0
     assert ours["experts"] == 8 * own
+
+
+@pytest.mark.engine
+def test_a_rank_records_what_the_router_chose_and_is_warmed_with_its_own_part_of_it(as_rank, tmp_path):
+    as_rank(1, 3)
+    config = {"cache_fraction": 0.5, "prefetch": "off"}
+    with open_engine(TINY_MODEL, config | {"trace": str(tmp_path / "t")}) as llm:
+        greedy(llm, prompts(4), 8)
+        own = own_of(layers(llm)[0])
+    trace = read_trace(tmp_path / "t")
+    assert {*trace.routed(0).flatten().tolist()} == {*range(16)}
+    assert trace.card.num_experts == (16,) * 8
+    write_profile(tmp_path / "p", profile_of(trace))
+    with open_engine(TINY_MODEL, config | {"profile": str(tmp_path / "p")}) as llm:
+        for layer, cache in enumerate(caches(llm)):
+            hottest = [expert for expert in profile_of(trace).hottest(str(layer), 16, 16) if expert in own]
+            row_of = tables_of(cache.state)[1][0]
+            warm = {own[number] for number, row in enumerate(row_of) if row >= 0}
+            assert warm == {*hottest[-cache.num_slots :]}
+
+
+def own_of(layer):
+    """The router's ids of the experts of a layer on this rank, in the order of its numbers for them."""
+    return [expert for expert, number in enumerate(layer.share.expert_map.tolist()) if number >= 0]
 
 
 @pytest.mark.proves("expert parallelism")

@@ -134,16 +134,29 @@ def test_a_draft_of_ours_that_does_not_fit_is_told_what_helps(is_asked_for, erro
         raise torch.OutOfMemoryError("3 GB")
 
 
-def test_cuda_graphs_wait_for_the_copies_of_target_and_draft():
+class Joined:
+    """Caches that note when they are joined."""
+
+    def __init__(self, name, noted):
+        self.name, self.noted = name, noted
+
+    def join(self):
+        self.noted.append(self.name)
+
+
+def test_cuda_graphs_wait_for_the_copies_of_target_and_draft_for_as_long_as_these_live():
     from vllm.model_executor.offloader.base import NoopOffloader, get_offloader, set_offloader
 
     joined = []
-    compat.install_offloader(lambda: joined.append("an earlier engine's"))
-    compat.install_offloader(lambda: joined.append("target"))
-    compat.install_offloader(lambda: joined.append("draft"), beside_others=True)
+    earlier, target, draft = (Joined(name, joined) for name in ("an earlier engine's", "target", "draft"))
+    compat.install_offloader(earlier)
+    compat.install_offloader(target)
+    compat.install_offloader(draft, beside_others=True)
     try:
         get_offloader().sync_prev_onload()
         get_offloader().join_after_forward()
+        del target
+        get_offloader().sync_prev_onload()
     finally:
         set_offloader(NoopOffloader())
-    assert joined == ["target", "draft"] * 2
+    assert joined == ["target", "draft"] * 2 + ["draft"]

@@ -3,17 +3,20 @@
 import os
 import re
 import uuid
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from engines import TINY_MODEL
 from processes import run_python
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig
 from vllm_expert_prefetch.memory import host_limit, host_memory
-from vllm_expert_prefetch.prediction import ArtifactError
+from vllm_expert_prefetch.memory.host_memory import check_huge_pages
+from vllm_expert_prefetch.prediction import Artifact, ArtifactError, Card, save_artifact
 from vllm_expert_prefetch.serving import early, sources
 from vllm_expert_prefetch.serving.early import check_settings
 from vllm_expert_prefetch.serving.sources import NotFound, create_look_ahead_of
@@ -87,6 +90,28 @@ def test_a_setting_that_cannot_work_is_refused(settings, message, tmp_path, monk
 )
 def test_what_may_work_is_let_through(settings):
     check(**settings)
+
+
+def test_an_artifact_without_a_hybrid_is_refused_where_one_is_asked_for(tmp_path):
+    card = Card("toy", "0", ["0"], 1, {}, {}, 2, {})
+    save_artifact(Artifact(card, None, torch.zeros(1, 2), torch.zeros(1, 2, 2)), tmp_path)
+    check(artifact=str(tmp_path))
+    with pytest.raises(ConfigError, match=rf"artifact {tmp_path} holds no hybrid: calibrate again"):
+        check(artifact=str(tmp_path), predictor="hybrid")
+
+
+@pytest.mark.parametrize(("store", "name", "write"), [("off", "enabled", "madvise"), ("a", "shmem_enabled", "advise")])
+def test_huge_pages_that_the_kernel_gives_nobody_are_refused_with_its_file(monkeypatch, tmp_path, store, name, write):
+    monkeypatch.setattr(early, "check_huge_pages", partial(check_huge_pages, settings=tmp_path))
+    for untouched in ("check_store", "checkpoint_of", "remove_dead_stores"):
+        monkeypatch.setattr(early, untouched, lambda *_: None)
+    for setting in ("enabled", "shmem_enabled"):
+        (tmp_path / setting).write_text("always [never]" if setting == name else "[always] never")
+    check(huge_pages="auto", shared_store=store)
+    with pytest.raises(ConfigError, match=rf"huge_pages: {tmp_path}/{name} is set to never: .* Write {write} into it"):
+        check(huge_pages="on", shared_store=store)
+    (tmp_path / name).write_text(f"always [{write}] never")
+    check(huge_pages="on", shared_store=store)
 
 
 def test_vllms_own_path_ends_with_the_message():

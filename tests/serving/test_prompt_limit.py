@@ -51,14 +51,15 @@ def test_what_a_short_prompt_takes_says_nothing_of_the_limit():
 
 
 class Scheduler(SimpleNamespace):
-    """vLLM's rule in short: requests in their order, a prompt no more than the threshold, all within the budget."""
+    """vLLM's rule in short: requests in their order, each no more than the threshold, all within the budget."""
 
     waiting: ClassVar = ()
+    num_spec_tokens = 0
 
     def schedule(self):
         budget, taken = self.max_num_scheduled_tokens, {}
         for request in [*self.running, *self.waiting]:
-            wanted = 1 if request.num_output_tokens else request.num_left
+            wanted = 1 + len(request.spec_token_ids) if request.num_output_tokens else request.num_left
             threshold = self.scheduler_config.long_prefill_token_threshold
             number = min(wanted, budget, threshold or wanted)
             taken[request.request_id] = number
@@ -66,8 +67,13 @@ class Scheduler(SimpleNamespace):
         return SimpleNamespace(num_scheduled_tokens=taken)
 
 
-def request(name, num_output_tokens, num_left=4000):
-    return SimpleNamespace(request_id=name, num_output_tokens=num_output_tokens, spec_token_ids=[], num_left=num_left)
+def request(name, num_output_tokens, num_left=4000, num_drafts=0):
+    return SimpleNamespace(
+        request_id=name,
+        num_output_tokens=num_output_tokens,
+        spec_token_ids=[7] * num_drafts,
+        num_left=num_left,
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,6 +99,30 @@ def test_prompts_share_the_limit_and_every_decode_has_its_token(running, taken):
     assert (scheduler.max_num_scheduled_tokens, settings.long_prefill_token_threshold) == (4096, 0)
 
 
+@pytest.mark.parametrize(
+    ("running", "num_drafts", "taken"),
+    [
+        ("ppppppppd", 3, [4] * 9),
+        ("dpppppppp", 3, [4] * 9),
+        ("dp", 3, [4, 16]),
+        ("p" * 20 + "d", 0, [1] * 21),
+        ("dw", 3, [4, 16]),
+    ],
+)
+def test_every_decode_keeps_its_drafts_however_many_prompts_there_are(running, num_drafts, taken):
+    settings = SimpleNamespace(long_prefill_token_threshold=0)
+    requests = [request(str(number), int(kind == "d"), 4000, num_drafts) for number, kind in enumerate(running)]
+    scheduler = Scheduler(
+        max_num_scheduled_tokens=4096,
+        scheduler_config=settings,
+        running=[own for own, kind in zip(requests, running, strict=True) if kind != "w"],
+        waiting=[own for own, kind in zip(requests, running, strict=True) if kind == "w"],
+        num_spec_tokens=num_drafts,
+    )
+    step = Bound(PromptLimit(1.0, 4096)).schedule(scheduler, scheduler.schedule)
+    assert list(step.num_scheduled_tokens.values()) == taken
+
+
 def test_a_threshold_that_was_asked_for_stays():
     settings = SimpleNamespace(long_prefill_token_threshold=5)
     scheduler = Scheduler(
@@ -106,6 +136,10 @@ def test_a_threshold_that_was_asked_for_stays():
     ("settings", "message"),
     [
         ({"enable_chunked_prefill": False}, "prompts come in one piece: drop --no-enable-chunked-prefill, or the key"),
+        (
+            {"long_prefill_token_threshold_adaptive": True},
+            "vLLM lets prompts exceed any threshold: drop --long-prefill-token-threshold-adaptive, or the key",
+        ),
         ({"scheduler_cls": "my.Scheduler"}, "my.Scheduler is not vLLM's scheduler: drop --scheduler-cls, or the key"),
     ],
 )

@@ -90,6 +90,11 @@ CASES = {
         {"offload_config": offloaded(offload_backend="uva")},
     ],
     "speculative execution": ["gpu", {"execution": "speculative", "artifact": "folder"}],
+    "an artifact in a pipeline: it is known by the gates of the whole model, of which a stage has a part": [
+        "cpu",
+        {"artifact": "folder"},
+        {"parallel_config": parallel(pipeline_parallel_size=2)},
+    ],
     "a number of tokens for the KV cache on the CPU platform": ["cpu", {"kv_cache_tokens": 1000}],
     "a number of tokens for a KV cache whose bytes are given": [
         "gpu",

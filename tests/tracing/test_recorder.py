@@ -42,6 +42,25 @@ def test_a_replay_counts_what_was_counted_wherever_the_recording_began(tmp_path,
         assert simulate_all(trace, Setting((SLOTS,) * LAYERS, "ewma")).misses == sum(own.misses for own in words)
 
 
+def test_of_a_rank_with_a_share_of_the_experts_all_that_was_routed_is_kept_and_nothing_of_its_planners(tmp_path):
+    caches, routed = make_caches(), 2 * EXPERTS
+    for cache in caches.layers:
+        cache.expert_map = torch.tensor([*range(EXPERTS), *[-1] * (EXPERTS + 1)], dtype=torch.int32)
+    card = replace(CARD, num_experts=(routed,) * LAYERS, num_slots=(2 * SLOTS,) * LAYERS)
+    made = Recorder(caches.layers, card, TraceFolder(tmp_path, 10**9))
+    for first in range(routed - 1):
+        for number, cache in enumerate(caches.layers):
+            ids = torch.tensor([[first, first + 1]])
+            made.note(number, ids, 1, torch.ones(1, TOP_K))
+            cache.serve(cache.local(ids), 1)
+        made.end_step(0, 1, 0.25)
+    made.finish()
+    trace = read_trace(made.folder.path)
+    assert trace.routed(1).tolist() == [[first, first + 1] for first in range(routed - 1)]
+    assert (trace.states, trace.counted(), as_recorded(trace)) == ((), None, None)
+    assert simulate_all(trace, Setting(card.num_slots, "ewma")).misses == LAYERS * routed, "as one cache"
+
+
 def test_a_trace_that_a_replay_contradicts_is_refused(tmp_path):
     made, _ = recorded(tmp_path, 30)
     trace = read_trace(made.folder.path)

@@ -18,6 +18,7 @@ from vllm_expert_prefetch.config import (
 from vllm_expert_prefetch.lookahead.after import LookAhead
 from vllm_expert_prefetch.prediction import (
     Artifact,
+    ArtifactError,
     Card,
     Gate,
     Ingredients,
@@ -71,6 +72,15 @@ def check_distance(config: ExpertPrefetchConfig, num_layers: int, what: str) -> 
         )
 
 
+def check_hybrid(config: ExpertPrefetchConfig, card: Card) -> None:
+    """Raise ArtifactError where the predictor `hybrid` was asked for, and the artifact with this card has none."""
+    if config.predictor == "hybrid" and not card.hybrid:
+        raise ArtifactError(
+            f"artifact {config.artifact} holds no hybrid: calibrate again, or set predictor to {AUTO}, which takes "
+            "what is there"
+        )
+
+
 def create_look_ahead(
     config: ExpertPrefetchConfig,
     gates: Sequence[Gate],
@@ -101,6 +111,7 @@ def choose_predictors(
     artifact = None
     if config.artifact:
         artifact = load_artifact(Path(config.artifact), fingerprint(gates)).on(gates[0].weight.device)
+        check_hybrid(config, artifact.card)
     name = config.predictor
     if name == AUTO:
         name = "hybrid" if artifact is not None and artifact.card.hybrid else "router"

@@ -30,12 +30,6 @@ def granularity(device: torch.device) -> int:
         ) from error
 
 
-def bytes_taken() -> int:
-    """Physical bytes behind all mapped rows of this process, shared ones once; plain tensors are not among them."""
-    library: Any = cuda_library()
-    return int(library.row_space_bytes())
-
-
 class DeviceSharedRows:
     """The row spaces of all layers whose records have one shape and that have C slots, and what is behind their rows.
 

@@ -3,6 +3,7 @@
 torch's pinned allocator rounds sizes up to powers of two (58 GB becomes 77 GB), hence mmap and registration here.
 """
 
+import contextlib
 import ctypes
 import errno
 import mmap
@@ -30,6 +31,7 @@ _TOUCH_BYTES = 64 * 2**20
 _MAX_TOUCH_THREADS = 8
 _CUDA_PORTABLE_AND_MAPPED, _CUDA_READ_ONLY = 1 | 2, 8
 _CAP_IPC_LOCK = 14
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class HostMemory:
         with warnings.catch_warnings(action="ignore"):  # torch knows no tensor that may not be written to
             self.bytes = torch.frombuffer(view, dtype=torch.uint8)
         if options.huge_pages:
-            self._try(lambda: _advise_huge_pages(mapping), options.must_have_huge_pages)
+            self._try(lambda: _advise_huge_pages(mapping, file is not None), options.must_have_huge_pages)
         if options.numa_node is not None:
             node, mode = options.numa_node, _MPOL_BIND if options.must_bind else _MPOL_PREFERRED
             self._try(lambda: _place_on_node(self.bytes.data_ptr(), num_bytes, node, mode), options.must_bind)
@@ -134,7 +136,26 @@ def _touch_pages(address: int, num_bytes: int) -> None:
         list(threads.map(touch, range(0, num_bytes, _TOUCH_BYTES)))
 
 
-def _advise_huge_pages(mapping: mmap.mmap) -> None:
+def check_huge_pages(is_shared: bool, settings: Path = _HUGE_PAGES) -> None:
+    """Raise ConfigError where the kernel is set to give no transparent huge pages (2 MB), which no call tells.
+
+    `is_shared`: in memory of a file. `settings`: the folder where the kernel says so.
+    """
+    name = "shmem_enabled" if is_shared else "enabled"
+    for path in (settings / "hugepages-2048kB" / name, settings / name):
+        with contextlib.suppress(OSError):  # not every kernel has both
+            found = re.search(r"\[(\w+)\]", path.read_text())
+            if found and found[1] in ("never", "deny"):
+                raise ConfigError(
+                    f"{CONFIG_KEY}: huge_pages: {path} is set to {found[1]}: the kernel gives none. Write "
+                    f"{'advise' if is_shared else 'madvise'} into it, or set huge_pages to off"
+                )
+            if found and found[1] != "inherit":
+                return
+
+
+def _advise_huge_pages(mapping: mmap.mmap, is_shared: bool) -> None:
+    check_huge_pages(is_shared)
     try:
         mapping.madvise(mmap.MADV_HUGEPAGE)
     except OSError as error:

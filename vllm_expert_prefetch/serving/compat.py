@@ -1,6 +1,6 @@
 """Every name of vLLM that may move between releases, in one place, and the range of releases that was read."""
 
-from collections.abc import Callable
+import weakref
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from packaging.version import Version
@@ -9,6 +9,8 @@ from vllm_expert_prefetch.config import CONFIG_KEY, ConfigError
 
 if TYPE_CHECKING:
     import torch
+
+    from vllm_expert_prefetch.cache.base import Caches
 
 LOWEST, LOWEST_ON_CPU, BEYOND = Version("0.26"), Version("0.30"), Version("0.34")
 SUPPORTED = f"{LOWEST} to 0.33 on a GPU, {LOWEST_ON_CPU} to 0.33 on CPU"
@@ -186,21 +188,23 @@ def request_names(runner: Any) -> list[str]:
     return [*getattr(batch, "req_ids", ())]
 
 
-def install_offloader(join: Callable[[], None], beside_others: bool = False) -> None:
-    """Have vLLM call `join` before it captures or replays a CUDA graph, and before a capture ends.
+def install_offloader(caches: "Caches", beside_others: bool = False) -> None:
+    """Have vLLM join `caches` before it captures or replays a CUDA graph, and before a capture ends.
 
-    `beside_others`: and what was installed before as well.
+    It keeps the offloader beyond the engine, which does not keep `caches` alive. `beside_others`: and what was
+    installed before as well.
     """
     from vllm.model_executor.offloader.base import NoopOffloader, get_offloader, set_offloader
 
-    before = getattr(get_offloader(), "joins", []) if beside_others else []
+    before = getattr(get_offloader(), "joined", []) if beside_others else []
 
     class _Joining(NoopOffloader):
-        joins: ClassVar = [*before, join]
+        joined: ClassVar = [*before, weakref.ref(caches)]
 
         def sync_prev_onload(self) -> None:
-            for each in self.joins:
-                each()
+            for held in self.joined:
+                if (living := held()) is not None:
+                    living.join()
 
         join_after_forward = sync_prev_onload
 

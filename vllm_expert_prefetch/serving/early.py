@@ -18,9 +18,9 @@ from vllm_expert_prefetch.config import (
     ExpertPrefetchConfig,
     draft_model_of,
 )
-from vllm_expert_prefetch.lookahead.create import check_distance
+from vllm_expert_prefetch.lookahead.create import check_distance, check_hybrid
 from vllm_expert_prefetch.memory.host_limit import check_experts_fit
-from vllm_expert_prefetch.memory.host_memory import check_can_lock
+from vllm_expert_prefetch.memory.host_memory import check_can_lock, check_huge_pages
 from vllm_expert_prefetch.memory.shared_store import check_store, remove_dead_stores
 from vllm_expert_prefetch.planning.checkpoint import read_layer_shapes
 from vllm_expert_prefetch.planning.sizing import Areas, areas_asked, share_of, size_cache
@@ -137,8 +137,10 @@ def _check_host(config: ExpertPrefetchConfig) -> None:
             f"{CONFIG_KEY}: numa_node is {config.numa_node}, and this host has {', '.join(map(str, nodes))}: name one "
             "of them, or leave the key out"
         )
+    if config.huge_pages == "on":
+        check_huge_pages(config.shared_store != OFF)
     if config.artifact is not None:
         try:
-            load_card(Path(config.artifact))
+            check_hybrid(config, load_card(Path(config.artifact)))
         except ArtifactError as error:
             raise ConfigError(f"{CONFIG_KEY}: {error}") from error

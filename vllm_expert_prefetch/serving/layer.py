@@ -209,7 +209,7 @@ class CachedRoutedExperts(RoutedExperts):
             topk_weights, topk_ids = execute_instead(guess, topk_weights, topk_ids)
         own_ids = self.cache.local(topk_ids)
         if self.recorder is not None:
-            self.recorder.note(self.recorded_number, own_ids, rows, topk_weights)
+            self.recorder.note(self.recorded_number, topk_ids, rows, topk_weights)
         if self.warm_start is not None:
             self.warm_start.note(self.number, own_ids.numpy()[:rows])
         row_ids = self.cache.serve(own_ids, rows, guess is not None)

@@ -67,33 +67,44 @@ def _answer_of(held: "weakref.ref[TraceSwitch]") -> Callable[[Mapping[str, Any]]
     return answer
 
 
-def warm_slots(worker: "Worker", model: str) -> WarmStart | None:
+def warm_slots(worker: "Worker", vllm_config: Any) -> WarmStart | None:
     """Bring the experts that the profile of `worker` names as the most used, as one step would, and say how many.
 
+    Of a layer's experts those that this rank has. A stage of a pipeline leaves layers cold that the profile does not
+    name: it may come from a trace of another stage.
     Returns what finds out what that gains; None on a GPU, where nothing on the host sees the routing.
     Raises ConfigError where the profile does not fit the layers.
     """
-    path, num_slots = Path(str(worker.config.profile)), 0
+    path, num_slots, cold = Path(str(worker.config.profile)), 0, []
+    is_stage = vllm_config.parallel_config.pipeline_parallel_size > 1
     starts = {}
     try:
-        profile = read_profile(path, model)
+        profile = read_profile(path, vllm_config.model_config.model)
         for layer in worker.layers:
             if layer.cache is None:
                 continue
             name, cache = short_name(layer.layer_name, layer.number), layer.cache
-            ids = torch.tensor([profile.hottest(name, cache.num_experts, cache.num_slots)], device=layer.accelerator)
-            cache.serve(ids, torch.zeros(1, dtype=torch.int64, device=layer.accelerator) if cache.on_device else 1)
-            num_slots += cache.num_slots
+            if is_stage and name not in profile.uses:
+                cold.append(name)
+            else:
+                ranked = profile.hottest(name, cache.num_routed, cache.num_routed)
+                own = cache.local(torch.tensor(ranked, device=layer.accelerator))
+                own = own[own >= 0][-cache.num_slots :].unsqueeze(0)
+                cache.serve(own, torch.zeros(1, dtype=torch.int64, device=layer.accelerator) if cache.on_device else 1)
+                num_slots += cache.num_slots
             if not cache.on_device:
                 numbers = cache.num_experts, cache.num_slots, cache.top_k, cache.record_bytes
                 starts[layer.number] = LayerStart(*numbers, cache.state.numpy().copy())
     except TraceError as error:
         raise ConfigError(f"{CONFIG_KEY}: profile: {path}: {error}") from error
     compat.logger().info("expert_prefetch: %d slots are warm with the most used experts of %s", num_slots, path)
+    if cold:
+        compat.logger().warning("expert_prefetch: %s says nothing of layers %s: they start cold", path, ", ".join(cold))
     return WarmStart(starts, worker.config.policy) if starts else None
 
 
 def _recorder(worker: "Worker", vllm_config: Any, folder: TraceFolder, with_weights: bool) -> Recorder:
+    """With the slots and links of all ranks together, among which the experts may be divided: their routing is one."""
     layers = [layer for layer in worker.layers if layer.cache is not None]
     caches = [layer.cache for layer in layers if layer.cache is not None]
     if not caches:
@@ -104,14 +115,15 @@ def _recorder(worker: "Worker", vllm_config: Any, folder: TraceFolder, with_weig
     card = TraceCard(
         model=str(vllm_config.model_config.model),
         layers=tuple(short_name(layer.layer_name, layer.number) for layer in layers),
-        num_experts=tuple(cache.num_experts for cache in caches),
+        num_experts=tuple(cache.num_routed for cache in caches),
         top_k=tuple(cache.top_k for cache in caches),
         record_bytes=tuple(cache.record_bytes for cache in caches),
-        num_slots=tuple(cache.num_slots for cache in caches),
+        num_slots=tuple(cache.num_slots * cache.num_routed // cache.num_experts for cache in caches),
         policy=worker.config.policy,
         execution=worker.execution,
         prefetch=worker.prefetch,
-        link_bytes_per_second=worker.publisher.counters.get("link_bytes_per_second"),
+        link_bytes_per_second=worker.publisher.counters.get("link_bytes_per_second")
+        * compat.num_shares(vllm_config.parallel_config),
         made_by=f"vllm-expert-prefetch {__version__}, vLLM {compat.vllm_version()}",
         recorded_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )

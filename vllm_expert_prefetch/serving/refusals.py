@@ -121,6 +121,14 @@ REFUSALS = (
         "gpu",
     ),
     Refusal(
+        "an artifact in a pipeline: it is known by the gates of the whole model, of which a stage has a part",
+        "artifact",
+        "drop the key and what needs it: the router predicts without one",
+        lambda vllm_config, config: (
+            config.artifact is not None and vllm_config.parallel_config.pipeline_parallel_size > 1
+        ),
+    ),
+    Refusal(
         "a number of tokens for the KV cache on the CPU platform",
         "kv_cache_tokens",
         "drop the key: there vLLM's KV cache has a size of its own (VLLM_CPU_KVCACHE_SPACE)",

@@ -27,11 +27,12 @@ class Bound:
             return schedule()
         settings, most = scheduler.scheduler_config, scheduler.max_num_scheduled_tokens
         threshold = settings.long_prefill_token_threshold
-        # Of running prompts each gets a share: one that stands before the decodes must leave them theirs.
+        # Of running prompts each gets a share: one that stands before the decodes must leave them theirs. The threshold
+        # holds for decodes as well, which verify a token and its drafts.
         num_prompts = max(1, len(scheduler.running) - len(decoding))
-        each = max(1, self.limit.tokens // num_prompts)
+        each = max(1 + scheduler.num_spec_tokens, self.limit.tokens // num_prompts)
         wanted = sum(1 + len(request.spec_token_ids) for request in decoding)
-        scheduler.max_num_scheduled_tokens = min(most, wanted + self.limit.tokens)
+        scheduler.max_num_scheduled_tokens = min(most, wanted + max(self.limit.tokens, each * num_prompts))
         settings.long_prefill_token_threshold = min(each, threshold) if threshold else each
         try:
             step = schedule()
@@ -90,6 +91,10 @@ def check_scheduler(vllm_config: Any, config: ExpertPrefetchConfig) -> None:
     asked = f"{CONFIG_KEY}: max_decode_delay_ms is {config.max_decode_delay_ms:g}, and"
     if not settings.enable_chunked_prefill:
         raise ConfigError(f"{asked} prompts come in one piece: drop --no-enable-chunked-prefill, or the key")
+    if getattr(settings, "long_prefill_token_threshold_adaptive", False):
+        raise ConfigError(
+            f"{asked} vLLM lets prompts exceed any threshold: drop --long-prefill-token-threshold-adaptive, or the key"
+        )
     own = settings.scheduler_cls
     if own is not None and not str(own).startswith("vllm."):
         raise ConfigError(f"{asked} {own} is not vLLM's scheduler: drop --scheduler-cls, or the key")

@@ -142,6 +142,7 @@ v1.core.sched.scheduler:Scheduler.schedule
 v1.core.sched.scheduler:Scheduler.update_from_output(scheduler_output)
 v1.core.sched.scheduler:Scheduler.max_num_scheduled_tokens
 v1.core.sched.scheduler:Scheduler.running
+v1.core.sched.scheduler:Scheduler.num_spec_tokens
 v1.core.sched.scheduler:Scheduler.scheduler_config
 v1.request:Request.num_output_tokens
 v1.request:Request.spec_token_ids

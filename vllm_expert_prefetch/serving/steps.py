@@ -54,31 +54,39 @@ def watch_loading(runner: Any) -> None:
 def watch_steps(runner: Any, vllm_config: Any) -> None:
     """Let the worker's clock see each step of `runner`.
 
-    A step is one `execute_model`, and the `sample_tokens` that follows when the former returns None.
+    A step is one `execute_model`, and the `sample_tokens` that follows when the former returns None. It also follows
+    where a stage of a pipeline that is not the last one has returned what the next one needs.
     """
     execute, sample = runner.execute_model, runner.sample_tokens
+    is_open = False
+
+    def end(worker: Worker) -> None:
+        nonlocal is_open
+        if is_open:
+            is_open = False
+            worker.step_ended()
 
     def timed_execute(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal is_open
         worker = find_worker(vllm_config)
         if worker is None or worker.publisher is None:
             return execute(scheduler_output, *args, **kwargs)
         is_step = bool(scheduler_output.total_num_scheduled_tokens)
         if is_step:
+            is_open = True
             worker.step_begins(*count_sequences(scheduler_output))
         output = execute(scheduler_output, *args, **kwargs)
         if worker.traces is not None and worker.traces.is_recording:
             worker.traces.note_tokens(tokens_by_request(runner, scheduler_output), scheduler_output.finished_req_ids)
-        if not is_step:
-            return output
-        if output is not None:
-            worker.step_ended()
+        if is_step and output is not None:
+            end(worker)
         return output
 
     def timed_sample(*args: Any, **kwargs: Any) -> Any:
         output = sample(*args, **kwargs)
         worker = find_worker(vllm_config)
         if worker is not None:
-            worker.step_ended()
+            end(worker)
         return output
 
     runner.execute_model, runner.sample_tokens = timed_execute, timed_sample

@@ -135,7 +135,7 @@ class Worker:
             depth = depth_of(self.config, len(self._layers), compat.on_cuda_platform())
             self.caches = create_caches(len(self._layers), self._link(), layer.accelerator, depth)
             if self.caches.on_device:
-                compat.install_offloader(self.caches.join, self.joins_others)
+                compat.install_offloader(self.caches, self.joins_others)
         key = (num_slots, *((name, view.shape, view.dtype) for name, view in store.views.items()))
         if key not in self._groups:
             self._groups[key] = create_shared_rows(store.views, num_slots, self.sizes.areas, layer.accelerator), []
@@ -221,7 +221,7 @@ class Worker:
         if self.config.ghost_caches:
             add_ghosts(caches)
         if self.config.profile is not None:  # before anything is counted
-            self._watch_warm_start(warm_slots(self, self._vllm_config.model_config.model))
+            self._watch_warm_start(warm_slots(self, self._vllm_config))
         self.publisher = self._publish(self._look_ahead(model, link_rate), link_rate)
         self.traces = create_switch(self, self._vllm_config)
         for line in self.describe():

@@ -36,6 +36,8 @@ class Recorder:
         self.num_steps = self.num_dropped = 0
         """Steps kept so far, and those that were not: a layer was not called, or more than once."""
         self._caches = caches
+        self._plans_all = all(cache.expert_map is None for cache in caches)
+        """Whether the planners see all that is routed: under expert parallelism a rank's see its own experts."""
         self._with_weights = with_weights
         self._weights_of_step: list[list[_Noted]] = [[] for _ in caches]
         self._numbers: dict[str, int] = {}
@@ -113,8 +115,8 @@ class Recorder:
             seconds=np.array(seconds, dtype=np.float32),
             stalls=np.array(stalls, dtype=np.float32),
             ids=tuple(np.concatenate(own) for own in self._ids),
-            states=self._states,
-            totals=totals,
+            states=self._states if self._plans_all else (),
+            totals=totals if self._plans_all else None,
             requests=np.concatenate(self._requests),
             weights=tuple(np.concatenate(own).astype(np.float16, copy=False) for own in self._weights if own),
         )

@@ -20,6 +20,7 @@ from parallel.engines_of_two import SERVED
 from parallel.rows_of_stock import told_rows
 from vllm_expert_prefetch.config import ConfigError
 from vllm_expert_prefetch.serving.expert_share import own_experts, take_share
+from vllm_expert_prefetch.tracing.profile import read_profile
 
 
 @pytest.fixture
@@ -62,11 +63,11 @@ def test_a_rank_with_the_larger_third_adds_what_plain_vllms_rank_adds(as_rank):
 @pytest.mark.proves("expert parallelism")
 @pytest.mark.engine
 @pytest.mark.long
-def test_two_ranks_together_give_the_tokens_of_plain_vllm():
+def test_two_ranks_together_give_the_tokens_of_plain_vllm(tmp_path):
     """In a process each."""
     options = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
     stock = engines_of_two.run(None, worker_extension_cls="parallel.rows_in_workers.ToldRows", **options)
-    served = engines_of_two.run(SERVED, **options)
+    served = engines_of_two.run(SERVED | {"write_profile": str(tmp_path / "hot.json")}, **options)
     assert served.outputs == stock.outputs
     assert set(served.ranks) == {"0", "1"}
     for rank in served.ranks.values():
@@ -74,6 +75,8 @@ def test_two_ranks_together_give_the_tokens_of_plain_vllm():
         assert min(rank.value("lookups_total/miss"), rank.value("predictions_total/used")) > 0
     # Each plans its own experts: what one has to fetch is not what the other has.
     assert len({rank.value("transfer_bytes_total/demand") for rank in served.ranks.values()}) == 2
+    held = {path.name: len(read_profile(path, str(TINY_MODEL)).uses["7"]) for path in tmp_path.iterdir()}
+    assert held == {"hot.json": 8, "hot.json.rank1": 8}
 
 
 @pytest.mark.proves("expert parallelism", "shim")

@@ -1,4 +1,4 @@
-"""A worker's switch for recordings of its routing, and what each recording says of the server."""
+"""A worker's switch for recordings of its routing, what each recording says of the server, and profiles."""
 
 import weakref
 from collections.abc import Callable, Mapping
@@ -18,6 +18,7 @@ from vllm_expert_prefetch.tracing.card import TraceCard, TraceError
 from vllm_expert_prefetch.tracing.control import SUFFIX, serve_control
 from vllm_expert_prefetch.tracing.folder import TraceFolder
 from vllm_expert_prefetch.tracing.profile import read_profile
+from vllm_expert_prefetch.tracing.profile_writer import ProfileWriter
 from vllm_expert_prefetch.tracing.recorder import Recorder
 from vllm_expert_prefetch.tracing.switch import TraceSwitch
 
@@ -67,16 +68,18 @@ def _answer_of(held: "weakref.ref[TraceSwitch]") -> Callable[[Mapping[str, Any]]
     return answer
 
 
-def warm_slots(worker: "Worker", model: str) -> WarmStart | None:
+def warm_slots(worker: "Worker", vllm_config: Any) -> WarmStart | None:
     """Bring the experts that the profile of `worker` names as the most used, as one step would, and say how many.
 
     Returns what finds out what that gains; None on a GPU, where nothing on the host sees the routing.
     Raises ConfigError where the profile does not fit the layers.
     """
     path, num_slots = Path(str(worker.config.profile)), 0
+    own = _of_rank(path, vllm_config.parallel_config)
+    path = own if own.exists() else path
     starts = {}
     try:
-        profile = read_profile(path, model)
+        profile = read_profile(path, vllm_config.model_config.model)
         for layer in worker.layers:
             if layer.cache is None:
                 continue
@@ -91,6 +94,30 @@ def warm_slots(worker: "Worker", model: str) -> WarmStart | None:
         raise ConfigError(f"{CONFIG_KEY}: profile: {path}: {error}") from error
     compat.logger().info("expert_prefetch: %d slots are warm with the most used experts of %s", num_slots, path)
     return WarmStart(starts, worker.config.policy) if starts else None
+
+
+def create_profile_writer(worker: "Worker", vllm_config: Any) -> ProfileWriter | None:
+    """What writes the profile of `worker` that the key `write_profile` asks for; None on ranks that hold the same
+    experts as another, and where every expert is resident."""
+    asked, served = worker.config.write_profile, [layer for layer in worker.layers if layer.cache is not None]
+    if asked is None or not served:
+        return None
+    parallel = vllm_config.parallel_config
+    if _first_alike(parallel) != parallel.rank:
+        return None
+    caches = {short_name(layer.layer_name, layer.number): layer.cache for layer in served if layer.cache is not None}
+    return ProfileWriter(_of_rank(Path(asked), parallel), str(vllm_config.model_config.model), caches)
+
+
+def _of_rank(path: Path, parallel: Any) -> Path:
+    """The profile of a rank among several files: `path` is the first one's, `path.rank2` that of rank 2."""
+    rank = _first_alike(parallel)
+    return path.with_name(f"{path.name}.rank{rank}") if rank else path
+
+
+def _first_alike(parallel: Any) -> int:
+    """The first rank that holds the same experts as this one."""
+    return int(parallel.rank - parallel.rank % (parallel.tensor_parallel_size // compat.num_shares(parallel)))
 
 
 def _recorder(worker: "Worker", vllm_config: Any, folder: TraceFolder, with_weights: bool) -> Recorder:

@@ -156,7 +156,7 @@ def test_what_cannot_work_is_one_message_with_the_remedy(capsys, arguments, says
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A machine whose GPU has 25 GB, whose link reaches 21.5 GB/s with the records of a model, and 200 GB of host
+    """A machine whose GPU has 25 GB, whose link reaches 21.5 GB/s with the records of a model, and 50 GB of host
     memory. Its name can be set; None is no GPU."""
     found = SimpleNamespace(name="NVIDIA GeForce RTX 4090")
     cuda = SimpleNamespace(
@@ -168,18 +168,18 @@ def gpu(monkeypatch):
     monkeypatch.setattr(doctor_gpu, "_torch", lambda: SimpleNamespace(cuda=cuda))
     speeds = {64 << 10: 9.5, 1 << 20: 17.5, 9 << 20: 21.5, 50 << 20: 22.5}
     monkeypatch.setattr(doctor_gpu, "_measure", lambda torch, size: {"gather_gbps": speeds[size]})
-    monkeypatch.setattr(host_limit, "host_limit", lambda: host_limit.HostLimit(200 * 10**9, "this host"))
+    monkeypatch.setattr(host_limit, "host_limit", lambda: host_limit.HostLimit(50 * 10**9, "this host"))
     return found
 
 
 def test_measured_are_memory_and_link_and_the_rest_is_that_of_the_known_gpu(capsys, gpu):
-    found = planned(capsys, "Qwen3-30B-A3B", "--measure")
+    model, given = "Qwen3-30B-A3B-FP8", ("--gpu-memory", 25, "--link-gbps", 21.5, "--host-memory", 50)
+    found = planned(capsys, model, "--measure")
     assert found["machine"] == "RTX 4090 with 25.0 GB, link 21.5 GB/s"
-    named = ("--gpu", "RTX 4090", "--gpu-memory", 25, "--link-gbps", 21.5)
-    assert found == planned(capsys, "Qwen3-30B-A3B", *named)
-    other = planned(capsys, "Qwen3-30B-A3B", "--gpu", "L4", *named[2:])
+    assert found == planned(capsys, model, "--gpu", "RTX 4090", *given)
+    other = planned(capsys, model, "--gpu", "L4", *given)
     assert found["tpot_bound_ms"]["compute"] < other["tpot_bound_ms"]["compute"], "of a slower GPU"
-    assert "200.0 GB" in refused(capsys, "Qwen3-235B-A22B", "--measure")
+    assert "there are 50.0 GB" in refused(capsys, "Qwen3-30B-A3B", "--measure")
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,7 @@ GOOD = {
     "trace_mb": [256],
     "trace_weights": [False],
     "profile": [None, "file"],
+    "write_profile": [None, "file"],
 }
 BAD = {
     "cache_gb": [0, -1, math.nan, math.inf, "12 GB", True],
@@ -81,6 +82,7 @@ BAD = {
     "trace_mb": [0, -1, 0.5, "much", None, True],
     "trace_weights": [1, "maybe", None],
     "profile": [1, True],
+    "write_profile": [1, True],
 }
 
 

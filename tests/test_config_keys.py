@@ -21,7 +21,7 @@ from vllm_expert_prefetch.native.library import host_library, why_not_host
 from vllm_expert_prefetch.planning.sizing import LayerShape, areas_asked, size_cache
 from vllm_expert_prefetch.prediction import ArtifactError
 from vllm_expert_prefetch.residency import POLICIES
-from vllm_expert_prefetch.serving import compat, worker
+from vllm_expert_prefetch.serving import compat, steps, worker
 from vllm_expert_prefetch.serving.draft_worker import worker_of_draft
 from vllm_expert_prefetch.serving.recording import create_switch
 from vllm_expert_prefetch.serving.scheduling import bound_of
@@ -30,7 +30,7 @@ from vllm_expert_prefetch.serving.speculation import describe_execution
 from vllm_expert_prefetch.serving.worker import Worker
 from vllm_expert_prefetch.tracing import switch
 from vllm_expert_prefetch.tracing.folder import TraceFolder
-from vllm_expert_prefetch.tracing.profile import Profile, write_profile
+from vllm_expert_prefetch.tracing.profile import Profile, read_profile, write_profile
 
 pytestmark = pytest.mark.skipif(host_library() is None, reason=str(why_not_host()))
 
@@ -251,18 +251,60 @@ def test_ghost_caches_have_slots_in_proportion(monkeypatch, tmp_path):
     assert ghosts(monkeypatch, tmp_path, ExpertPrefetchConfig()) is None
 
 
+def of_one_rank(made, **parallel):
+    """Give the worker vLLM's settings that say which model and rank are its."""
+    sizes = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1}
+    parallel = {"rank": 0, "enable_expert_parallel": False, **sizes} | parallel
+    made._vllm_config.model_config = SimpleNamespace(model="folder/m")
+    made._vllm_config.parallel_config = SimpleNamespace(**parallel)
+    return made
+
+
 def profile(monkeypatch, tmp_path, config):
     """What is resident when the worker has started."""
     write_profile(tmp_path / "p.json", Profile("folder/m", {"0": [0, 9, 0, 7, 0, 8, 6, 0]}))
     monkeypatch.chdir(tmp_path)
     made = made_worker(monkeypatch, config)
-    made._vllm_config.model_config = SimpleNamespace(model="m")
-    made._vllm_config.parallel_config = SimpleNamespace(pipeline_parallel_size=1)
+    of_one_rank(made)
     return {expert for expert in tables_of(started(monkeypatch, made).caches.layers[0].state)[1][4] if expert >= 0}
 
 
 def test_the_experts_that_a_profile_names_are_in_the_slots(monkeypatch, tmp_path):
     assert profile(monkeypatch, tmp_path, ExpertPrefetchConfig(profile="p.json")) == {1, 3, 5, 6}
+
+
+def test_a_rank_whose_experts_are_others_has_a_file_of_its_own(monkeypatch, tmp_path):
+    parts = {"p.json": [1, 0, 0, 0, 2, 3, 0, 4], "p.json.rank2": [0, 9, 0, 7, 0, 8, 6, 0]}
+    for name, uses in parts.items():
+        write_profile(tmp_path / name, Profile("m", {"0": uses}))
+    warm, names = {}, {}
+    for rank, is_divided in ((0, False), (1, False), (2, False), (3, False), (2, True), (3, True)):
+        config = ExpertPrefetchConfig(profile=str(tmp_path / "p.json"), write_profile=str(tmp_path / "p.json"))
+        made = of_one_rank(
+            made_worker(monkeypatch, config), rank=rank, tensor_parallel_size=2, enable_expert_parallel=is_divided
+        )
+        served = started(monkeypatch, made).caches.layers[0]
+        warm[rank, is_divided] = {expert for expert in tables_of(served.state)[1][4] if expert >= 0}
+        names[rank, is_divided] = made.profile_writer and made.profile_writer._path.name
+    first, third = {0, 4, 5, 7}, {1, 3, 5, 6}
+    assert [*warm.values()] == [first, first, third, third, third, first]
+    assert [*names.values()] == ["p.json", None, "p.json.rank2", None, "p.json.rank2", "p.json.rank3"]
+
+
+def written(monkeypatch, tmp_path, config):
+    """The experts of the profile that is there when a worker has served a step and ended; None without one."""
+    monkeypatch.chdir(tmp_path)
+    made = started(monkeypatch, of_one_rank(made_worker(monkeypatch, config)))
+    made.caches.layers[0].serve(torch.tensor([[5, 2], [7, 5]]), 2)
+    vllms = SimpleNamespace(shutdown=lambda: None)
+    monkeypatch.setattr(steps, "find_worker", lambda _: made)
+    steps.watch_end(vllms, None)
+    vllms.shutdown()
+    return [*tmp_path.iterdir()] and read_profile(tmp_path / "p.json", "m").hottest("0", 8, 3)
+
+
+def test_the_profile_that_is_written_names_the_experts_that_have_a_slot(monkeypatch, tmp_path):
+    assert written(monkeypatch, tmp_path, ExpertPrefetchConfig(write_profile="p.json")) == [5, 2, 7]
 
 
 def draft_slots(monkeypatch, tmp_path, config):
@@ -317,6 +359,7 @@ TABLE = {
     "trace_mb": (recording, {"trace": "traces"}, {"trace": "traces", "trace_mb": 7}),
     "trace_weights": (recording, {"trace": "traces"}, {"trace": "traces", "trace_weights": True}),
     "profile": (profile, {}, {"profile": "p.json"}),
+    "write_profile": (written, {}, {"write_profile": "p.json"}),
     "ghost_caches": (ghosts, {}, {"ghost_caches": True}),
     "metrics_port": (port, {}, {"metrics_port": 9400}),
 }

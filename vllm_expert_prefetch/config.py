@@ -268,8 +268,14 @@ class ExpertPrefetchConfig:
     )
     profile: StrictStr | None = _key(
         None,
-        "File that `vllm-expert-prefetch simulate TRACE --write-profile` has written for this model: its most used "
-        "experts are in the slots at start. Unset: slots start free.",
+        "File that the key `write_profile`, or the flag `--write-profile` of `vllm-expert-prefetch trace stop` or "
+        "`simulate`, has written for this model: its most used experts are in the slots at start. Unset: slots start "
+        "free.",
+    )
+    write_profile: StrictStr | None = _key(
+        None,
+        "File for `profile` that the server writes when it ends, and once a minute while it serves: the experts that "
+        "have a slot then. Unset: none.",
     )
 
     @property

@@ -7,6 +7,7 @@ from array import array
 import pytest
 import torch
 
+from vllm_expert_prefetch.cache.base import by_hotness
 from vllm_expert_prefetch.cache.words import Words
 from vllm_expert_prefetch.native.library import host_library, why_not_host
 from vllm_expert_prefetch.residency import POLICIES, ExpertCache
@@ -163,6 +164,9 @@ class Twins:
         assert (words.tick, words.cold_tick) == (cache.ranking.tick, cache.ranking.cold_tick)
         assert (words.num_in_flight, words.num_preloaded) == (len(cache.in_flight), len(cache.preloaded))
         assert {name: getattr(words, name) for name in self.totals} == self.totals
+
+        ranked = sorted(ranking.ranked, key=lambda expert: cache.policy(ranking, expert))
+        assert by_hotness(native.state)[self.num_experts - len(ranked) :] == ranked
 
 
 def random_twins(rng, policy):

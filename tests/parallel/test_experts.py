@@ -21,7 +21,7 @@ from parallel.rows_of_stock import told_rows
 from vllm_expert_prefetch.cache.base import tables_of
 from vllm_expert_prefetch.config import ConfigError
 from vllm_expert_prefetch.serving.expert_share import own_experts, take_share
-from vllm_expert_prefetch.tracing.profile import profile_of, write_profile
+from vllm_expert_prefetch.tracing.profile import profile_of, read_profile, write_profile
 from vllm_expert_prefetch.tracing.trace import read_trace
 
 
@@ -89,11 +89,11 @@ def own_of(layer):
 @pytest.mark.proves("expert parallelism")
 @pytest.mark.engine
 @pytest.mark.long
-def test_two_ranks_together_give_the_tokens_of_plain_vllm():
+def test_two_ranks_together_give_the_tokens_of_plain_vllm(tmp_path):
     """In a process each."""
     options = {"tensor_parallel_size": 2, "enable_expert_parallel": True}
     stock = engines_of_two.run(None, worker_extension_cls="parallel.rows_in_workers.ToldRows", **options)
-    served = engines_of_two.run(SERVED, **options)
+    served = engines_of_two.run(SERVED | {"write_profile": str(tmp_path / "hot.json")}, **options)
     assert served.outputs == stock.outputs
     assert set(served.ranks) == {"0", "1"}
     for rank in served.ranks.values():
@@ -101,6 +101,9 @@ def test_two_ranks_together_give_the_tokens_of_plain_vllm():
         assert min(rank.value("lookups_total/miss"), rank.value("predictions_total/used")) > 0
     # Each plans its own experts: what one has to fetch is not what the other has.
     assert len({rank.value("transfer_bytes_total/demand") for rank in served.ranks.values()}) == 2
+    uses = {path.name: read_profile(path, str(TINY_MODEL)).uses["7"] for path in tmp_path.iterdir()}
+    held = {name: [expert for expert, place in enumerate(own) if place] for name, own in uses.items()}
+    assert held == {"hot.json": [*range(8)], "hot.json.rank1": [*range(8, 16)]}
 
 
 @pytest.mark.proves("expert parallelism", "shim")

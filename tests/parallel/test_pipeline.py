@@ -3,10 +3,12 @@
 from types import SimpleNamespace
 
 import pytest
+from engines import TINY_MODEL
 
 from parallel.engines_of_two import SERVED, run
 from vllm_expert_prefetch.serving import activation, compat
 from vllm_expert_prefetch.serving.expert_tensors import TakeoverError
+from vllm_expert_prefetch.tracing.profile import read_profile
 
 COMPILED = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend": "eager"}}
 """vLLM's CPU build serves no pipeline eagerly: it makes the buffers between stages in a warm-up that it leaves out."""
@@ -14,9 +16,10 @@ COMPILED = {"enforce_eager": False, "compilation_config": {"mode": 2, "backend":
 
 @pytest.mark.proves("pipeline parallelism")
 @pytest.mark.engine
-def test_two_stages_give_the_tokens_of_plain_vllm_and_each_looks_ahead_within_itself():
+def test_two_stages_give_the_tokens_of_plain_vllm_and_each_looks_ahead_within_itself(tmp_path):
     expected = run(None, pipeline_parallel_size=2, **COMPILED)
-    served = run(SERVED | {"metrics_per_layer": True}, pipeline_parallel_size=2, **COMPILED)
+    asked = {"metrics_per_layer": True, "write_profile": str(tmp_path / "hot.json")}
+    served = run(SERVED | asked, pipeline_parallel_size=2, **COMPILED)
     assert served.outputs == expected.outputs
     assert set(served.ranks) == {"0", "1"}
     for rank, first in (("0", 0), ("1", 4)):
@@ -26,6 +29,8 @@ def test_two_stages_give_the_tokens_of_plain_vllm_and_each_looks_ahead_within_it
         assert stage.value("slots") == 4 * 8
         assert min(stage.value("lookups_total/miss"), stage.value("predictions_total/used")) > 0
         assert [stage.value(f"lookahead_open_layers/{distance}") for distance in (1, 2, 3, 4)] == [3, 2, 1, 0]
+    layers = {path.name: "".join(read_profile(path, str(TINY_MODEL)).uses) for path in tmp_path.iterdir()}
+    assert layers == {"hot.json": "0123", "hot.json.rank1": "4567"}
 
 
 def start(monkeypatch, layers, in_all, num_stages=2):

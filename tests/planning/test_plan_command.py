@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from engines import TINY_MODEL
 from processes import run_python
 
+from vllm_expert_prefetch.cli import doctor_gpu
 from vllm_expert_prefetch.cli.main import main
+from vllm_expert_prefetch.memory import host_limit
 from vllm_expert_prefetch.planning.facts import load_facts
 
 RECORD = 3 * 128 * 64 * 2
@@ -151,6 +154,48 @@ def test_what_cannot_work_is_one_message_with_the_remedy(capsys, arguments, says
         assert part in message
 
 
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine whose GPU has 25 GB, whose link reaches 21.5 GB/s with the records of a model, and 50 GB of host
+    memory. Its name can be set; None is no GPU."""
+    found = SimpleNamespace(name="NVIDIA GeForce RTX 4090")
+    cuda = SimpleNamespace(
+        is_available=lambda: found.name is not None,
+        get_device_name=lambda: found.name,
+        current_device=lambda: 3,
+        get_device_properties=lambda device: SimpleNamespace(total_memory={3: 25 * 10**9}[device]),
+    )
+    monkeypatch.setattr(doctor_gpu, "_torch", lambda: SimpleNamespace(cuda=cuda))
+    speeds = {64 << 10: 9.5, 1 << 20: 17.5, 9 << 20: 21.5, 50 << 20: 22.5}
+    monkeypatch.setattr(doctor_gpu, "_measure", lambda torch, size: {"gather_gbps": speeds[size]})
+    monkeypatch.setattr(host_limit, "host_limit", lambda: host_limit.HostLimit(50 * 10**9, "this host"))
+    return found
+
+
+def test_measured_are_memory_and_link_and_the_rest_is_that_of_the_known_gpu(capsys, gpu):
+    model, given = "Qwen3-30B-A3B-FP8", ("--gpu-memory", 25, "--link-gbps", 21.5, "--host-memory", 50)
+    found = planned(capsys, model, "--measure")
+    assert found["machine"] == "RTX 4090 with 25.0 GB, link 21.5 GB/s"
+    assert found == planned(capsys, model, "--gpu", "RTX 4090", *given)
+    other = planned(capsys, model, "--gpu", "L4", *given)
+    assert found["tpot_bound_ms"]["compute"] < other["tpot_bound_ms"]["compute"], "of a slower GPU"
+    assert "there are 50.0 GB" in refused(capsys, "Qwen3-30B-A3B", "--measure")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("NVIDIA RTX 4091", ["RTX 4091 is not known", "did you mean RTX 4090", "--gpu-memory and --link-gbps"]),
+        (None, ["no NVIDIA GPU here to measure", "name one with --gpu, or give --gpu-memory"]),
+    ],
+)
+def test_what_cannot_be_measured_is_one_message_with_the_remedy(capsys, gpu, name, says):
+    gpu.name = name
+    message = refused(capsys, "Qwen3-30B-A3B", "--measure")
+    for part in says:
+        assert part in message
+
+
 def test_damaged_files_are_named(capsys, tmp_path):
     (tmp_path / "config.json").write_text("{")
     assert "config.json cannot be read" in refused(capsys, tmp_path, "--gpu", "L4")
@@ -160,13 +205,17 @@ def test_damaged_files_are_named(capsys, tmp_path):
     assert "has no routed experts" in refused(capsys, tmp_path, "--gpu", "L4")
 
 
-def test_it_loads_neither_torch_nor_vllm_and_asks_no_network():
+def test_it_loads_neither_torch_nor_vllm_asks_no_network_and_is_quick():
     output = run_python("""
-        import socket, sys
+        import resource, socket, sys
         socket.socket.connect = None
         from vllm_expert_prefetch.cli.main import main
         assert main(["plan", "Qwen3-30B-A3B", "--gpu-memory", "24", "--json"]) == 0
         print()
         print(sorted({"torch", "vllm", "transformers", "matplotlib"} & sys.modules.keys()))
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        print(used.ru_utime + used.ru_stime)
     """)
-    assert output.splitlines()[-1] == "[]"
+    *_, loaded, seconds = output.splitlines()
+    assert loaded == "[]"
+    assert float(seconds) < 3, "of a processor; half a second on an idle machine"

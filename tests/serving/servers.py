@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 from engines import TINY_MODEL
@@ -31,10 +32,14 @@ class Server:
 
     def complete(self, prompt: str, num_tokens: int = 16, model: str = "demo") -> str:
         """A greedy completion through the OpenAI endpoint, by the model or a LoRA adapter."""
+        return self.answer(prompt, num_tokens, model)["choices"][0]["text"]
+
+    def answer(self, prompt: str, num_tokens: int = 16, model: str = "demo") -> dict[str, Any]:
+        """All that the endpoint says to a request for a completion."""
         body = {"model": model, "prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True}
         answer = httpx.post(f"{self.url}/v1/completions", json=body, timeout=120)
         answer.raise_for_status()
-        return answer.json()["choices"][0]["text"]
+        return answer.json()
 
     def chat(self, text: str, num_tokens: int = 8) -> str:
         """A greedy answer through the chat endpoint."""

@@ -124,6 +124,7 @@ WRITTEN = {
     "trace_mb": ("512", 512),
     "trace_weights": ("on", True),
     "profile": ("a/file.json", "a/file.json"),
+    "write_profile": ("a/file.json", "a/file.json"),
 }
 """Every key: as people write it, and what it means."""
 SIZES = ("cache_gb", "cache_fraction", "slots_per_layer", "kv_cache_tokens")

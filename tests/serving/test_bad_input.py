@@ -68,6 +68,17 @@ def test_an_unknown_key_names_the_nearest_one():
         create_config(config={"cache_fractoin": 0.5})
 
 
+def test_a_profile_that_cannot_be_read_or_written_is_said_before_anything_is_loaded(tmp_path):
+    create_config(config={"write_profile": str(tmp_path / "hot.json")})
+    create_config(config={"profile": str(tmp_path / "hot.json"), "write_profile": str(tmp_path / "hot.json")})
+    with pytest.raises(ConfigError, match=r"profile: .*hot\.json is no profile"):
+        create_config(config={"profile": str(tmp_path / "hot.json"), "write_profile": str(tmp_path / "other.json")})
+    with pytest.raises(
+        ConfigError, match=r"write_profile: .*missing/hot\.json cannot be written: .*or leave the key out"
+    ):
+        create_config(config={"write_profile": str(tmp_path / "missing" / "hot.json")})
+
+
 @pytest.mark.parametrize(("version", "on_cpu"), [("0.25.1", False), ("0.34.0", False), ("0.29.0", True)])
 def test_other_versions_of_vllm_are_refused_with_the_range(version, on_cpu):
     with pytest.raises(ConfigError, match=r"0\.26 to 0\.33 on a GPU"):

@@ -39,7 +39,7 @@ def make_worker(rank=None, **config):
 
 def make_config(num_ranks=1, num_stages=1):
     parallel = SimpleNamespace(
-        tensor_parallel_size=num_ranks, enable_expert_parallel=num_ranks > 1, pipeline_parallel_size=num_stages
+        rank=0, tensor_parallel_size=num_ranks, enable_expert_parallel=num_ranks > 1, pipeline_parallel_size=num_stages
     )
     return SimpleNamespace(model_config=SimpleNamespace(model="there/m", enforce_eager=True), parallel_config=parallel)
 

@@ -1,11 +1,13 @@
 """The plugin as a user meets it: `vllm serve`, the OpenAI endpoint, /metrics, and signals."""
 
 import contextlib
+import json
 import os
 import re
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -13,6 +15,11 @@ from engines import TINY_MODEL, prompts
 from lora_adapters import ATTENTION, RANK, write_adapter
 from processes import run_python
 from servers import Server, serve
+
+from vllm_expert_prefetch.cli.main import main
+from vllm_expert_prefetch.planning.simulate import as_recorded
+from vllm_expert_prefetch.tracing.profile import profile_of, read_profile
+from vllm_expert_prefetch.tracing.trace import read_trace
 
 pytestmark = pytest.mark.engine
 
@@ -123,6 +130,36 @@ def test_files_of_the_metrics_are_private(server):
     assert files == {".counters": 0o600, ".trace": 0o600}
 
 
+def test_a_recording_of_a_running_server_has_what_was_served_meanwhile(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(server.runtime))
+
+    def trace(*arguments: str) -> dict[str, Any]:
+        assert main(["trace", *arguments, "--server", str(server.process.pid)]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    texts = [server.complete(prompt, 8) for prompt in prompts(3)]
+    assert trace("status") == {"recording": None}
+    assert trace("start", str(tmp_path))["steps"] == 0
+    answers = [server.answer(prompt, 8) for prompt in prompts(3)]
+    assert trace("status")["steps"] == 3 * 8
+    profile = tmp_path / "hot.json"
+    stopped = trace("stop", "--write-profile", str(profile))
+    assert trace("status") == {"recording": None}
+    assert [answer["choices"][0]["text"] for answer in answers] == texts
+    assert [server.complete(prompt, 8) for prompt in prompts(3)] == texts
+
+    recorded = read_trace(Path(stopped["recording"]))
+    assert (len(recorded), stopped["steps"], stopped["dropped_steps"]) == (3 * 8, 3 * 8, 0)
+    lengths = [answer["usage"]["prompt_tokens"] for answer in answers]
+    assert recorded.tokens.tolist() == [tokens for length in lengths for tokens in (length, *[1] * 7)]
+    assert recorded.requests.tolist() == [own for own, length in enumerate(lengths) for _ in range(length + 7)]
+    assert recorded.prefilling.tolist() == [1, *[0] * 7] * 3
+    assert as_recorded(recorded)
+    assert read_profile(profile, str(TINY_MODEL)) == profile_of(recorded)
+    (file,) = Path(stopped["recording"]).iterdir()
+    assert {path.stat().st_mode & 0o777 for path in (file, profile)} == {0o600}
+
+
 LONG = ["--max-model-len", "2048"]
 """Of servers that are ended amid a generation: on a busy machine a signal has come seconds after it was sent."""
 
@@ -158,6 +195,17 @@ def test_sigterm_during_load_ends_everything_within_ten_seconds():
     with serve(*ASK) as running:
         wait_for_line(running, "Starting to load model")
         assert_ends_cleanly(running)
+
+
+@pytest.mark.long
+def test_a_server_that_is_given_time_to_end_writes_its_profile(tmp_path):
+    asked = ["--additional-config.expert_prefetch.write_profile", str(tmp_path / "hot.json")]
+    with serve(*ASK, *asked, "--shutdown-timeout", "10") as running:
+        running.wait_ready()
+        running.complete("In the beginning", 8)
+        assert [*tmp_path.iterdir()] == []
+        running.stop(20)
+    assert len(read_profile(tmp_path / "hot.json", str(TINY_MODEL)).uses) == 8
 
 
 @pytest.mark.long

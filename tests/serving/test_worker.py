@@ -2,6 +2,7 @@
 
 import logging
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -53,6 +54,14 @@ def test_a_long_load_says_every_ten_seconds_how_far_it_is_and_how_long_it_will_t
             layer.cache.store.num_bytes = 10**9
             loading.layer_taken_over()
     assert [message.removeprefix("expert_prefetch: ") for message in caplog.messages] == said
+
+
+def test_whoever_writes_the_profile_is_told_of_every_step(monkeypatch):
+    monkeypatch.setattr(compat, "on_cuda_platform", lambda: False)
+    serving = worker.Worker(None, ExpertPrefetchConfig())
+    serving.publisher, serving.profile_writer = Mock(), Mock()
+    serving.step_ended()
+    serving.profile_writer.step_ended.assert_called_once_with()
 
 
 @pytest.mark.parametrize(("made_while_loading", "num_ranks", "fits"), [(0, 1, True), (0, 2, False), (1, 2, True)])

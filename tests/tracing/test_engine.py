@@ -5,11 +5,13 @@ import os
 from unittest.mock import Mock
 
 import pytest
-from engines import TINY_MODEL, counters, greedy, layers, open_engine, prompts
+from engines import TINY_MODEL, caches, counters, greedy, layers, open_engine, prompts
 
+from vllm_expert_prefetch.cache.base import by_hotness
 from vllm_expert_prefetch.cli.main import main
 from vllm_expert_prefetch.planning.simulate import as_recorded
 from vllm_expert_prefetch.serving import compat
+from vllm_expert_prefetch.tracing.profile import profile_of, read_profile
 from vllm_expert_prefetch.tracing.trace import read_trace
 
 pytestmark = pytest.mark.engine
@@ -49,7 +51,7 @@ def test_replayed_it_counts_what_the_server_counted(tmp_path, capsys, monkeypatc
         before = live(llm)
         assert main(["trace", "start", str(tmp_path / "b"), *server]) == 0
         greedy(llm, prompts(9)[6:], num_tokens=8)
-        assert main(["trace", "stop", *server]) == 0
+        assert main(["trace", "stop", *server, "--write-profile", str(tmp_path / "hot.json")]) == 0
         stopped = last_line(capsys)
         grown = {name: count - before[name] for name, count in live(llm).items()}
         assert main(["trace", "start", str(tmp_path / "c"), *server]) == 0
@@ -57,6 +59,7 @@ def test_replayed_it_counts_what_the_server_counted(tmp_path, capsys, monkeypatc
     assert len(read_trace(tmp_path / "c")) == 5, "written when the engine ended"
     trace = read_trace(tmp_path / "b")
     assert (len(trace), stopped["steps"], stopped["dropped_steps"]) == (8, 8, 0)
+    assert read_profile(tmp_path / "hot.json", str(TINY_MODEL)) == profile_of(trace)
     assert as_recorded(trace) == {name: (count, count) for name, count in grown.items()}
     assert trace.tokens.tolist()[1:] == trace.decoding.tolist()[1:] == [3] * 7
     assert trace.prefilling.tolist() == [3] + [0] * 7
@@ -70,9 +73,11 @@ def test_replayed_it_counts_what_the_server_counted(tmp_path, capsys, monkeypatc
 
 def test_text_is_recorded_without_a_server(tmp_path, capsys):
     arguments = ["--prompts", "2", "--prompt-tokens", "20", "--tokens", "6"]
+    arguments += ["--write-profile", str(tmp_path / "hot.json")]
     assert main(["trace", "run", str(TINY_MODEL), "-o", str(tmp_path), *arguments]) == 0
     assert last_line(capsys)["steps"] == 12
     trace = read_trace(tmp_path)
+    assert read_profile(tmp_path / "hot.json", str(TINY_MODEL)) == profile_of(trace)
     assert trace.tokens.tolist() == [20, 1, 1, 1, 1, 1] * 2
     assert as_recorded(trace)
 
@@ -98,6 +103,26 @@ def test_what_a_profile_gave_is_said_after_a_hundred_tokens(tmp_path, monkeypatc
     assert warm < cold
     assert f"over the first 100 tokens the profile gave {warm:.0f} misses instead of {cold:.0f} (a cold start)" in said
     assert said.endswith("ms of link less")
+
+
+def hottest(llm):
+    """The experts of each layer that have a slot, the hottest last."""
+    return [by_hotness(cache.state)[-cache.num_slots :] for cache in caches(llm)]
+
+
+def test_the_experts_that_were_there_at_the_end_are_there_at_the_next_start(tmp_path):
+    config, profile = {"cache_fraction": 0.5, "prefetch": "off"}, tmp_path / "hot.json"
+    with open_engine(TINY_MODEL, config | {"write_profile": str(profile), "profile": str(profile)}) as llm:
+        greedy(llm, prompts(4), num_tokens=20)
+        left = hottest(llm)
+        assert all(cache.num_resident == cache.num_slots for cache in caches(llm))
+        assert not profile.exists()
+    with open_engine(TINY_MODEL, config) as llm:
+        assert {cache.num_resident for cache in caches(llm)} == {0}
+        assert hottest(llm) != left
+    with open_engine(TINY_MODEL, config | {"profile": str(profile)}) as llm:
+        assert all(cache.num_resident == cache.num_slots for cache in caches(llm))
+        assert hottest(llm) == left
 
 
 def test_the_requests_of_a_batch_are_those_that_were_alone(tmp_path, capsys):

@@ -1,12 +1,22 @@
 """A profile names the most used experts, and is of one model."""
 
 import json
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from routed import CARD, LAYERS
 
+from vllm_expert_prefetch.tracing import trace
 from vllm_expert_prefetch.tracing.card import TraceError
-from vllm_expert_prefetch.tracing.profile import Profile, profile_of, read_profile, write_profile
+from vllm_expert_prefetch.tracing.profile import (
+    Profile,
+    check_can_write,
+    joined,
+    profile_of,
+    read_profile,
+    write_profile,
+)
 from vllm_expert_prefetch.tracing.trace import trace_of_steps
 
 PROMPT, DECODED = [[[9, 10], [9, 11], [9, 10]]] * LAYERS, [[[1, 2]]] * LAYERS
@@ -28,6 +38,29 @@ def test_it_is_read_as_it_was_written_wherever_the_model_is(tmp_path):
     write_profile(tmp_path / "p", MADE)
     assert (tmp_path / "p").stat().st_mode & 0o777 == 0o600
     assert read_profile(tmp_path / "p", "/elsewhere/m") == MADE
+
+
+def test_whoever_reads_it_finds_the_old_one_or_the_new_one(tmp_path, monkeypatch):
+    write_profile(tmp_path / "p", MADE)
+    monkeypatch.setattr(trace.os, "rename", Mock(side_effect=OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        write_profile(tmp_path / "p", Profile("there/m", {"0": [9]}))
+    assert read_profile(tmp_path / "p", "m") == MADE
+    assert [path.name for path in tmp_path.iterdir()] == ["p"]
+
+
+def test_that_of_a_pipeline_has_the_layers_of_all_stages():
+    assert joined([MADE, Profile("there/m", {"1": [7]})]) == Profile("there/m", {"0": MADE.uses["0"], "1": [7]})
+    with pytest.raises(TraceError, match="several engines were recorded"):
+        joined([MADE, MADE])
+
+
+@pytest.mark.parametrize("name", ["missing/p", ".", ""])
+def test_a_place_that_takes_no_file_is_refused_by_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    check_can_write(tmp_path / "p")
+    with pytest.raises(TraceError, match="cannot be written: name a file in a folder that exists"):
+        check_can_write(Path(name))
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,11 @@ import gc
 import json
 import socket
 import threading
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from routed import CARD
 
 from vllm_expert_prefetch.cli.main import main
 from vllm_expert_prefetch.locks import hold_lock
@@ -14,7 +16,9 @@ from vllm_expert_prefetch.metrics import runtime_dir
 from vllm_expert_prefetch.serving.recording import create_switch
 from vllm_expert_prefetch.tracing.card import TraceError
 from vllm_expert_prefetch.tracing.control import ask, serve_control
+from vllm_expert_prefetch.tracing.profile import read_profile
 from vllm_expert_prefetch.tracing.switch import TraceSwitch
+from vllm_expert_prefetch.tracing.trace import trace_of_steps, write_trace
 
 
 class Noted:
@@ -226,6 +230,53 @@ def test_to_end_what_has_not_begun_is_an_error(servers, made, capsys, tmp_path):
     serve_control(tmp_path / "expert-prefetch-77-abc" / "engine0-rank0-000001.trace", made[0].answer)
     assert main(["trace", "stop"]) == 2
     assert "nothing is recorded" in capsys.readouterr().err
+
+
+@pytest.fixture
+def recorded(servers, tmp_path):
+    """A server of two stages, which has recorded its layers with these names, two tokens each."""
+    servers(77)
+    folder = tmp_path / "expert-prefetch-77-abc"
+
+    def record(*stages):
+        for number, names in enumerate(stages):
+            card = replace(CARD, layers=names)
+            write_trace(
+                tmp_path / f"stage{number}.safetensors", trace_of_steps(card, [[[[number, 9]]] * 3, [[[3, 4]]] * 3], 1)
+            )
+            answer = {"recording": str(tmp_path / f"stage{number}.safetensors"), "steps": 2, "dropped_steps": 0}
+            serve_control(folder / f"engine0-rank{number}-000001.trace", lambda request, own=answer: own)
+
+    return record
+
+
+def test_what_has_been_recorded_is_written_as_a_profile_of_all_stages(recorded, capsys, tmp_path):
+    recorded(("0", "1", "2"), ("3", "4", "5"))
+    assert main(["trace", "stop", "--write-profile", str(tmp_path / "p")]) == 0
+    assert len(json.loads(capsys.readouterr().out)["workers"]) == 2
+    assert read_profile(tmp_path / "p", "tiny").uses == dict.fromkeys("012345", [0, 0, 0, 1, 1] + [0] * 7)
+
+
+@pytest.mark.parametrize(
+    ("stages", "name", "message"),
+    [
+        ([("0", "1", "2")], "missing/p", "missing/p cannot be written: name a file"),
+        ([("0", "1", "2")] * 2, "p", "several engines were recorded"),
+    ],
+)
+def test_a_profile_that_cannot_be_written_is_an_error(recorded, capsys, tmp_path, stages, name, message):
+    recorded(*stages)
+    assert main(["trace", "stop", "--write-profile", str(tmp_path / name)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / name).exists()
+
+
+def test_without_a_step_there_is_no_profile(servers, made, capsys, tmp_path):
+    servers(77)
+    serve_control(tmp_path / "expert-prefetch-77-abc" / "engine0-rank0-000001.trace", made[0].answer)
+    assert main(["trace", "start", str(tmp_path / "traces")]) == 0
+    assert main(["trace", "stop", "--write-profile", str(tmp_path / "p")]) == 2
+    assert "nothing was served while it was recorded: there is no profile to write" in capsys.readouterr().err
 
 
 def test_an_engine_that_is_gone_without_an_end_answers_no_more(tmp_path):

@@ -24,7 +24,7 @@ from vllm_expert_prefetch.memory.host_store import HostStore
 from vllm_expert_prefetch.memory.link import EmulatedLink
 from vllm_expert_prefetch.memory.row_space import RowSpace
 from vllm_expert_prefetch.native.library import host_library
-from vllm_expert_prefetch.residency import POLICIES
+from vllm_expert_prefetch.residency import POLICIES, Ranking
 
 Rows = int | torch.Tensor
 """Which rows of a step are tokens. On the host their number: the first ones are. On a GPU int64 (T), negative for
@@ -249,6 +249,18 @@ def tables_of(state: torch.Tensor) -> tuple[Words, list[list[int]]]:
         tables.append(numbers[start : start + size])
         start += size
     return words, tables
+
+
+def by_hotness(state: torch.Tensor) -> list[int]:
+    """Every expert of a planner's whole state as its policy ranks them, the hottest last, behind all without a slot."""
+    ranked, cold = 1, 2
+    words, (_, flags, last, count, _, _) = tables_of(state)
+    ranking = Ranking(words.num_experts, words.tick, words.steps)
+    ranking.cold = {expert for expert, flag in enumerate(flags) if flag & cold}
+    ranking.last, ranking.count = last, count
+    ranking.weight, ranking.weighed_at = [own & 0xFFFFFFFF for own in count], [own >> 32 for own in count]
+    policy = list(POLICIES.values())[words.policy]
+    return sorted(range(words.num_experts), key=lambda expert: (flags[expert] & ranked, policy(ranking, expert)))
 
 
 def check_state(state: torch.Tensor) -> None:

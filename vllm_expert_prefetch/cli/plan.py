@@ -51,7 +51,7 @@ def add_parser(subparsers: Any) -> None:
     place.add_argument("--gpu-memory", type=float, metavar="GB", help="of each GPU, in GB (10^9 bytes)")
     place.add_argument("--host-memory", type=float, metavar="GB", help="of the host; default: not checked")
     place.add_argument("--link-gbps", type=float, metavar="GB/S", help="host to GPU, as copies reach it")
-    place.add_argument("--measure", action="store_true", help="take all of these from this machine's GPU and host")
+    place.add_argument("--measure", action="store_true", help="memory and link of this machine's GPU, and host memory")
     place.add_argument("--gpus", type=int, metavar="N", help="short for --tp N")
     for flag, what in (("tp", "tensor"), ("ep", "expert"), ("pp", "pipeline")):
         place.add_argument(f"--{flag}", type=int, metavar="N", help=f"{what}-parallel ranks (default: 1)")

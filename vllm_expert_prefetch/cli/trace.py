@@ -21,6 +21,8 @@ def add_parser(subparsers: Any) -> None:
     ):
         act = acts.add_parser(name, help=text, description=text)
         _add_server(act)
+        if do is _stop:
+            _add_profile(act)
         act.set_defaults(run=_guarded(do))
     act = acts.add_parser("show", help="say what a trace holds", description="Say what a trace holds, as JSON.")
     act.add_argument("trace", type=Path, metavar="TRACE")
@@ -50,6 +52,11 @@ def _add_start(acts: Any) -> None:
 
 def _add_server(act: argparse.ArgumentParser) -> None:
     act.add_argument("--server", type=int, metavar="PID", help="process of the API server, where there are several")
+
+
+def _add_profile(act: argparse.ArgumentParser) -> None:
+    text = "write how often experts were used, for the key `profile`"
+    act.add_argument("--write-profile", type=Path, metavar="FILE", help=text)
 
 
 def _add_import(acts: Any) -> None:
@@ -91,6 +98,7 @@ def _add_run(acts: Any) -> None:
         metavar="JSON",
         help='more engine arguments, as {"additional_config": {"expert_prefetch": {"cache_gb": 12}}}',
     )
+    _add_profile(act)
     act.set_defaults(run=_guarded(_run))
 
 
@@ -120,10 +128,33 @@ def _start(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _stop(args: argparse.Namespace) -> dict[str, Any]:
+    _check_profile(args)
     stopped = [answer for answer in _ask(args.server, {"do": "stop"}) if answer["recording"] is not None]
     if not stopped:
         raise TraceError("nothing is recorded")
+    _write_profile(args, stopped)
     return _joined(stopped)
+
+
+def _check_profile(args: argparse.Namespace) -> None:
+    """A mistake in FILE is said before the recording ends."""
+    from vllm_expert_prefetch.tracing.profile import check_can_write
+
+    if args.write_profile is not None:
+        check_can_write(args.write_profile)
+
+
+def _write_profile(args: argparse.Namespace, stopped: list[dict[str, Any]]) -> None:
+    """Where it is asked for, of the recordings that have just ended: one of each stage of a pipeline."""
+    from vllm_expert_prefetch.tracing.profile import joined, profile_of, write_profile
+    from vllm_expert_prefetch.tracing.trace import read_trace
+
+    if args.write_profile is None:
+        return
+    if not all(answer["steps"] for answer in stopped):
+        raise TraceError("nothing was served while it was recorded: there is no profile to write")
+    recorded = [read_trace(Path(answer["recording"])) for answer in stopped]
+    write_profile(args.write_profile, joined([profile_of(trace) for trace in recorded]))
 
 
 def _status(args: argparse.Namespace) -> dict[str, Any]:
@@ -181,6 +212,7 @@ def _import(args: argparse.Namespace) -> dict[str, Any]:
 def _run(args: argparse.Namespace) -> dict[str, Any]:
     import os
 
+    _check_profile(args)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     for name in ("prompts", "prompt_tokens", "tokens"):
@@ -217,4 +249,5 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
                 llm.generate(prompt, sampling, use_tqdm=False)
                 bar.show("prompts", number + 1, len(documents))
         answer: dict[str, Any] = switch.answer({"do": "stop"})
+    _write_profile(args, [answer])
     return answer

@@ -30,7 +30,7 @@ from vllm_expert_prefetch.serving import compat
 from vllm_expert_prefetch.serving.places import checkpoint_of
 from vllm_expert_prefetch.serving.scheduling import check_scheduler
 from vllm_expert_prefetch.tracing.card import TraceError
-from vllm_expert_prefetch.tracing.profile import read_profile
+from vllm_expert_prefetch.tracing.profile import check_can_write, is_first_start, read_profile
 
 _WITHOUT_ARTIFACT = (AUTO, "router", "previous")
 _NODES = Path("/sys/devices/system/node")
@@ -50,7 +50,7 @@ def check_settings(vllm_config: Any, config: ExpertPrefetchConfig) -> None:
         check_distance(config, min(len(stage) for stage in stages), what)
     check_scheduler(vllm_config, config)
     _check_bytes(vllm_config, config, areas_asked(config, compat.on_cuda_platform()))
-    if config.profile is not None:
+    if config.profile is not None and not is_first_start(config):
         try:
             read_profile(Path(config.profile), model.model)
         except TraceError as error:
@@ -139,6 +139,11 @@ def _check_host(config: ExpertPrefetchConfig) -> None:
         )
     if config.huge_pages == "on":
         check_huge_pages(config.shared_store != OFF)
+    if config.write_profile is not None:
+        try:
+            check_can_write(Path(config.write_profile))
+        except TraceError as error:
+            raise ConfigError(f"{CONFIG_KEY}: write_profile: {error}, or leave the key out") from error
     if config.artifact is not None:
         try:
             check_hybrid(config, load_card(Path(config.artifact)))

@@ -1,4 +1,4 @@
-"""A worker's switch for recordings of its routing, and what each recording says of the server."""
+"""A worker's switch for recordings of its routing, what each recording says of the server, and profiles."""
 
 import weakref
 from collections.abc import Callable, Mapping
@@ -18,6 +18,7 @@ from vllm_expert_prefetch.tracing.card import TraceCard, TraceError
 from vllm_expert_prefetch.tracing.control import SUFFIX, serve_control
 from vllm_expert_prefetch.tracing.folder import TraceFolder
 from vllm_expert_prefetch.tracing.profile import read_profile
+from vllm_expert_prefetch.tracing.profile_writer import ProfileWriter
 from vllm_expert_prefetch.tracing.recorder import Recorder
 from vllm_expert_prefetch.tracing.switch import TraceSwitch
 
@@ -76,6 +77,8 @@ def warm_slots(worker: "Worker", vllm_config: Any) -> WarmStart | None:
     Raises ConfigError where the profile does not fit the layers.
     """
     path, num_slots, cold = Path(str(worker.config.profile)), 0, []
+    of_rank = _of_rank(path, vllm_config.parallel_config)
+    path = of_rank if of_rank.exists() else path
     is_stage = vllm_config.parallel_config.pipeline_parallel_size > 1
     starts = {}
     try:
@@ -101,6 +104,30 @@ def warm_slots(worker: "Worker", vllm_config: Any) -> WarmStart | None:
     if cold:
         compat.logger().warning("expert_prefetch: %s says nothing of layers %s: they start cold", path, ", ".join(cold))
     return WarmStart(starts, worker.config.policy) if starts else None
+
+
+def create_profile_writer(worker: "Worker", vllm_config: Any) -> ProfileWriter | None:
+    """What writes the profile of `worker` that the key `write_profile` asks for; None on ranks that hold the same
+    experts as another, and where every expert is resident."""
+    asked, served = worker.config.write_profile, [layer for layer in worker.layers if layer.cache is not None]
+    if asked is None or not served:
+        return None
+    parallel = vllm_config.parallel_config
+    if _first_alike(parallel) != parallel.rank:
+        return None
+    caches = {short_name(layer.layer_name, layer.number): layer.cache for layer in served if layer.cache is not None}
+    return ProfileWriter(_of_rank(Path(asked), parallel), str(vllm_config.model_config.model), caches)
+
+
+def _of_rank(path: Path, parallel: Any) -> Path:
+    """The profile of a rank among several files: `path` is the first one's, `path.rank2` that of rank 2."""
+    rank = _first_alike(parallel)
+    return path.with_name(f"{path.name}.rank{rank}") if rank else path
+
+
+def _first_alike(parallel: Any) -> int:
+    """The first rank that holds the same experts as this one."""
+    return int(parallel.rank - parallel.rank % (parallel.tensor_parallel_size // compat.num_shares(parallel)))
 
 
 def _recorder(worker: "Worker", vllm_config: Any, folder: TraceFolder, with_weights: bool) -> Recorder:

@@ -93,14 +93,17 @@ def watch_steps(runner: Any, vllm_config: Any) -> None:
 
 
 def watch_end(worker: Any, vllm_config: Any) -> None:
-    """Let a recording of routing write what it has when vLLM shuts its `worker` down."""
+    """Let a recording of routing write what it has when vLLM shuts its `worker` down, and the profile be written."""
     shutdown = worker.shutdown
 
     def finish_and_shutdown() -> None:
         ours = find_worker(vllm_config)
-        if ours is not None and ours.traces is not None:
-            ours.traces.close()
-        shutdown()
+        try:
+            for unfinished in (ours.traces, ours.profile_writer) if ours is not None else ():
+                if unfinished is not None:
+                    unfinished.close()
+        finally:
+            shutdown()
 
     worker.shutdown = finish_and_shutdown
 

@@ -28,13 +28,15 @@ from vllm_expert_prefetch.serving.advice import PromptStep, measure_prompt_step
 from vllm_expert_prefetch.serving.ghosts import add_ghosts
 from vllm_expert_prefetch.serving.places import checkpoint_of, part_of_rank, place_of
 from vllm_expert_prefetch.serving.proof import prove
-from vllm_expert_prefetch.serving.recording import create_switch, warm_slots
+from vllm_expert_prefetch.serving.recording import create_profile_writer, create_switch, warm_slots
 from vllm_expert_prefetch.serving.refusals import check_tells_padding
 from vllm_expert_prefetch.serving.sizes import CacheSizes
 from vllm_expert_prefetch.serving.sources import create_look_ahead_of
 from vllm_expert_prefetch.serving.speculation import describe_execution
 from vllm_expert_prefetch.serving.takeover import verify_rows
 from vllm_expert_prefetch.serving.wording import describe_progress, short_name, span
+from vllm_expert_prefetch.tracing.profile import is_first_start
+from vllm_expert_prefetch.tracing.profile_writer import ProfileWriter
 from vllm_expert_prefetch.tracing.switch import TraceSwitch
 
 if TYPE_CHECKING:
@@ -77,6 +79,7 @@ class Worker:
         """Of the step that runs, or the last one."""
         self.traces: TraceSwitch | None = None
         """There with the publisher, on the first rank of those that route alike."""
+        self.profile_writer: ProfileWriter | None = None
         on_cuda = compat.on_cuda_platform()
         node = config.numa_node
         if node is None and on_cuda:
@@ -108,10 +111,8 @@ class Worker:
             self._join_store()
 
     def num_slots_of(self, layer: "CachedRoutedExperts", tensors: dict[str, torch.Tensor]) -> int:
-        """Slots of `layer`, whose post-processed expert `tensors` are given.
-
-        Decided for all layers at once, when the first one is complete and every other weight is loaded.
-        """
+        """Slots of `layer`, whose post-processed expert `tensors` are given. Decided for all layers at once, when the
+        first one is complete and every other weight is loaded."""
         if not self.sizes.slots:
             self._began = self._said = time.monotonic()
             self.sizes.decide(self.layers, layer, tensors)
@@ -151,10 +152,8 @@ class Worker:
         return cache
 
     def measured(self, requested: int, activations: int, available: int, sequence: int) -> int:
-        """vLLM has measured memory: grow the cache and start. Returns what is left for the KV cache.
-
-        All in bytes; see `CacheSizes.grow`.
-        """
+        """vLLM has measured memory: grow the cache and start. Returns what is left for the KV cache, all in bytes as
+        in `CacheSizes.grow`."""
         left = self.sizes.grow(requested, activations, available, sequence)
         self._grow()
         self.start_grown()
@@ -206,9 +205,7 @@ class Worker:
 
     def start(self, model: torch.nn.Module) -> None:
         """The model is loaded and every layer taken over: prove it, look ahead where that is asked for, count, say so.
-
-        All but the look-ahead's memory waits for a cache that still grows.
-        """
+        All but the look-ahead's memory waits for a cache that still grows."""
         caches = self.caches
         self._verify()
         if self.sizes.grows:
@@ -220,10 +217,11 @@ class Worker:
         self._prompt_step = self._measure_prompt_step(link_rate)
         if self.config.ghost_caches:
             add_ghosts(caches)
-        if self.config.profile is not None:  # before anything is counted
+        if self.config.profile is not None and not is_first_start(self.config):  # before anything is counted
             self._watch_warm_start(warm_slots(self, self._vllm_config))
         self.publisher = self._publish(self._look_ahead(model, link_rate), link_rate)
         self.traces = create_switch(self, self._vllm_config)
+        self.profile_writer = create_profile_writer(self, self._vllm_config)
         for line in self.describe():
             compat.logger().info("expert_prefetch: %s", line)
 
@@ -262,6 +260,8 @@ class Worker:
         self.publisher.step_ended()
         if self.traces is not None:
             self.traces.end_step(self.publisher.clock.seconds)
+        if self.profile_writer is not None:
+            self.profile_writer.step_ended()
         if self._warm_start is not None and self._warm_start.end_step(self._num_decoding):
             link_rate = self.publisher.counters.get("link_bytes_per_second")
             compat.logger().info("expert_prefetch: %s", self._warm_start.describe(link_rate))

@@ -1,14 +1,16 @@
-"""A profile: how often each expert of each layer was needed, as a small JSON file. It warms the slots at start."""
+"""A profile: how much each expert of each layer was needed, as a small JSON file. It warms the slots at start."""
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from vllm_expert_prefetch.config import ExpertPrefetchConfig
 from vllm_expert_prefetch.tracing.card import TraceError
-from vllm_expert_prefetch.tracing.trace import Trace
+from vllm_expert_prefetch.tracing.trace import Trace, write_whole
 
 FORMAT, FORMAT_VERSION = "vllm-expert-prefetch profile", 1
 _REMEDY = "vllm-expert-prefetch simulate TRACE --write-profile FILE makes one"
@@ -16,7 +18,7 @@ _REMEDY = "vllm-expert-prefetch simulate TRACE --write-profile FILE makes one"
 
 @dataclass(frozen=True)
 class Profile:
-    """Of each recorded layer, by its name: how many tokens chose each expert."""
+    """Of each layer, by its name: how many tokens chose each expert, or its place among those that a server held."""
 
     model: str
     uses: dict[str, list[int]]
@@ -40,11 +42,28 @@ def profile_of(trace: Trace) -> Profile:
     return Profile(trace.card.model, uses)
 
 
+def joined(profiles: Sequence[Profile]) -> Profile:
+    """One of all stages of a pipeline. Raises TraceError for those of engines that have the same layers."""
+    uses = {layer: own for profile in profiles for layer, own in profile.uses.items()}
+    if len(uses) < sum(len(profile.uses) for profile in profiles):
+        raise TraceError("several engines were recorded: make a profile of each, with simulate TRACE --write-profile")
+    return Profile(profiles[0].model, uses)
+
+
+def check_can_write(path: Path) -> None:
+    """Raise TraceError where no profile can be written to `path`."""
+    if path.is_dir() or not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise TraceError(f"{path} cannot be written: name a file in a folder that exists and may be written to")
+
+
 def write_profile(path: Path, profile: Profile) -> None:
-    """Write it for this user alone. Raises OSError."""
-    text = json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(profile)})
-    with open(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w") as file:
-        file.write(text)
+    """Write it for this user alone; it is there when it is whole. Raises OSError."""
+    write_whole(path, json.dumps({"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(profile)}).encode())
+
+
+def is_first_start(config: ExpertPrefetchConfig) -> bool:
+    """Whether the profile to read is that which the server writes, and no server has ended yet."""
+    return config.profile == config.write_profile and not Path(str(config.profile)).exists()
 
 
 def read_profile(path: Path, model: str) -> Profile:

@@ -6,6 +6,7 @@ that follow each other is one trace.
 
 import itertools
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -110,14 +111,19 @@ def write_trace(path: Path, trace: Trace, chunk: int = 1) -> int:
     from safetensors.numpy import save
 
     content = save(tensors_of(trace), trace.card.metadata(chunk))
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
-            file.write(content)
-        unfinished.rename(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_whole(path, content)
     return len(content)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file as `write_trace` does."""
+    descriptor, unfinished = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(content)
+        os.rename(unfinished, path)
+    finally:
+        Path(unfinished).unlink(missing_ok=True)
 
 
 def read_trace(path: Path) -> Trace:

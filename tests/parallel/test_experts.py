@@ -59,7 +59,7 @@ def test_a_rank_with_the_larger_third_adds_what_plain_vllms_rank_adds(as_rank):
     assert ours["experts"] == 8 * own
 
 
-@pytest.mark.proves("expert parallelism")
+@pytest.mark.proves("expert parallelism", says="proven, against plain vLLM whose kernel was told the rows")
 @pytest.mark.engine
 @pytest.mark.long
 def test_two_ranks_together_give_the_tokens_of_plain_vllm():

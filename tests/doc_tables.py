@@ -26,7 +26,7 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 REGISTERED = Path(__file__).with_name("serving") / "registered.json"
 PLATFORMS = (
     ("cpu", "proven", "none there"),
-    ("shim", "proven on the shim", "allowed, proved at your start"),
+    ("shim", "proven on the shim", "allowed; copies and kernels proved at your start"),
 )
 """Where features are proved, and what the table says where they are and where they are not."""
 _TYPES = {int: "integer", float: "number", str: "string", bool: "true / false"}

@@ -23,7 +23,7 @@ pytest.importorskip("ray.serve", reason="ray is not installed: pip install 'ray[
 
 SERVE_FILE = Path(__file__).resolve().parents[2] / "deploy" / "ray-serve" / "serve.yaml"
 START_SECONDS = 240
-FLAGS = ["--served-model-name", "demo", "--max-model-len", "512", "--enforce-eager", "--kv-cache-memory-bytes", "256M"]
+FLAGS = ["--served-model-name", "demo", "--max-model-len", "512", "--kv-cache-memory-bytes", "256M"]
 
 
 def test_an_address_that_was_not_heard_of_for_long_is_forgotten(monkeypatch):
@@ -51,16 +51,9 @@ def local_config(port: int) -> dict:
     config["http_options"] = {"host": "127.0.0.1", "port": port}
     (application,) = config["applications"]
     arguments = application["args"]["arguments"]
-    assert arguments[1:3] == ["--plugin", "expert_prefetch"]
-    application["args"]["arguments"] = [
-        str(TINY_MODEL),
-        *arguments[1:3],
-        "--additional-config.expert_prefetch.cache_fraction",
-        "0.5",
-        "--additional-config.expert_prefetch.shared_store",
-        f"test-ray-serve-{os.getpid()}",
-        *FLAGS,
-    ]
+    arguments[0] = str(TINY_MODEL)
+    arguments[arguments.index("--additional-config.expert_prefetch.shared_store") + 1] += f"-test-{os.getpid()}"
+    arguments += ["--additional-config.expert_prefetch.cache_fraction", "0.5", *FLAGS]
     application["args"]["environment"] = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "OMP_NUM_THREADS": "1"}
     (deployment,) = application["deployments"]
     assert deployment["num_replicas"] == 2

@@ -86,7 +86,7 @@ def own_of(layer):
     return [expert for expert, number in enumerate(layer.share.expert_map.tolist()) if number >= 0]
 
 
-@pytest.mark.proves("expert parallelism")
+@pytest.mark.proves("expert parallelism", says="proven, against plain vLLM whose kernel was told the rows")
 @pytest.mark.engine
 @pytest.mark.long
 def test_two_ranks_together_give_the_tokens_of_plain_vllm(tmp_path):

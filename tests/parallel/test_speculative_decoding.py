@@ -7,12 +7,14 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from engines import TINY_MODEL, Output, caches, counters, draft_layers, greedy, layers, open_engine, prompts
 from families import OTHER_FAMILIES, prompt, random_values, write_checkpoint
 
 from vllm_expert_prefetch.config import ConfigError
+from vllm_expert_prefetch.serving.steps import count_sequences
 
 pytestmark = pytest.mark.engine
 
@@ -52,19 +54,22 @@ class Case:
     """Of the draft's, how many have experts."""
 
     def run(self, config: dict | None) -> tuple[list[Output], dict[str, float], dict[str, float]]:
-        """Outputs, what vLLM counted, what the plugin counted, and `draft_misses` in caches of the draft's layers."""
+        """Outputs, what vLLM counted, what the plugin counted, `draft_misses` in caches of the draft's layers, and
+        `fetched_in_verification`."""
         options = {
             "max_num_seqs": self.num_seqs,
             "disable_log_stats": False,
             "skip_tokenizer_init": not self.has_tokenizer,
         }
         with open_engine(self.model, config, speculative_config=self.draft, **options) as llm:
+            fetched = fetched_in_verification(llm) if config else []
             outputs = greedy(llm, self.prompts, NUM_TOKENS)
             counted = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
             if config is None:
                 return outputs, counted, {}
             assert len(caches(llm)) == len(layers(llm)) == self.num_layers
-            return outputs, counted, counters(llm) | self._of_the_draft(llm, config.get("draft_experts"))
+            ours = counters(llm) | self._of_the_draft(llm, config.get("draft_experts"))
+            return outputs, counted, ours | {"fetched_in_verification": sum(fetched)}
 
     def _of_the_draft(self, llm: object, share: float | None) -> dict[str, float]:
         found = draft_layers(llm) if self.draft_layers else []
@@ -76,6 +81,28 @@ class Case:
             layer.cache.check_integrity()
             assert layer.cache.num_slots == share * layer.local_num_experts
         return {"draft_misses": sum(layer.cache.words().misses for layer in found)}
+
+
+def fetched_in_verification(llm: Any) -> list[int]:
+    """From now on, what was fetched ahead in each step that verifies: every sequence is beyond its prompt, and one has
+    several tokens."""
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    execute, found = runner.execute_model, [layer.cache for layer in layers(llm)]
+    fetched: list[int] = []
+
+    def num_issued() -> int:
+        return sum(cache.words().issued for cache in found)
+
+    def execute_and_count(scheduled: Any, *args: Any, **kwargs: Any) -> Any:
+        before = num_issued()
+        output = execute(scheduled, *args, **kwargs)
+        num_prefilling, num_decoding, _ = count_sequences(scheduled)
+        if not num_prefilling and scheduled.total_num_scheduled_tokens > num_decoding:
+            fetched.append(num_issued() - before)
+        return output
+
+    runner.execute_model = execute_and_count
+    return fetched
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +119,8 @@ def with_tokenizer(draft: Path) -> Path:
 def dense(folder: Path) -> Case:
     """A random draft that is right by chance."""
     draft = with_tokenizer(write_checkpoint("llama", folder / "dense", vocab_size=4096, num_hidden_layers=2))
-    given = {"model": str(draft), "method": "draft_model", "num_speculative_tokens": 1}
-    return Case(TINY_MODEL, prompts(16), given, 8, num_seqs=4)
+    given = {"model": str(draft), "method": "draft_model", "num_speculative_tokens": 2}
+    return Case(TINY_MODEL, prompts(16), given, 8, num_seqs=2)
 
 
 def experts(folder: Path) -> Case:
@@ -104,8 +131,8 @@ def experts(folder: Path) -> Case:
 
 def ngram(folder: Path) -> Case:
     """What the prompt or the text repeats."""
-    draft = {"method": "ngram", "num_speculative_tokens": 1, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
-    return Case(TINY_MODEL, prompts(16), draft, 8, num_seqs=4, is_right=True)
+    draft = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+    return Case(TINY_MODEL, prompts(16), draft, 8, num_seqs=2, is_right=True)
 
 
 def mtp(folder: Path) -> Case:
@@ -239,7 +266,7 @@ def test_tokens_and_acceptance_are_those_of_plain_vllm_and_only_the_targets_laye
     assert acceptance(counted) == accepted
     assert counted[DRAFTED] > 0
     assert counted[ACCEPTED] > 0 or not case.is_right
-    assert min(ours["lookups_total/miss"], ours["predictions_total/used"]) > 0
+    assert min(ours["lookups_total/miss"], ours["predictions_total/used"], ours["fetched_in_verification"]) > 0
     assert ours["moe_layers"] == case.num_layers
     steps = sum(ours[f"steps_total/{phase}"] for phase in ("decode", "prefill", "mixed"))
     assert ours["moe_steps_total/narrow"] + ours["moe_steps_total/wide"] == case.num_layers * steps

@@ -41,7 +41,9 @@ def stock(adapter):
             return [*generate(llm, adapter), greedy(llm, prompts(4))]
 
 
-@pytest.mark.proves("LoRA adapters of all layers but routed experts")
+@pytest.mark.proves(
+    "LoRA adapters of all layers but routed experts", says="proven, against plain vLLM told to choose its usual kernel"
+)
 @pytest.mark.engine
 def test_adapters_of_attention_are_exact_and_those_of_experts_are_refused_by_name(stock, adapter, tmp_path):
     experts = write_adapter(tmp_path / "experts", ("self_attn.q_proj", "mlp.experts.3.up_proj"))

@@ -9,6 +9,7 @@ from families import write_checkpoint
 from safetensors import safe_open
 from safetensors.torch import save_file
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms.cpu import CpuPlatform
 
 from vllm_expert_prefetch.config import ConfigError
 from vllm_expert_prefetch.serving import compat
@@ -30,11 +31,20 @@ def create_config(model=TINY_MODEL, config=None, **options):
         ({"offload_group_size": 2}, "--offload-group-size"),
         ({"data_parallel_size": 2}, "--data-parallel-size"),
         ({"enable_dbo": True}, "--enable-dbo"),
+        ({"weight_transfer_config": {"backend": "ipc"}}, "--weight-transfer-config"),
     ],
 )
 def test_flags_without_a_test_are_refused_by_name(options, flag):
     with pytest.raises(ConfigError, match=flag):
         create_config(**options)
+
+
+def test_sleep_mode_is_refused_by_vllm_on_the_cpu_platform_and_by_name_where_vllm_has_it(monkeypatch):
+    with pytest.raises(ValueError, match="Sleep mode is not supported on current platform"):
+        create_config(enable_sleep_mode=True)
+    monkeypatch.setattr(CpuPlatform, "is_sleep_mode_available", lambda self: True)
+    with pytest.raises(ConfigError, match="--enable-sleep-mode"):
+        create_config(enable_sleep_mode=True)
 
 
 def test_every_refusal_names_a_flag_and_a_remedy():

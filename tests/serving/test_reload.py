@@ -13,4 +13,6 @@ def test_a_refused_reload_leaves_the_old_weights_serving():
         before = greedy(llm, prompts(2))
         with pytest.raises(TakeoverError, match="restart the server"):
             llm.collective_rpc("reload_weights")
+        with pytest.raises(RuntimeError, match="Weight transfer not configured"):
+            llm.collective_rpc("update_weights", args=({},))
         assert greedy(llm, prompts(2)) == before

@@ -245,24 +245,41 @@ def wait_for_line(running: Server, text: str, seconds: float = 120) -> None:
 
 
 def left_by_a_killed_rank(running: Server) -> set[str]:
-    """SIGKILL one of the two ranks amid a generation: no process is left of the server within 30 s, nor a folder of
-    counters. Of the files in /dev/shm that its processes had mapped, the names of those that are left, without what
-    differs from run to run; they are removed."""
+    """SIGKILL one of the two ranks amid a generation: once that has failed, /health says so until nobody listens, no
+    completion is given, and within 30 s no process is left of the server, nor a folder of counters. Of the files in
+    /dev/shm that its processes had mapped, the names of those that are left, without what differs from run to run; they
+    are removed."""
     shared = shared_memory_of(running)
     (worker,) = [pid for pid in running.descendants() if "Worker_TP1" in title(pid)]
     with httpx.stream("POST", f"{running.url}/v1/completions", json=generation(8), timeout=60) as answer:
         lines = answer.iter_lines()
         assert next(lines).startswith("data: ")
         os.kill(worker, signal.SIGKILL)
-        killed = time.monotonic()
+        deadline = time.monotonic() + 30
         with contextlib.suppress(httpx.HTTPError):
             assert not any('"finish_reason":"length"' in line for line in lines), "it was not amid a generation"
-    assert running.all_gone(30 - (time.monotonic() - killed)), "orphans"
+    asked = {"model": "demo", "prompt": "In the beginning", "max_tokens": 1}
+    is_running = True
+    while is_running and time.monotonic() < deadline:
+        assert status(running, "/health") in (503, NOBODY_ANSWERS)
+        assert status(running, "/v1/completions", asked) != 200
+        is_running = running.process.poll() is None
+    assert running.all_gone(deadline - time.monotonic()), "orphans"
     assert list(running.runtime.iterdir()) == []
     left = [path for path in shared if path.exists()]
     for path in left:
         path.unlink()
     return {re.sub(r"[0-9a-f]{8,}", "", path.name) for path in left}
+
+
+NOBODY_ANSWERS = 0
+
+
+def status(running: Server, path: str, body: dict[str, object] | None = None) -> int:
+    """Of the answer of a server that may be ending."""
+    with contextlib.suppress(httpx.TransportError):
+        return httpx.request("POST" if body else "GET", f"{running.url}{path}", json=body, timeout=10).status_code
+    return NOBODY_ANSWERS
 
 
 def title(pid: int) -> str:
@@ -275,7 +292,10 @@ def shared_memory_of(running: Server) -> set[Path]:
     return {Path(found) for found in re.findall(r"/dev/shm/\S+$", maps, re.MULTILINE)}
 
 
-@pytest.mark.proves("a rank that is killed", says="the server ends, and leaves nothing")
+@pytest.mark.proves(
+    "a rank that is killed",
+    says="the server ends, and leaves what plain vLLM leaves, and nothing of the plugin's",
+)
 @pytest.mark.proves("tensor parallelism")
 def test_tensor_parallel_workers_give_the_same_text_and_are_told_apart(stock_texts):
     """When a rank is killed amid a generation, all of the server ends, as plain vLLM's does."""

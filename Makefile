@@ -92,7 +92,7 @@ test: setup  ## The test suite
 	$(BIN)/pytest -m "alone and not long" $(PYTEST_ARGS) || [ $$? = 5 ] || status=1; \
 	exit $$status
 
-test-long: setup  ## Slow: what make test leaves out: half a million plans, several servers and engines at once
+test-long: setup  ## Slow: what make test leaves out: half a million plans, several servers at once, benchmarks' quick forms
 	$(BIN)/pytest -m long $(PYTEST_ARGS)
 
 # Not in .venv: vLLM's CPU build behaves differently beside Triton.

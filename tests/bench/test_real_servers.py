@@ -36,6 +36,7 @@ def start(*flags: str) -> subprocess.Popen[str]:
 def interrupt(process: subprocess.Popen[str], line: str) -> str:
     """Ctrl-C while it starts the server that `line` tells of; what it said. Nothing that it started is left."""
     said = ""
+    assert process.stderr is not None
     while line not in said:
         told = process.stderr.readline()
         assert told, said

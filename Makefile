@@ -93,7 +93,7 @@ test: setup  ## The test suite
 	$(BIN)/pytest -m "alone and not long" $(PYTEST_ARGS) || [ $$? = 5 ] || status=1; \
 	exit $$status
 
-test-long: setup  ## Slow: what make test leaves out: half a million plans, several servers and engines at once
+test-long: setup  ## Slow: what make test leaves out: half a million plans, several servers at once, benchmarks' quick forms
 	$(BIN)/pytest -m long $(PYTEST_ARGS)
 
 # Not in .venv: vLLM's CPU build behaves differently beside Triton.
@@ -107,7 +107,7 @@ features: setup  ## Run what proves a feature, and write down what it has proved
 	$(BIN)/python tests/doc_tables.py
 
 bench: setup  ## Every benchmark, in its quick form
-	@set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(BIN)/python "$$script" --quick; done
+	@set -e; for script in $$(grep -l __main__ benchmarks/*.py); do echo "== $$script"; $(BIN)/python "$$script" --quick; done
 
 formats: setup  ## Slow, half a gigabyte: what vLLM's CUDA builds offer for each format, what is chosen, where the bytes are
 	PYTHONPATH=tests $(BIN)/python -m formats.offered all build/formats

@@ -1,7 +1,8 @@
 """What does a prompt do to the cache that decodes? Recorded routing of real models, replayed through the planner.
 
 `--traces FOLDER` holds files `NAME.route.csv`: lines `turn,phase,step,layer,slot,expert,...` behind `#` comments and a
-header, phase 0 for the prompt and 1 for decoding. Hit rates of decode steps, per cent, equal slots in every layer.
+header, phase 0 for the prompt and 1 for decoding. `--quick` goes without, on routing that is made up. Hit rates of
+decode steps, per cent, equal slots in every layer.
 
 Right after the prompt:
 
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 from harness import finish, parser
+from simulate_speed import made_trace
 
 from vllm_expert_prefetch.planning.planner import Planner
 from vllm_expert_prefetch.residency import POLICIES
@@ -45,6 +47,13 @@ def load(path: Path) -> tuple[list[Token], list[Token]]:
         routed = {layer: [expert for expert in ids[step] if expert >= 0] for layer, ids in layers}
         phases[decodes].append({layer: ids for layer, ids in routed.items() if ids})
     return phases
+
+
+def made_up(num_prompt: int = 40, num_decoded: int = 120) -> tuple[list[Token], list[Token]]:
+    """As `load`, of routing that is made up."""
+    layers = [ids.tolist() for ids in made_trace(num_prompt + num_decoded, 1).ids]
+    tokens = [dict(enumerate(routed)) for routed in zip(*layers, strict=True)]
+    return tokens[:num_prompt], tokens[num_prompt:]
 
 
 class Replay:
@@ -124,24 +133,25 @@ def measure(prompt: list[Token], decoded: list[Token], num_experts: int, share: 
 def main() -> int:
     """Replay every recording in the folder."""
     arguments = parser(__doc__)
-    arguments.add_argument("--traces", type=Path, required=True, help="folder of recordings, *.route.csv")
+    arguments.add_argument("--traces", type=Path, help="folder of recordings, *.route.csv")
     arguments.add_argument("--experts", type=int, default=128, help="routed experts of each layer")
     arguments.add_argument("--shares", default="0.125,0.25,0.35,0.5", help="shares of the experts with a slot")
     options = arguments.parse_args()
-    recordings = sorted(options.traces.glob("*.route.csv"))
+    paths = sorted(options.traces.glob("*.route.csv")) if options.traces else []
+    recordings = {path.name.removesuffix(".route.csv"): load(path) for path in paths}
+    if options.quick and not options.traces:
+        recordings = {"made up": made_up()}
     if not recordings:
-        print(f"no *.route.csv in {options.traces}", file=sys.stderr)
+        where = f"no *.route.csv in {options.traces}" if options.traces else "--traces FOLDER is needed"
+        print(where, file=sys.stderr)
         return 1
     policies = ["lru"] if options.quick else list(POLICIES)
     rows = []
-    for path in recordings:
-        prompt, decoded = load(path)
+    for name, (prompt, decoded) in recordings.items():
         for share in map(float, options.shares.split(",")):
             for policy in policies:
                 figures = measure(prompt, decoded, options.experts, share, policy)
-                rows.append(
-                    {"model": path.name.removesuffix(".route.csv"), "share": share, "policy": policy, **figures}
-                )
+                rows.append({"model": name, "share": share, "policy": policy, **figures})
                 if not options.json:
                     print(rows[-1], flush=True)
     worst = {

@@ -4,6 +4,7 @@ import json
 import shlex
 import stat
 import sys
+from pathlib import Path
 
 import pytest
 from engines import TINY_MODEL
@@ -118,6 +119,22 @@ def test_an_interrupted_run_goes_on_where_it_was(fake_vllm, loads, tmp_path):
     path.write_text("x")
     with pytest.raises(BenchError, match="--out"):
         Rows.open(path, "job", fresh=False)
+
+
+def test_a_run_that_ends_while_rows_are_written_loses_none(monkeypatch, tmp_path):
+    path = tmp_path / "rows.json"
+    Rows.open(path, "job", fresh=False).add({"name": STOCK})
+    write = Path.write_text
+
+    def cut_off(self, text):
+        write(self, text[: len(text) // 2])
+        raise KeyboardInterrupt
+
+    rows = Rows.open(path, "job", fresh=False)
+    monkeypatch.setattr(Path, "write_text", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        rows.add({"name": ON})
+    assert Rows.open(path, "job", fresh=False).rows == [{"name": STOCK}]
 
 
 def test_series_of_all_ranks_are_added_up_and_plain_vllm_has_none():

@@ -56,9 +56,11 @@ class Rows:
         return cls(path, job, rows)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Keep it."""
+        """Keep it. The file is whole at any time: a run may end while it is written."""
         self.rows.append(row)
-        self.path.write_text(json.dumps({"job": self.job, "rows": self.rows}, indent=1) + "\n")
+        new = self.path.with_name(f"{self.path.name}.new")
+        new.write_text(json.dumps({"job": self.job, "rows": self.rows}, indent=1) + "\n")
+        new.replace(self.path)
 
     def has(self, name: str, number: int, concurrency: int) -> bool:
         """Whether that was measured."""

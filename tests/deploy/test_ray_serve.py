@@ -23,7 +23,7 @@ pytest.importorskip("ray.serve", reason="ray is not installed: pip install 'ray[
 
 SERVE_FILE = Path(__file__).resolve().parents[2] / "deploy" / "ray-serve" / "serve.yaml"
 START_SECONDS = 240
-FLAGS = ["--served-model-name", "demo", "--max-model-len", "512", "--kv-cache-memory-bytes", "256M"]
+FLAGS = ["--enforce-eager", "--served-model-name", "demo", "--max-model-len", "512", "--kv-cache-memory-bytes", "256M"]
 
 
 def test_an_address_that_was_not_heard_of_for_long_is_forgotten(monkeypatch):

@@ -24,13 +24,11 @@ EXACT, SPECULATIVE = "exact", "speculative"
 
 DEFAULT_CPU_FRACTION = 0.5
 MOST_LOOKAHEAD_LAYERS = 4
-TRACE_MB = 256
 GHOST_SCALES = ("1.5", "2")
 """How many times the slots ghost caches have."""
 
 PREDICTORS = ("router", "router_defaults", "estimator", "hybrid", "previous", "frequency", "transition")
 """Those of `prediction` that can serve; studies have others."""
-
 
 REMOVED = {
     "staging": "every platform has one engine, C++ on the CPU platform and CUDA on a GPU",
@@ -259,7 +257,7 @@ class ExpertPrefetchConfig:
         "stops a recording of a running server.",
     )
     trace_mb: Annotated[_Count, Field(ge=1)] = _key(
-        TRACE_MB, "Size of all recordings in that folder, in MB (10^6 bytes): the oldest files go. Needs `trace`."
+        256, "Size of all recordings in that folder, in MB (10^6 bytes): the oldest files go. Needs `trace`."
     )
     trace_weights: _Flag = _key(
         False,
@@ -268,9 +266,8 @@ class ExpertPrefetchConfig:
     )
     profile: StrictStr | None = _key(
         None,
-        "File that the key `write_profile`, or the flag `--write-profile` of `vllm-expert-prefetch trace stop` or "
-        "`simulate`, has written for this model: its most used experts are in the slots at start. Unset: slots start "
-        "free.",
+        "File that `write_profile`, or `--write-profile` of `vllm-expert-prefetch trace stop` or `simulate`, has written "
+        "for this model: its most used experts are in the slots at start. Unset: slots start free.",
     )
     write_profile: StrictStr | None = _key(
         None,
@@ -289,8 +286,8 @@ class ExpertPrefetchConfig:
             raise ConfigError(_message(f"{' and '.join(given)} exclude each other; keep one"))
         if self.execution == SPECULATIVE:
             self._check_speculative()
-        for key, value in (("trace_mb", TRACE_MB), ("trace_weights", False)):
-            if self.trace == OFF and getattr(self, key) != value:
+        for key in ("trace_mb", "trace_weights"):
+            if self.trace == OFF and getattr(self, key) != getattr(ExpertPrefetchConfig, key):
                 raise ConfigError(_message(f"{key} needs trace as well: say where to record, or drop it"))
         if self.emulated_link_latency_us and self.emulated_link_gbps is None:
             raise ConfigError(

@@ -93,6 +93,7 @@ def main() -> int:
     arguments.add_argument("--share", type=float, default=0.5, help="of the experts that have a slot")
     arguments.add_argument("--prompt", type=int, default=900, help="tokens of a prompt alone in its step")
     arguments.add_argument("--copy-compute", type=float, default=1.0, help="copying over computing, of that prompt")
+    arguments.add_argument("--steps", type=int, default=12, help="in which 32 sequences decode")
     arguments.add_argument("--rounds", type=int, default=9)
     args = arguments.parse_args()
     if args.job:
@@ -118,7 +119,7 @@ def main() -> int:
     servers = [plain, *(Server(args.model, variant, most) for variant in variants)]
     questions: dict[str, dict[str, Any]] = {
         "alone": {"num_tokens": args.prompt},
-        "wide": {"num_sequences": NUM_WIDE, "num_steps": 12},
+        "wide": {"num_sequences": NUM_WIDE, "num_steps": args.steps},
         "beside": {"num_tokens": 2 * args.prompt, "num_sequences": NUM_DECODING},
     }
     found: dict[str, dict[str, list[Any]]] = {kind: {s.variant.name: [] for s in servers} for kind in questions}

@@ -151,7 +151,7 @@ def _write_profile(args: argparse.Namespace, stopped: list[dict[str, Any]]) -> N
 
     if args.write_profile is None:
         return
-    if not all(answer["steps"] for answer in stopped):
+    if not all(answer.get("steps") for answer in stopped):
         raise TraceError("nothing was served while it was recorded: there is no profile to write")
     recorded = [read_trace(Path(answer["recording"])) for answer in stopped]
     write_profile(args.write_profile, joined([profile_of(trace) for trace in recorded]))

@@ -160,3 +160,15 @@ def scheduled(new=0, outputs=(), resumed=()):
 )
 def test_sequences_are_told_apart_by_what_the_scheduler_says_of_them(output, counted):
     assert count_sequences(output) == counted
+
+
+def test_the_totals_of_decode_steps_change_together(time, counters):
+    """A thread that reads them between two counters would see a step that took no time."""
+    clock = StepClock(counters, time)
+    seen = []
+    clock._add = lambda place, amount: seen.append(clock.totals)
+    for num_prefilling, seconds in ((0, 2.0), (1, 5.0), (0, 1.0)):
+        clock.begin(num_prefilling, 1, False)
+        time.seconds += seconds
+        clock.end()
+    assert list(dict.fromkeys(seen)) == [(1, 1, 2.0), (2, 1, 2.0), (3, 2, 3.0)]

@@ -19,6 +19,7 @@ from vllm_expert_prefetch.residency import POLICIES
 CONFIG_KEY = "expert_prefetch"
 AUTO = "auto"
 OFF = "off"
+BROKEN_GRAPHS = "vLLM interrupts its CUDA graphs without joining other streams: VLLM_USE_BREAKABLE_CUDAGRAPH=0 helps"
 RESIDENT = "resident"
 EXACT, SPECULATIVE = "exact", "speculative"
 

@@ -66,6 +66,10 @@ class Worker:
         self._num_taken_over = 0
         self._began = self._said = 0.0
         """When the first layer was complete, and when the log last said how far the load is."""
+        self.num_layers = 0
+        """MoE layers of the model, those of other stages of a pipeline included; there once it is loaded."""
+        self.is_in_step = False
+        """Whether the engine runs a step that has tokens."""
         self.execution = config.execution
         self._prompt_step: PromptStep | None = None
         self.prefetch = ""
@@ -213,7 +217,9 @@ class Worker:
         self._verify()
         if self.sizes.grows:
             self._model = weakref.ref(model)
-            self._look_ahead(model, 0.0)  # vLLM measures beside it; it is made anew for the caches that have grown
+            # vLLM measures beside it; it is made anew for the caches that have grown.
+            if self._look_ahead(model, 0.0) is None:
+                self.sizes.want_one_area()
             return
         self._prove()
         link_rate = caches.measure_bandwidth() if caches else 0.0
@@ -250,6 +256,7 @@ class Worker:
     def step_begins(self, num_prefilling: int, num_decoding: int, continues: bool) -> None:
         """An engine step begins; see `StepClock.begin`."""
         assert self.publisher is not None
+        self.is_in_step = True
         self._num_decoding = num_decoding
         if self.traces is not None:
             self.traces.begin_step(num_prefilling, num_decoding)
@@ -257,6 +264,7 @@ class Worker:
 
     def step_ended(self) -> None:
         """The engine step that began is over."""
+        self.is_in_step = False
         if self.publisher is None:
             return
         self.publisher.step_ended()
@@ -274,8 +282,11 @@ class Worker:
 
     def _look_ahead(self, model: torch.nn.Module, link_rate: float) -> LookAhead | None:
         look_ahead, self.prefetch = create_look_ahead_of(
-            model, self.layers, self.config, self.caches, link_rate, self.sizes.areas > 1
+            *(model, self.layers, self.config, self.caches, link_rate, self.sizes.areas > 1),
+            compat.breaks_graphs(self._vllm_config),
         )
+        if look_ahead is not None:
+            look_ahead.num_layers = self.num_layers
         self.execution = describe_execution(self.config, look_ahead, len(self._layers), self.prefetch)
         for layer in self.layers:
             layer.look_ahead = look_ahead
@@ -353,7 +364,7 @@ class Worker:
             counters.set(name, value)
         if self.config.metrics_port is not None:
             serve_counters(counters, self.config.metrics_port + compat.local_rank())
-        return Publisher(counters, self.caches, look_ahead)
+        return Publisher(counters, self.caches, look_ahead, names)
 
     def _proved(self) -> str:
         if self.config.self_check == "on":

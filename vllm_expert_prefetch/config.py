@@ -203,8 +203,8 @@ class ExpertPrefetchConfig:
     artifact: StrictStr | None = _key(None, "Folder that `vllm-expert-prefetch calibrate` has written for this model.")
     pin_memory: _Switch = _key(
         AUTO,
-        "Page-lock the host store: `auto` (on a GPU yes, and without it where that fails; on CPU no), `on` (fail at "
-        "start-up when the memlock limit is too small), `off`.",
+        "Page-lock the host store: `auto` (on a GPU yes, on CPU no), `on`, `off` (not with a GPU, whose kernels read "
+        "it). A store that cannot be page-locked stops the start.",
     )
     numa_node: Annotated[_Count, Field(ge=0)] | None = _key(
         None,

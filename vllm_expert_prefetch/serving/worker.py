@@ -10,10 +10,10 @@ import torch
 from vllm_expert_prefetch import __version__
 from vllm_expert_prefetch.cache.base import Caches, LayerCache
 from vllm_expert_prefetch.cache.create import create_caches, create_shared_rows
-from vllm_expert_prefetch.config import AUTO, OFF, ExpertPrefetchConfig, config_of
+from vllm_expert_prefetch.config import OFF, ExpertPrefetchConfig, config_of
 from vllm_expert_prefetch.lookahead.after import LookAhead
 from vllm_expert_prefetch.lookahead.create import depth_of
-from vllm_expert_prefetch.memory.host_memory import HostMemoryOptions, numa_node_of_gpu
+from vllm_expert_prefetch.memory.host_memory import host_memory_options
 from vllm_expert_prefetch.memory.host_store import HostStore, TakeShared
 from vllm_expert_prefetch.memory.link import EmulatedLink
 from vllm_expert_prefetch.memory.row_space import RowSpace
@@ -81,19 +81,7 @@ class Worker:
         """Of the step that runs, or the last one."""
         self.traces: TraceSwitch | None = None
         """There with the publisher, on the first rank of those that route alike."""
-        on_cuda = compat.on_cuda_platform()
-        node = config.numa_node
-        if node is None and on_cuda:
-            node = numa_node_of_gpu(torch.cuda.current_device())
-        self.host_memory = HostMemoryOptions(
-            pin=config.pin_memory == "on" or (config.pin_memory == AUTO and on_cuda),
-            cuda=on_cuda,
-            numa_node=node,
-            huge_pages=config.huge_pages == "on" or (config.huge_pages == AUTO and on_cuda),
-            must_have_huge_pages=config.huge_pages == "on",
-            must_pin=config.pin_memory == "on",
-            must_bind=config.numa_node is not None,
-        )
+        self.host_memory = host_memory_options(config, compat.on_cuda_platform())
 
     @property
     def layers(self) -> "list[CachedRoutedExperts]":

@@ -56,30 +56,30 @@ struct Board {
   int32_t* prefetch_progress;  // (E) the same for the prefetch list
   int32_t* next_chunk;         // (1) the prefetch blocks' ticket; zero between launches
   int32_t* num_left;           // (1) prefetch blocks that have ended; zero between launches
+  int32_t* errors;             // (1) loads skipped and waits refused since the start: see gather_kernels.cuh
 };
 
 constexpr int64_t board_ints(int64_t num_experts) {
-  return 3 * num_experts + 2;
+  return 3 * num_experts + 3;
 }
 
 inline Board board_at(int32_t* memory, int64_t num_experts) {
   int32_t* tail = memory + 3 * num_experts;
-  return {memory, memory + num_experts, memory + 2 * num_experts, tail, tail + 1};
+  return {memory, memory + num_experts, memory + 2 * num_experts, tail, tail + 1, tail + 2};
 }
 
 // Per device, shared by its layers, int32 on the device, zero at first.
 struct Lane {
   int32_t* demand_active;  // demand blocks that copy right now
-  int32_t* errors;         // loads skipped and waits refused: see gather_kernels.cuh
   int32_t* queued;         // prefetches planned whose copy has not started, and still may
 };
 
 constexpr int64_t lane_ints() {
-  return 3;
+  return 2;
 }
 
 VEP_HD inline Lane lane_at(int32_t* memory) {
-  return {memory, memory + 1, memory + 2};
+  return {memory, memory + 1};
 }
 
 struct DemandLists {

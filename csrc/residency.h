@@ -55,6 +55,7 @@ enum class Policy : int64_t { kLru, kLfu, kLfru, kEwma, kNumPolicies };  // as i
   WORD(kClaimed, claimed)         /* late ones whose copy had not started: the step copied them */ \
   WORD(kDemanded, demanded)       /* records that steps copied, claimed ones included */           \
   WORD(kOutOfRange, out_of_range) /* routed ids >= num_experts, which are ignored */               \
+  WORD(kErrors, errors)           /* as record.h's Board counts them, before this step's copies */ \
   WORD(kStallNs, stall_ns)        /* that steps waited for records; on the host only */            \
   WORD(kLateNs, late_ns)          /* of these, for prefetches whose copy ran */
 
@@ -116,10 +117,10 @@ struct Layer {
     flags()[expert] = kRanked;
   }
   // The weight of the expert's touches as of now: half for every kHalfLife steps, straight in between. Under kEwma a
-  // count is the weight at the last touch, in units of 2^-20, and above its 32 bits that step. Below 2^25, so that
-  // products stay within them.
+  // count is the weight at the last touch, in units of 2^-20, and above its 32 bits the lower 32 of that step. Below
+  // 2^25, so that products stay within them.
   VEP_HD int64_t faded(int64_t expert) const {
-    const int64_t weight = count()[expert] & 0xffffffff, age = header[kSteps] - (count()[expert] >> 32);
+    const int64_t weight = count()[expert] & 0xffffffff, age = (header[kSteps] - (count()[expert] >> 32)) & 0xffffffff;
     const int64_t num_halvings = age / kHalfLife, rest = age % kHalfLife;
     return num_halvings > 32 ? 0 : weight * (2 * kHalfLife - rest) / (2 * kHalfLife) >> num_halvings;
   }

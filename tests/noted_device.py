@@ -28,10 +28,10 @@ class Library:
         return address
 
     def board_ints(self, num_experts: int) -> int:
-        return 3 * num_experts + 2
+        return 3 * num_experts + 3
 
     def lane_ints(self) -> int:
-        return 3
+        return 2
 
 
 def make_caches(patch: Any, library: Library, main: Any, others: list[Any], event: Any, depth: int = 1) -> DeviceCaches:

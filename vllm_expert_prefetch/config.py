@@ -19,6 +19,7 @@ from vllm_expert_prefetch.residency import HALF_LIFE, POLICIES
 CONFIG_KEY = "expert_prefetch"
 AUTO = "auto"
 OFF = "off"
+BROKEN_GRAPHS = "vLLM interrupts its CUDA graphs without joining other streams: VLLM_USE_BREAKABLE_CUDAGRAPH=0 helps"
 RESIDENT = "resident"
 EXACT, SPECULATIVE = "exact", "speculative"
 
@@ -204,8 +205,8 @@ class ExpertPrefetchConfig:
     artifact: StrictStr | None = _key(None, "Folder that `vllm-expert-prefetch calibrate` has written for this model.")
     pin_memory: _Switch = _key(
         AUTO,
-        "Page-lock the host store: `auto` (on a GPU yes, and without it where that fails; on CPU no), `on` (fail at "
-        "start-up when the memlock limit is too small), `off`.",
+        "Page-lock the host store: `auto` (on a GPU yes, on CPU no), `on`, `off` (not with a GPU, whose kernels read "
+        "it). A store that cannot be page-locked stops the start.",
     )
     numa_node: Annotated[_Count, Field(ge=0)] | None = _key(
         None,
@@ -266,13 +267,12 @@ class ExpertPrefetchConfig:
     )
     profile: StrictStr | None = _key(
         None,
-        "File that `write_profile`, or `--write-profile` of `vllm-expert-prefetch trace stop` or `simulate`, has written "
-        "for this model: its most used experts are in the slots at start. Unset: slots start free.",
+        "File that `write_profile`, or `--write-profile` of `trace stop` or `simulate`, has written for this model: its "
+        "most used experts are in the slots at start. Unset: slots start free.",
     )
     write_profile: StrictStr | None = _key(
         None,
-        "File for `profile` that the server writes when it ends, and once a minute while it serves: the experts that "
-        "have a slot then. Unset: none.",
+        "File for `profile`, written at the server's end and once a minute: the experts that have a slot then. Unset: none.",
     )
 
     @property

@@ -53,7 +53,7 @@ def plan_only(cache: DeviceCache, caches: DeviceCaches, ids: torch.Tensor, rows:
     library: Any = cuda_library()
     orders = cache.demand
     library.plan_step(
-        *(cache.state, cache.row_words, ids, rows, torch.empty_like(ids)),
+        *(cache.state, cache.board, caches.lane, ids, rows, torch.empty_like(ids)),
         *(orders.loads, orders.num_loads, orders.late, orders.num_late),
         *(caches.mirror_address(cache.number), False, None, None, 0, torch.cuda.current_stream().cuda_stream),
     )

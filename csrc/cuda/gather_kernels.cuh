@@ -1,8 +1,9 @@
 // Records travel from mapped host memory into rows: on demand, or ahead on a side stream.
 //
 // A load whose expert or row is out of range is skipped, a count outside its list is cut to it, and a wait for a slot
-// that nobody copies is refused; each adds one to lane.errors (with VEP_DEBUG, the kernel traps). No other memory is
-// touched. No kernel here triggers a programmatic launch, so a consumer never starts before its records are visible.
+// that nobody copies is refused; each adds one to the board's errors (with VEP_DEBUG, the kernel traps). No other
+// memory is touched. No kernel here triggers a programmatic launch, so a consumer never starts before its records are
+// visible.
 //
 // Why nothing can hang, whatever runs beside whatever:
 //  1. A demand block copies first and waits for nothing meanwhile. It counts in demand_active only while it copies, so
@@ -37,11 +38,11 @@ constexpr unsigned kPollNanoseconds = 200;
 
 using DeviceInt = cuda::atomic_ref<int32_t, cuda::thread_scope_device>;
 
-__device__ void report_error(const Lane& lane) {
+__device__ void report_error(const Board& board) {
 #ifdef VEP_DEBUG
   __trap();
 #endif
-  DeviceInt(*lane.errors).fetch_add(1, cuda::memory_order_relaxed);
+  DeviceInt(*board.errors).fetch_add(1, cuda::memory_order_relaxed);
 }
 
 // A record is read once: no room in L1. Not .nc, which the compiler would move behind __syncwarp.
@@ -131,10 +132,10 @@ __device__ bool in_range(const RecordLayout& layout, const Load& load) {
 }
 
 template <typename Item>
-__device__ int32_t count_of(const DeviceList<Item>& list, const Lane& lane) {
+__device__ int32_t count_of(const DeviceList<Item>& list, const Board& board) {
   const int32_t count = *list.count;
   const int32_t usable = min(max(count, 0), list.max_count);
-  if (count != usable && blockIdx.x == 0 && threadIdx.x == 0) report_error(lane);
+  if (count != usable && blockIdx.x == 0 && threadIdx.x == 0) report_error(board);
   return usable;
 }
 
@@ -151,12 +152,11 @@ __device__ void hurry_late(const DeviceList<int32_t>& late, int32_t num_late, in
 }
 
 // By one block. A record that is neither here nor coming is an error: nobody can be trusted to bring it.
-__device__ void wait_for_late(const DeviceList<int32_t>& late, int32_t num_late, int32_t num_rows, const Board& board,
-                              const Lane& lane) {
+__device__ void wait_for_late(const DeviceList<int32_t>& late, int32_t num_late, int32_t num_rows, const Board& board) {
   for (int32_t i = threadIdx.x; i < num_late; i += kThreads) {
     const int32_t slot = late.items[i];
     if (slot < 0 || slot >= num_rows) {
-      report_error(lane);
+      report_error(board);
       continue;
     }
     int32_t word = load_word(&board.states[slot]);
@@ -164,13 +164,12 @@ __device__ void wait_for_late(const DeviceList<int32_t>& late, int32_t num_late,
       __nanosleep(kPollNanoseconds);
       word = load_word(&board.states[slot]);
     }
-    if (state_of(word) != SlotState::kReady) report_error(lane);
+    if (state_of(word) != SlotState::kReady) report_error(board);
   }
 }
 
 // This block's even share of all vectors of all loads, whatever their number and size.
-__device__ void copy_share(const RecordLayout& layout, const Load* loads, int32_t num_loads, const Board& board,
-                           const Lane& lane) {
+__device__ void copy_share(const RecordLayout& layout, const Load* loads, int32_t num_loads, const Board& board) {
   const int64_t per_record = layout.record_vectors;
   const int64_t total = num_loads * per_record;
   const int64_t units = (total + kAlignVectors - 1) / kAlignVectors;
@@ -185,7 +184,7 @@ __device__ void copy_share(const RecordLayout& layout, const Load* loads, int32_
       copy_part(layout, load, first, last);
       note_copied(last - first, layout.record_vectors, &board.demand_progress[index], &board.states[load.row]);
     } else if (first == 0 && threadIdx.x == 0) {
-      report_error(lane);
+      report_error(board);
     }
     at += last - first;
   }
@@ -193,16 +192,16 @@ __device__ void copy_share(const RecordLayout& layout, const Load* loads, int32_
 
 __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ RecordLayout layout,
                                                           const DemandLists lists, const Board board, const Lane lane) {
-  const int32_t num_loads = count_of(lists.loads, lane);
-  const int32_t num_late = blockIdx.x == 0 ? count_of(lists.late, lane) : 0;
+  const int32_t num_loads = count_of(lists.loads, board);
+  const int32_t num_late = blockIdx.x == 0 ? count_of(lists.late, board) : 0;
   if (num_loads > 0) {
     if (threadIdx.x == 0) DeviceInt(*lane.demand_active).fetch_add(1, cuda::memory_order_relaxed);
     hurry_late(lists.late, num_late, layout.num_experts, board);
-    copy_share(layout, lists.loads.items, num_loads, board, lane);
+    copy_share(layout, lists.loads.items, num_loads, board);
     __syncthreads();
     if (threadIdx.x == 0) DeviceInt(*lane.demand_active).fetch_sub(1, cuda::memory_order_relaxed);
   }
-  wait_for_late(lists.late, num_late, layout.num_experts, board, lane);
+  wait_for_late(lists.late, num_late, layout.num_experts, board);
 }
 
 struct Chunk {
@@ -250,7 +249,7 @@ __device__ Chunk take_chunk(const RecordLayout& layout, const PrefetchLists& lis
         return {load, index, first, min(first + chunk_vectors, layout.record_vectors)};
       }
     } else if (number % per_record == 0) {
-      report_error(lane);
+      report_error(board);
     }
     // All blocks skip this record.
     next.fetch_max((index + 1) * per_record, cuda::memory_order_relaxed);
@@ -261,7 +260,7 @@ __global__ void __launch_bounds__(kThreads)
     prefetch_kernel(const __grid_constant__ RecordLayout layout, const PrefetchLists lists, const Board board,
                     const Lane lane, const int32_t chunk_vectors) {
   __shared__ Chunk shared_chunk;
-  const int32_t num_loads = count_of(lists.loads, lane);
+  const int32_t num_loads = count_of(lists.loads, board);
   while (num_loads > 0) {
     if (threadIdx.x == 0) shared_chunk = take_chunk(layout, lists, num_loads, chunk_vectors, board, lane);
     __syncthreads();

@@ -27,19 +27,23 @@ String WordNames() {
   return kWordNames;
 }
 
-// A layer, whose numbers lie on the device: `rows` tells E, and with it the state's size tells C.
+// A layer, whose numbers lie on the device: the board's size tells E, and with it the state's tells C.
 struct PlannedLayer {
-  PlannedLayer(const TensorView& state, const TensorView& rows, const TensorView& lane, int64_t mirror)
-      : num_experts(rows.numel()),
+  PlannedLayer(const TensorView& state, const TensorView& board, const TensorView& lane, int64_t mirror)
+      : num_experts((board.numel() - board_ints(0)) / 3),
         num_slots(state.numel() - kHeaderWords - 5 * num_experts),
         shared(shared_bytes(num_experts, num_slots)) {
     TVM_FFI_CHECK(num_slots > 0 && num_slots <= num_experts && num_experts <= kMaxExperts &&
                       state.numel() == Layer::words(num_experts, num_slots),
                   ValueError)
-        << "state of " << state.numel() << " words and " << num_experts << " row words: not a layer of at most "
+        << "state of " << state.numel() << " words and a board of " << board.numel() << ": not a layer of at most "
         << kMaxExperts << " experts";
-    memory = {cuda_data<int64_t>(state, 0, "state"), static_cast<int>(state.numel()),
-              cuda_data<int32_t>(rows, 0, "row words"), lane_at(cuda_data<int32_t>(lane, lane_ints(), "lane")).queued,
+    const Board at = board_at(cuda_data<int32_t>(board, board_ints(num_experts), "board"), num_experts);
+    memory = {cuda_data<int64_t>(state, 0, "state"),
+              static_cast<int>(state.numel()),
+              at.states,
+              at.errors,
+              lane_at(cuda_data<int32_t>(lane, lane_ints(), "lane")).queued,
               reinterpret_cast<int64_t*>(mirror)};
   }
 
@@ -86,11 +90,11 @@ void start_for(int64_t num_ids, Kernel few, Kernel many, Start start) {
 // int32 (E, 2) and `late`: int32 (E) receive what is to be copied and waited for. `mirror`: where the words go in host
 // memory, as the GPU sees it, or 0. `ghosts`, with `ghost_slots` and `ghost_mirror`: larger caches that the step is
 // planned for as well (ghosts_in), or none.
-void PlanStep(TensorView state, TensorView rows, TensorView lane, TensorView ids, TensorView real, TensorView row_ids,
+void PlanStep(TensorView state, TensorView board, TensorView lane, TensorView ids, TensorView real, TensorView row_ids,
               TensorView loads, TensorView num_loads, TensorView late, TensorView num_late, int64_t mirror,
               bool is_speculated, Optional<TensorView> ghosts, Optional<TensorView> ghost_slots, int64_t ghost_mirror,
               int64_t stream) {
-  const PlannedLayer layer(state, rows, lane, mirror);
+  const PlannedLayer layer(state, board, lane, mirror);
   int64_t shared = layer.shared;
   const Ghosts larger = ghosts ? ghosts_in(*ghosts, *ghost_slots, ghost_mirror, layer.num_experts, &shared) : Ghosts{};
   check_tokens(ids, real);
@@ -119,10 +123,10 @@ void PlanStep(TensorView state, TensorView rows, TensorView lane, TensorView ids
 // the kernel reads them, so that the host can change them while graphs are replayed; the room in the lists limits it.
 // `is_far`: predicted from more than one layer away. `preloads`: ahead of a step that may need more experts than there
 // are slots; the lists must have room for all experts.
-void PlanPrefetch(TensorView state, TensorView rows, TensorView lane, TensorView predicted, TensorView real,
+void PlanPrefetch(TensorView state, TensorView board, TensorView lane, TensorView predicted, TensorView real,
                   int64_t budget, bool is_far, bool preloads, TensorView loads, TensorView num_loads,
                   TensorView tickets, int64_t stream) {
-  const PlannedLayer layer(state, rows, lane, 0);
+  const PlannedLayer layer(state, board, lane, 0);
   const int64_t num_tokens = check_tokens(predicted, real), num_ids = predicted.numel();
   TVM_FFI_CHECK(budget != 0, ValueError) << "budget must be an address that the GPU can read, it is 0";
   const int64_t most = std::min({layer.num_slots, loads.numel() / 2, tickets.numel()});

@@ -66,12 +66,13 @@ class Block {
   int64_t* sums_;  // shared, one per warp
 };
 
-// A layer in device memory. `num_words` of `state`; `rows`: (E) words of slot_state.h; `queued`: as in record.h's Lane;
-// `mirror`: kHeaderWords in host memory, or null.
+// A layer in device memory. `num_words` of `state`; `rows`: (E) words of slot_state.h; `errors`, `queued`: as in
+// record.h's Board and Lane; `mirror`: kHeaderWords in host memory, or null.
 struct LayerMemory {
   int64_t* state;
   int num_words;
   int32_t* rows;
+  const int32_t* errors;
   int32_t* queued;
   int64_t* mirror;
 };
@@ -123,7 +124,7 @@ struct Ghosts {
       state += num_words[i];
       own_words = num_words[i + 1];
     }
-    return {state, own_words, nullptr, nullptr, mirror + ghost * kHeaderWords};
+    return {state, own_words, nullptr, nullptr, nullptr, mirror + ghost * kHeaderWords};
   }
 };
 
@@ -275,7 +276,10 @@ __global__ void __launch_bounds__(kThreads, 1)
     write_rows(team, layer, ids, ids.ids, num_ids, row_ids, desk.scratch);
   }
   team.sync();
-  if (team.rank() == 0) count_step(layer, step, is_speculated);
+  if (team.rank() == 0) {
+    count_step(layer, step, is_speculated);
+    if (!is_ghost) layer.header[kErrors] = load_relaxed(own.errors);
+  }
   desk.close(memory(), taken_back_before - desk.num_taken_back());
 }
 
@@ -321,7 +325,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
   if (team.rank() == 0) *orders.num_loads = num_loads;
   write_loads(desk, num_loads, orders);
-  const LayerMemory unseen{memory.state, memory.num_words, memory.rows, memory.queued, nullptr};
+  const LayerMemory unseen{memory.state, memory.num_words, memory.rows, memory.errors, memory.queued, nullptr};
   desk.close(unseen, num_loads + taken_back_before - desk.num_taken_back());
 }
 

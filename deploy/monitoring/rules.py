@@ -163,13 +163,6 @@ ALERTS = (
         "from demand copies and slots from other experts.",
     ),
     Alert(
-        "ExpertPrefetchHostMemoryNotPinned",
-        f'max by ({SERVER}) ({P}info{{platform="cuda", pinned="false"}}) == 1',
-        5,
-        "{{ $labels.instance }} keeps its experts in pageable memory",
-        "Copies to the GPU from memory that is not page-locked are slower and block the host.",
-    ),
-    Alert(
         "ExpertPrefetchLinkSlow",
         f"{_LINK_IS_SLOW} and {R}stall_ratio:rate5m > 0.05",
         10,

@@ -55,10 +55,6 @@ SICK = {
         {"ExpertPrefetchHitRatioLow": ""},
     ),
     "ExpertPrefetchStallsHigh/prefetch_off": ({STALL: "0+30x40"}, {}),
-    "ExpertPrefetchHostMemoryNotPinned": (
-        {INFO: None, f'{P}info{{platform="cuda", pinned="false", prefetch="off: nothing to hide", {RANK}}}': "1x40"},
-        {},
-    ),
     "ExpertPrefetchLinkSlow": ({STALL: "0+5x40", COPYING: "0+5x40"}, {}),
     "ExpertPrefetchPrecisionLow": (
         {

@@ -172,6 +172,19 @@ class Event:
         return 0.4  # ms, for eight copies: a link of 1 GB/s where a record has 50 KB
 
 
+class Runtime:
+    """The part of CUDA's runtime that torch shows."""
+
+    @staticmethod
+    def cudaHostRegister(address: int, num_bytes: int, _flags: int) -> int:
+        library().shim_register(address, num_bytes)
+        return 0
+
+    @staticmethod
+    def cudaHostUnregister(address: int) -> None:
+        library().shim_unregister(address)
+
+
 class Torch:
     """torch, whose GPU is the CPU."""
 
@@ -186,6 +199,7 @@ class Torch:
         Event=Event,
         CUDAGraph=Graph,
         graph=capture,
+        cudart=Runtime,
     )
 
     @staticmethod
@@ -204,11 +218,10 @@ def install_caches(patch: Any) -> None:
     from vllm_expert_prefetch.cache import device
     from vllm_expert_prefetch.memory import device_rows, host_memory
 
-    for module in (device, device_rows, gpu_layer, gpu_model):
+    for module in (device, device_rows, host_memory, gpu_layer, gpu_model):
         patch.setattr(module, "torch", Torch())
     patch.setattr(device, "cuda_library", Launches)
     patch.setattr(device_rows, "cuda_library", library)
-    patch.setattr(host_memory, "_register_with_cuda", lambda memory, num_bytes: lambda: None)
     patch.setattr(gpu_model, "ROW_BYTES", ROW_BYTES)
 
 
@@ -224,13 +237,13 @@ def tests_of_gpu(name: str) -> dict[str, Any]:
 def install(patch: Any) -> None:
     """The same for the workers of vLLM's CPU engine in this process."""
     from vllm_expert_prefetch.cache import device
-    from vllm_expert_prefetch.memory import device_rows
+    from vllm_expert_prefetch.memory import device_rows, host_memory
     from vllm_expert_prefetch.serving import compat, proof, sizes, worker
 
     install_caches(patch)
     patch.setattr(proof, "torch", Torch())
-    options = worker.HostMemoryOptions
-    patch.setattr(worker, "HostMemoryOptions", lambda **_: options(pin=True, cuda=True))
+    options = host_memory.HostMemoryOptions(pin=True, cuda=True)
+    patch.setattr(worker, "host_memory_options", lambda config, on_gpu: options)
     patch.setattr(
         worker,
         "create_caches",

@@ -14,6 +14,7 @@ from device import shim
 from vllm_expert_prefetch.cache.device import DeviceCache
 from vllm_expert_prefetch.config import ConfigError
 from vllm_expert_prefetch.lookahead import create
+from vllm_expert_prefetch.metrics import publish
 from vllm_expert_prefetch.planning.replay import Setting
 from vllm_expert_prefetch.planning.simulate import as_recorded, simulate_all
 from vllm_expert_prefetch.prediction import Prediction, Predictor
@@ -40,7 +41,7 @@ def served(monkeypatch, model, config, generate, **options):
         assert all(isinstance(cache, DeviceCache) for cache in found)
         worker = layers(llm)[0].worker
         assert worker.caches.num_errors() == 0
-        worker.publisher.step_ended()
+        worker.publisher.publish()
         return outputs, counters(llm), [cache.words() for cache in found]
 
 
@@ -203,6 +204,18 @@ def test_an_engine_that_has_ended_leaves_nothing_to_the_offloader_that_vllm_keep
         offloader.sync_prev_onload()
     finally:
         set_offloader(None)
+
+
+def test_what_a_kernel_refuses_ends_the_engine(monkeypatch):
+    shim.install(monkeypatch)
+    monkeypatch.setattr(publish, "_PERIOD_SECONDS", 3600)  # its thread does not look
+    with open_engine(TINY_MODEL, {"slots_per_layer": 4}) as llm:
+        layer = layers(llm)[3]
+        layer.cache.board[-1] += 2
+        greedy(llm, prompts(1), 4)
+        layer.worker.publisher.publish()
+        with pytest.raises(RuntimeError, match="layer 3: 2 copies were refused"):
+            greedy(llm, prompts(1), 4)
 
 
 def test_a_model_without_attention_is_refused_where_padding_is_told_by_it(monkeypatch):

@@ -2,8 +2,11 @@
 
 import gpu_model
 import pytest
+import torch
 
 from device import shim
+from vllm_expert_prefetch.memory.host_memory import HostMemoryOptions
+from vllm_expert_prefetch.memory.host_store import HostStore
 
 pytestmark = pytest.mark.skipif(not shim.load_setup().find_compiler(), reason="no C++20 compiler (g++) is installed")
 NEEDS_A_GPU = "test_nothing_waits_for_the_gpu"
@@ -27,6 +30,13 @@ def test_a_step_of_a_layer_takes_two_launches_and_looking_ahead_two_for_each_dis
     model.run(ahead)
     looking = (gpu_model.NUM_LAYERS - 1 + gpu_model.NUM_LAYERS - 2) * ahead
     assert list(shim.library().shim_launches()) == [2 * gpu_model.NUM_LAYERS + looking, looking]
+
+
+def test_a_store_that_is_not_page_locked_is_refused():
+    model = gpu_model.Model()
+    pageable = HostStore({"w": torch.zeros(4, 4096, dtype=torch.uint8)}, HostMemoryOptions())
+    with pytest.raises(RuntimeError, match="not mapped into device 0"):
+        model.caches.add(gpu_model.NUM_LAYERS, pageable, model.layers[0].tensors, 2, 1, "lru")
 
 
 def test_ghost_caches_take_no_launch_of_their_own():

@@ -31,7 +31,8 @@ class Walk:
         self.num_experts, self.num_slots, self.top_k = num_experts, num_slots, top_k
         self.cache = ExpertCache(num_experts, num_slots, POLICIES[policy])
         self.state = initial_state(num_experts, num_slots, top_k, policy).cuda()
-        self.words, self.lane = zeros(num_experts), zeros(cuda_library().lane_ints())
+        self.board, self.lane = zeros(cuda_library().board_ints(num_experts)), zeros(cuda_library().lane_ints())
+        self.words = self.board[:num_experts]
         self.loads, self.num_loads = zeros(num_experts, 2), zeros(1)
         self.extra, self.num_extra = zeros(num_experts), zeros(1)
         names = "wide_steps hits late misses overflow evictions used unused displaced issued cancelled claimed demanded"
@@ -74,14 +75,14 @@ class Walk:
         is_asked = preloads and (budget - num_queued * is_far > 0 or num_tokens * self.top_k > self.num_experts)
         is_wide = is_asked and len(set(in_order)) > self.num_slots
         self.settle(set(in_order if is_wide else predicted))
-        self.lane[2] = num_queued
+        self.lane[1] = num_queued
         if is_wide:
             plan = self.cache.plan_preload(in_order)
         else:
             plan = self.cache.plan_prefetch(predicted, budget - num_queued * is_far, is_far)
         budget_words = torch.tensor([budget, counting], dtype=torch.int32).cuda()
         cuda_library().plan_prefetch(
-            *(self.state, self.words, self.lane),
+            *(self.state, self.board, self.lane),
             *(torch.tensor(rows, dtype=torch.int64).cuda(), torch.tensor(real).cuda()),
             *(budget_words.data_ptr(), is_far, preloads, self.loads, self.num_loads, self.extra, stream()),
         )
@@ -143,7 +144,7 @@ class Walk:
         ids = torch.tensor(routed, dtype=torch.int32).cuda().view(len(real), -1)
         row_ids = torch.full_like(ids, -9)
         cuda_library().plan_step(
-            *(self.state, self.words, self.lane, ids, torch.tensor(real).cuda(), row_ids),
+            *(self.state, self.board, self.lane, ids, torch.tensor(real).cuda(), row_ids),
             *(self.loads, self.num_loads, self.extra, self.num_extra, 0, False, None, None, 0, stream()),
         )
         return row_ids.flatten().tolist()

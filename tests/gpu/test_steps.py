@@ -173,3 +173,15 @@ def test_the_mirror_holds_the_words_of_every_layer():
     assert [Words._make(row) for row in model.caches.mirror[:NUM_LAYERS].tolist()] == found
     assert [layer.cache.words() for layer in model.layers] == found
     assert [layer.cache.num_resident for layer in model.layers] == [words.num_resident for words in found]
+
+
+def test_errors_of_kernels_are_in_the_words_of_their_layer_after_its_next_step():
+    model = Model()
+    model.step()
+    model.layers[2].ask([(NUM_EXPERTS, 0), (0, NUM_EXPERTS)])
+    model.layers[2].cache.gather()
+    assert [words.errors for words in model.words()] == [0] * NUM_LAYERS
+    model.step()
+    assert [words.errors for words in model.words()] == [0, 0, 2, 0]
+    assert [layer.cache.words().errors for layer in model.layers] == [0, 0, 2, 0]
+    assert model.caches.num_errors() == 2

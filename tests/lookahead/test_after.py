@@ -11,6 +11,7 @@ from vllm_expert_prefetch.cache.words import Words
 from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig
 from vllm_expert_prefetch.lookahead.after import LookAhead, close_ones, most_wanted
 from vllm_expert_prefetch.lookahead.create import choose_predictors, depth_of, why_not
+from vllm_expert_prefetch.memory import host_memory
 from vllm_expert_prefetch.memory.link import EmulatedLink
 from vllm_expert_prefetch.prediction import (
     Artifact,
@@ -280,6 +281,31 @@ def test_time_that_steps_waited_is_no_time_to_copy_in():
     for _ in range(200):
         look_ahead.note([words(steps=1, stall_ns=2 * 10**9)] * 4, 12.0)
     assert caches.layers[1].records == 1
+
+
+@pytest.fixture
+def on_device(monkeypatch):
+    monkeypatch.setattr(NotedCaches, "on_device", True)
+    monkeypatch.setattr(host_memory, "_register_with_cuda", lambda memory, read_only: lambda: None)
+
+
+@pytest.mark.usefixtures("on_device")
+@pytest.mark.parametrize(("demanded", "records"), [(0, 3), (2, 1)])
+def test_on_a_gpu_time_that_demands_take_is_no_time_to_copy_in(demanded, records):
+    """A record takes a second; of each layer's three, two are spent on demands."""
+    look_ahead, caches = make(link=RECORD_BYTES)
+    for _ in range(200):
+        look_ahead.note([words(steps=5, demanded=5 * demanded)] * 4, 12.0)
+    assert caches.layers[1].records == records
+
+
+def test_a_step_of_a_pipeline_is_that_of_all_its_layers():
+    """Four of twelve are in this stage, and wait a second each. A record takes a second."""
+    look_ahead, caches = make(link=RECORD_BYTES)
+    look_ahead.num_layers = 12
+    for _ in range(200):
+        look_ahead.note([words(steps=1, stall_ns=10**9)] * 4, 12 * 4.0)
+    assert caches.layers[1].records == 3
 
 
 def test_a_closed_valve_stops_guessing_and_a_forced_one_never_closes():

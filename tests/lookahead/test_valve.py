@@ -98,6 +98,14 @@ def test_wide_steps_do_not_count():
     assert valve.depth > 0
 
 
+def test_what_a_prompt_used_of_a_preload_does_not_pay_for_decode_steps():
+    valve = counted()
+    for _ in range(4):
+        valve.note(DOES_NOT, 0.0)
+        valve.note(PAYS._replace(wide_steps=1, used=10_000), 0.0)
+    assert valve.depth == 0
+
+
 def run_counted(valve, when_open, num_windows=4000):
     """The share of the windows in which the valve was open."""
     num_open = 0

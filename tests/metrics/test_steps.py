@@ -186,3 +186,15 @@ def test_a_step_ends_once_wherever_it_is_computed(monkeypatch, output, samples):
             assert runner.sample_tokens(None) == "tokens"
         runner.execute_model(SimpleNamespace(total_num_scheduled_tokens=0))  # vLLM has news, and no tokens
     assert seen == [(0, 2, True), "end"] * 2
+
+
+def test_the_totals_of_decode_steps_change_together(time, counters):
+    """A thread that reads them between two counters would see a step that took no time."""
+    clock = StepClock(counters, time)
+    seen = []
+    clock._add = lambda place, amount: seen.append(clock.totals)
+    for num_prefilling, seconds in ((0, 2.0), (1, 5.0), (0, 1.0)):
+        clock.begin(num_prefilling, 1, False)
+        time.seconds += seconds
+        clock.end()
+    assert list(dict.fromkeys(seen)) == [(1, 1, 2.0), (2, 1, 2.0), (3, 2, 3.0)]

@@ -140,7 +140,8 @@ def plan(library, state_words=NUM_WORDS + 22, ids=(1, 3), num_real=1, budget=409
     """A prefetch of a layer of 4 experts and 2 slots; every tensor on the CPU."""
     state, real = torch.zeros(state_words, dtype=torch.int64), torch.zeros(num_real, dtype=torch.int64)
     lane = ints(library.lane_ints())
-    library.plan_prefetch(state, ints(4), lane, ints(*ids), real, budget, False, False, ints(4), ints(1), ints(2), 0)
+    board, orders = ints(library.board_ints(4)), (ints(4), ints(1), ints(2))
+    library.plan_prefetch(state, board, lane, ints(*ids), real, budget, False, False, *orders, 0)
 
 
 @pytest.mark.parametrize(

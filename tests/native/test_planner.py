@@ -159,8 +159,10 @@ class Twins:
         for expert in cache.ranking.ranked:
             assert native.table(2)[expert] == cache.ranking.last[expert]
         ranking = cache.ranking
-        faded = [step << 32 | weight for step, weight in zip(ranking.weighed_at, ranking.weight, strict=True)]
-        assert native.table(3) == (faded if cache.policy is POLICIES["ewma"] else ranking.count)
+        pairs = zip(ranking.weighed_at, ranking.weight, strict=True)
+        faded = [step % 2**32 << 32 | weight for step, weight in pairs]
+        counts = [count % 2**64 for count in native.table(3)]
+        assert counts == (faded if cache.policy is POLICIES["ewma"] else ranking.count)
         assert (words.tick, words.cold_tick) == (cache.ranking.tick, cache.ranking.cold_tick)
         assert (words.num_in_flight, words.num_preloaded) == (len(cache.in_flight), len(cache.preloaded))
         assert {name: getattr(words, name) for name in self.totals} == self.totals
@@ -245,6 +247,16 @@ def test_every_capacity_from_one_to_all_experts(num_slots):
     for _ in range(400):
         twins.step([rng.randrange(12) for _ in range(rng.randint(1, 14))], torch.int32)
         twins.check()
+
+
+@pytest.mark.parametrize("first", [2**31, 2**32])
+def test_touches_fade_after_years_as_at_first(first):
+    rng = random.Random(first)
+    twins = Twins(rng, 24, 8, 2, "ewma")
+    twins.native.state[Words._fields.index("steps")] = twins.cache.ranking.step = twins.totals["steps"] = first - 100
+    for _ in range(300):
+        twins.step(random_ids(rng, twins), torch.int32)
+    twins.check()
 
 
 def test_large_layers():

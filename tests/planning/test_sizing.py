@@ -88,6 +88,13 @@ def test_two_areas_are_refused_where_nothing_is_looked_ahead(options, on_gpu, re
         areas_asked(ExpertPrefetchConfig(areas=2, **options), on_gpu)
 
 
+def test_there_is_one_area_where_cuda_graphs_are_broken():
+    for areas in ("auto", 1):
+        assert areas_asked(ExpertPrefetchConfig(areas=areas), True, breaks_graphs=True) == 1
+    with pytest.raises(ConfigError, match=r"VLLM_USE_BREAKABLE_CUDAGRAPH=0 helps\. Set areas to auto$"):
+        areas_asked(ExpertPrefetchConfig(areas=2), True, breaks_graphs=True)
+
+
 def test_whole_pages_are_counted():
     layer = LayerShape(8, 1, (1000, 10))
     # Of 8000 bytes two pages: one of them holds 3 slots, the other one is shared. Of 80 bytes one page, not shared.

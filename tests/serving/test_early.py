@@ -188,7 +188,9 @@ def test_experts_that_may_not_be_locked_are_refused_before_they_are_loaded(monke
 
 @pytest.mark.parametrize("error", [NotFound("no gate"), ArtifactError("another model")], ids=["model", "artifact"])
 @pytest.mark.parametrize(
-    "asked", [{"prefetch": "on"}, {"artifact": "folder"}, {"predictor": "previous"}], ids=lambda asked: "".join(asked)
+    "asked",
+    [{"prefetch": "on"}, {"artifact": "folder"}, {"predictor": "previous"}, {"areas": 2}],
+    ids=lambda asked: "".join(asked),
 )
 def test_look_ahead_that_was_asked_for_by_name_is_had_or_refused(monkeypatch, asked, error):
     with pytest.raises(ConfigError, match=f"{error}.*prefetch to auto"):

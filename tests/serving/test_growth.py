@@ -13,6 +13,7 @@ from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig
 from vllm_expert_prefetch.serving import compat, steps
 from vllm_expert_prefetch.serving.layer import CachedRoutedExperts
 from vllm_expert_prefetch.serving.sizes import CacheSizes
+from vllm_expert_prefetch.serving.worker import Worker
 
 NUM_LAYERS, NUM_EXPERTS, TOP_K = 8, 16, 2
 RECORD = 3 * 128 * 64 * 2
@@ -151,6 +152,22 @@ def test_a_model_without_a_kv_cache_is_started_before_it_is_compiled(monkeypatch
     worker, _ = watched(monkeypatch, ours, lambda: 0)
     assert worker.compile_or_warm_up_model() == "compiled"
     assert started == [True]
+
+
+@pytest.mark.parametrize(("looks_ahead", "areas"), [(True, 2), (False, 1)])
+def test_a_second_area_goes_where_nothing_looks_ahead(monkeypatch, looks_ahead, areas):
+    monkeypatch.setattr(compat, "measures_memory", lambda: True)
+    model, cache = SimpleNamespace(max_model_len=100), SimpleNamespace(kv_cache_memory_bytes=None)
+    config = ExpertPrefetchConfig(areas=2, prefetch="on")
+    sizes = CacheSizes(SimpleNamespace(cache_config=cache, model_config=model), config)
+    rows = torch.empty(8, 4096, dtype=torch.uint8)
+    layer = SimpleNamespace(accelerator=rows.device, local_num_experts=8, top_k=2, unprocessed_row_bytes=())
+    sizes.decide([layer] * 4, layer, {"w": rows})
+    made = SimpleNamespace(caches=None, sizes=sizes, _verify=lambda: None)
+    made._look_ahead = lambda model, link_rate: "look-ahead" if looks_ahead else None
+    Worker.start(made, torch.nn.Module())
+    sizes.grow(10**6, 0, 50_000, 10_000)
+    assert sizes.areas == areas
 
 
 def test_nothing_grows_where_a_token_needs_every_expert(monkeypatch):

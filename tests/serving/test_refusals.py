@@ -102,6 +102,7 @@ CASES = {
         {"cache_config": SimpleNamespace(kv_cache_memory_bytes=1)},
     ],
     "an emulated link on a GPU": ["gpu", {"emulated_link_gbps": 5}],
+    "a host store that is not page-locked on a GPU, whose kernels read it": ["gpu", {"pin_memory": "off"}],
     "a recording of routing inside CUDA graphs": ["gpu", {"trace": "folder"}],
 }
 """What is refused -> what of vLLM's configuration asks for it; or the platform, keys of the plugin, and both."""

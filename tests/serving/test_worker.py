@@ -10,6 +10,8 @@ import torch
 from vllm_expert_prefetch.config import ConfigError, ExpertPrefetchConfig
 from vllm_expert_prefetch.memory import host_limit
 from vllm_expert_prefetch.serving import compat, worker
+from vllm_expert_prefetch.serving.expert_tensors import TakeoverError
+from vllm_expert_prefetch.serving.layer import CachedRoutedExperts
 
 
 class Layer:
@@ -110,3 +112,31 @@ def test_little_room_beside_page_locked_experts_is_said(monkeypatch, caplog, pin
     with caplog.at_level(logging.WARNING, "vllm.expert_prefetch"):
         loading.loading_begins()
     assert any("less than a tenth is left" in message for message in caplog.messages) == says
+
+
+def test_graphs_are_broken_where_they_are_captured(monkeypatch):
+    monkeypatch.setattr(compat, "on_cuda_platform", lambda: True)
+    eager, captured = (SimpleNamespace(model_config=SimpleNamespace(enforce_eager=eager)) for eager in (True, False))
+    for value, broken in (("0", False), ("1", True)):
+        monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", value)
+        assert (compat.breaks_graphs(eager), compat.breaks_graphs(captured)) == (False, broken)
+
+
+@pytest.mark.parametrize("is_in_step", [True, False])
+def test_a_layer_that_finds_no_token_in_a_step_that_has_some_computes_nothing(monkeypatch, is_in_step):
+    """It would compute with experts' numbers for rows. Dummy and profile runs have none."""
+    monkeypatch.setattr(compat, "on_cuda_platform", lambda: False)
+    monkeypatch.setattr(compat, "rows_of", lambda x: 0)
+    serving = worker.Worker(None, ExpertPrefetchConfig())
+    serving.publisher = SimpleNamespace(step_begins=lambda *_: None, step_ended=lambda: None)  # type: ignore[assignment]
+    serving.step_begins(0, 1, True)
+    if not is_in_step:
+        serving.step_ended()
+    layer = SimpleNamespace(worker=serving, layer_name="layers.7", cache=SimpleNamespace(local=lambda ids: ids))
+    layer.compute = lambda x, weights, ids, rows: x
+    x = torch.zeros(1, 2)
+    if is_in_step:
+        with pytest.raises(TakeoverError, match=r"layers\.7 finds no token in a step that has some"):
+            CachedRoutedExperts.run_step(layer, x, x, x.int())
+    else:
+        assert CachedRoutedExperts.run_step(layer, x, x, x.int()) is x

@@ -258,7 +258,8 @@ def by_hotness(state: torch.Tensor) -> list[int]:
     ranking = Ranking(words.num_experts, words.tick, words.steps)
     ranking.cold = {expert for expert, flag in enumerate(flags) if flag & cold}
     ranking.last, ranking.count = last, count
-    ranking.weight, ranking.weighed_at = [own & 0xFFFFFFFF for own in count], [own >> 32 for own in count]
+    ranking.weight = [own & 0xFFFFFFFF for own in count]
+    ranking.weighed_at = [words.steps - (words.steps - (own >> 32) & 0xFFFFFFFF) for own in count]
     policy = list(POLICIES.values())[words.policy]
     return sorted(range(words.num_experts), key=lambda expert: (flags[expert] & ranked, policy(ranking, expert)))
 

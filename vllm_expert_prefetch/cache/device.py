@@ -69,8 +69,8 @@ class DeviceCache(LayerCache):
         library.load_plan_kernels(self.num_experts, num_slots, device.index)
         state = initial_state(self.num_experts, num_slots, top_k, policy)
         self.state = state.to(device)
-        self._board = torch.zeros(library.board_ints(self.num_experts), dtype=torch.int32, device=device)
-        self.row_words = self._board[: self.num_experts]
+        self.board = torch.zeros(library.board_ints(self.num_experts), dtype=torch.int32, device=device)
+        self.row_words = self.board[: self.num_experts]
         self.demand = Orders(self.num_experts, device)
         self.ahead = [Orders(self.num_experts, device) for _ in range(caches.depth)]
         """By distance, the nearest first."""
@@ -87,7 +87,7 @@ class DeviceCache(LayerCache):
         row_ids = torch.empty_like(topk_ids)
         self._caches.await_plans()
         self._library.plan_step(
-            *(self.state, self.row_words, self._caches.lane, topk_ids, rows, row_ids),
+            *(self.state, self.board, self._caches.lane, topk_ids, rows, row_ids),
             *(orders.loads, orders.num_loads, orders.late, orders.num_late),
             *(self._mirror_address, speculated, *self._ghosts, self._caches.current_stream()),
         )
@@ -99,7 +99,7 @@ class DeviceCache(LayerCache):
         orders, caches = self.demand, self._caches
         self._library.gather_records(
             *(self._segments, self.num_experts),
-            *(orders.loads, orders.num_loads, orders.late, orders.num_late, self._board),
+            *(orders.loads, orders.num_loads, orders.late, orders.num_late, self.board),
             *(caches.lane, caches.options.num_demand_blocks, caches.current_stream()),
         )
 
@@ -119,7 +119,7 @@ class DeviceCache(LayerCache):
         orders, caches = self.ahead[distance - 1], self._caches
         caches.join_if_busy(self.number, distance)
         self._library.plan_prefetch(
-            *(self.state, self.row_words, caches.lane, predicted.contiguous(), rows),
+            *(self.state, self.board, caches.lane, predicted.contiguous(), rows),
             *(caches.budget_address(self.number, distance), distance > 1, preloads),
             *(orders.loads, orders.num_loads, orders.late, caches.current_stream()),
         )
@@ -130,7 +130,7 @@ class DeviceCache(LayerCache):
         orders, caches = self.ahead[distance - 1], self._caches
         self._library.prefetch_records(
             *(self._segments, self.num_experts),
-            *(orders.loads, orders.late, orders.num_loads, self._board, caches.lane),
+            *(orders.loads, orders.late, orders.num_loads, self.board, caches.lane),
             *(caches.options.num_prefetch_blocks, caches.options.chunk_bytes, caches.fork(self.number, distance)),
         )
 
@@ -282,7 +282,7 @@ class DeviceCaches(Caches):
 
     def num_errors(self) -> int:
         """Loads and waits that kernels refused since the start (csrc/cuda/gather_kernels.cuh). Synchronises."""
-        return int(self.lane[1].item())
+        return sum(int(cache.board[-1].item()) for cache in self.layers if isinstance(cache, DeviceCache))
 
     def close(self) -> None:
         self._is_closed = True

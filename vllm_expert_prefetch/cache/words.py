@@ -39,6 +39,9 @@ class Words(NamedTuple):
     demanded: int
     """Records copied because a step needed them, claimed ones included."""
     out_of_range: int
+    """Routed ids of tokens that name no expert: these tokens are wrong."""
+    errors: int
+    """Copies that kernels refused, before the step that wrote this: tokens since may be wrong; 0 on the host."""
     stall_ns: int
     """Time that steps waited for records; 0 on a GPU, where nothing is timed."""
     late_ns: int

@@ -66,6 +66,8 @@ class LookAhead:
         self.depth = len(predictors)
         self.speculated_layers = speculated_layers
         self._caches = caches
+        self.num_layers = len(caches.layers)
+        """MoE layers that a step computes, those of other stages of a pipeline included."""
         self._over_fetch = over_fetch
         self.valves = [Valve(forced, not caches.on_device, self.depth) for _ in caches.layers]
         self.step_valve = None if forced or caches.on_device else StepValve()
@@ -215,12 +217,18 @@ class LookAhead:
             self.valves[layer].note(delta, self._spent[layer])
             self._spent[layer] = 0.0
         if decode_step_seconds is not None:
-            num_steps = max(delta.steps for delta in deltas)
-            stalls = sum(delta.stall_ns for delta in deltas) * 1e-9 / max(num_steps, 1)
-            window = max(0.0, decode_step_seconds - stalls) / len(deltas)
+            num_steps = max(1, *(delta.steps for delta in deltas))
+            busy = self._demand_seconds(deltas) / num_steps / len(deltas)
             for budget in self.budgets:
-                budget.note(window)
+                budget.note(max(0.0, decode_step_seconds / self.num_layers - busy))
         self._set_budgets()
+
+    def _demand_seconds(self, deltas: Sequence[Words]) -> float:
+        """How long the link was busy with what steps waited for: on a GPU, where nothing is timed, as measured."""
+        if self._caches.on_device:
+            pairs = zip(deltas, self.budgets, strict=True)
+            return sum(delta.demanded * budget.record_seconds for delta, budget in pairs)
+        return sum(delta.stall_ns for delta in deltas) * 1e-9
 
     def publish(self, counters: Counters) -> None:
         """Bring what the counters say of guesses up to date."""

@@ -8,6 +8,7 @@ import torch
 from vllm_expert_prefetch.cache.base import Caches
 from vllm_expert_prefetch.config import (
     AUTO,
+    BROKEN_GRAPHS,
     CONFIG_KEY,
     MOST_LOOKAHEAD_LAYERS,
     OFF,
@@ -44,7 +45,7 @@ def why_not(config: ExpertPrefetchConfig, num_layers: int, caches: Caches | None
     if caches is None:
         reason = "every expert has a slot"
     elif caches.on_device and breaks_graphs:
-        reason = "vLLM interrupts its CUDA graphs without joining other streams: VLLM_USE_BREAKABLE_CUDAGRAPH=0 helps"
+        reason = BROKEN_GRAPHS
     check_distance(config, num_layers, "MoE layers")
     if reason and speculates:
         raise ConfigError(f"{CONFIG_KEY}: execution is speculative and cannot be: {reason}. Set execution to exact")

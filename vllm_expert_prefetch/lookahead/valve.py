@@ -56,12 +56,12 @@ class Valve:
         self._next_trial = 0
 
     def note(self, delta: Words, spent_seconds: float) -> None:
-        """What the layer did since the last call, and what was spent on predicting for it. Wide steps do not count."""
-        num_steps = delta.steps - delta.wide_steps
-        if self._forced or num_steps <= 0:
+        """What the layer did since the last call, and what was spent on predicting for it. Nothing of it counts where
+        a step was wide: what that waited for, used and missed is in the same sums."""
+        if self._forced or delta.wide_steps or delta.steps <= 0:
             return
-        self._num_steps += num_steps
-        self._seconds += delta.stall_ns * 1e-9 * num_steps / delta.steps + spent_seconds
+        self._num_steps += delta.steps
+        self._seconds += delta.stall_ns * 1e-9 + spent_seconds
         self._spent += spent_seconds
         self._num_missed += delta.misses + delta.late
         self._gain += delta.used - delta.claimed - delta.displaced - _WASTE * delta.unused
@@ -145,7 +145,7 @@ class Budget:
 
     def __init__(self, record_seconds: float, most: int) -> None:
         """`record_seconds`: what one record takes on the link, as measured. `most`: the layer's slots."""
-        self._record_seconds = record_seconds
+        self.record_seconds = record_seconds
         self._most = most
         self._window: float | None = None
 
@@ -157,16 +157,16 @@ class Budget:
     @property
     def num_records(self) -> int:
         """1 to `most`; `most` while nothing is known."""
-        if self._window is None or self._record_seconds <= 0:
+        if self._window is None or self.record_seconds <= 0:
             return self._most
-        return max(1, min(self._most, math.ceil(self._window / self._record_seconds)))
+        return max(1, min(self._most, math.ceil(self._window / self.record_seconds)))
 
     @property
     def hides(self) -> bool:
         """Whether a copy that is right comes noticeably sooner than on demand."""
-        return self._window is None or self._window >= _LEAST_HIDDEN * self._record_seconds
+        return self._window is None or self._window >= _LEAST_HIDDEN * self.record_seconds
 
     @property
     def has_time(self) -> bool:
         """Whether a whole record fits: only then is a less likely guess worth a try."""
-        return self._window is None or self._window >= self._record_seconds
+        return self._window is None or self._window >= self.record_seconds

@@ -29,8 +29,7 @@ def host_limit() -> HostLimit:
 def check_experts_fit(num_bytes: int) -> str | None:
     """Raise ConfigError, with both numbers, where `num_bytes` of experts are more than this process may have.
 
-    Returns what there is to say where they leave less than a tenth of it to everything else, which cannot take
-    page-locked memory back; else None.
+    Returns what there is to say where page-locked ones leave less than a tenth of it to everything else; else None.
     """
     limit = host_limit()
     numbers = (
@@ -42,7 +41,10 @@ def check_experts_fit(num_bytes: int) -> str | None:
             "serve on more hosts"
         )
     if num_bytes > 0.9 * limit.num_bytes:
-        return f"{numbers}: less than a tenth is left for everything else. Raise the limit, or set pin_memory to off"
+        return (
+            f"{numbers}: less than a tenth is left for everything else, which cannot take page-locked memory back. "
+            "Raise the limit, or serve a checkpoint with fewer bits per weight"
+        )
     return None
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from vllm_expert_prefetch.config import CONFIG_KEY, ConfigError
+from vllm_expert_prefetch.config import AUTO, CONFIG_KEY, ConfigError, ExpertPrefetchConfig
 
 _MPOL_PREFERRED, _MPOL_BIND = 1, 2
 _SYS_MBIND = {"x86_64": 237, "aarch64": 235}
@@ -36,17 +36,16 @@ _HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage")
 
 @dataclass(frozen=True)
 class HostMemoryOptions:
-    """How host memory is placed. `cuda` registers it with the GPU driver; without it, `pin` means mlock.
+    """How host memory is placed. `pin`: page-locked, with `cuda` by the GPU's driver, which maps it for kernels.
 
-    Where `must_pin`, `must_bind` or `must_have_huge_pages` is False, memory that cannot be had so is used as it is,
-    with a note; and a NUMA node that is full is helped out by others.
+    Where `must_bind` or `must_have_huge_pages` is False, memory that cannot be had so is used as it is, with a note;
+    and a NUMA node that is full is helped out by others.
     """
 
     pin: bool = False
     cuda: bool = False
     numa_node: int | None = None
     huge_pages: bool = False
-    must_pin: bool = True
     must_bind: bool = True
     must_have_huge_pages: bool = True
 
@@ -54,6 +53,21 @@ class HostMemoryOptions:
     def ask_nothing(self) -> bool:
         """Whether any memory will do."""
         return not (self.pin or self.cuda or self.huge_pages) and self.numa_node is None
+
+
+def host_memory_options(config: ExpertPrefetchConfig, on_gpu: bool) -> HostMemoryOptions:
+    """Where a worker's host store is to be: on a GPU page-locked in any case, as kernels read it."""
+    node = config.numa_node
+    if node is None and on_gpu:
+        node = numa_node_of_gpu(torch.cuda.current_device())
+    return HostMemoryOptions(
+        pin=config.pin_memory == "on" or on_gpu,
+        cuda=on_gpu,
+        numa_node=node,
+        huge_pages=config.huge_pages == "on" or (config.huge_pages == AUTO and on_gpu),
+        must_have_huge_pages=config.huge_pages == "on",
+        must_bind=config.numa_node is not None,
+    )
 
 
 class HostMemory:
@@ -70,7 +84,6 @@ class HostMemory:
     ) -> None:
         self.num_bytes = num_bytes
         self.notes: list[str] = []
-        self._read_only = read_only
         mapping = mmap.mmap(
             -1 if file is None else file,
             num_bytes,
@@ -88,23 +101,19 @@ class HostMemory:
             self._try(lambda: _place_on_node(self.bytes.data_ptr(), num_bytes, node, mode), options.must_bind)
         if not read_only:
             _touch_pages(self.bytes.data_ptr(), num_bytes)
-        self.is_pinned = options.pin and self._try(lambda: self._pin(view, mapping, options.cuda), options.must_pin)
+        self.is_pinned = options.pin
+        if options.pin and options.cuda:
+            weakref.finalize(view, _release, _register_with_cuda(self.bytes, read_only), mapping)
+        elif options.pin:
+            _lock(self.bytes, num_bytes)
 
-    def _pin(self, view: memoryview, mapping: mmap.mmap, cuda: bool) -> None:
-        if cuda:
-            weakref.finalize(view, _release, _register_with_cuda(self.bytes, self._read_only), mapping)
-        else:
-            _lock(self.bytes, self.num_bytes)
-
-    def _try(self, place: Callable[[], None], must: bool) -> bool:
+    def _try(self, place: Callable[[], None], must: bool) -> None:
         try:
             place()
         except ConfigError as error:
             if must:
                 raise
             self.notes.append(str(error))
-            return False
-        return True
 
 
 def numa_node_of_gpu(index: int) -> int | None:
@@ -188,11 +197,11 @@ def _lock(memory: torch.Tensor, num_bytes: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.mlock(ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(num_bytes)) != 0:
         code = ctypes.get_errno()
-        raise ConfigError(_pin_failure(num_bytes, os.strerror(code) if code != errno.ENOMEM else "limit reached"))
+        raise _pin_failure(num_bytes, os.strerror(code) if code != errno.ENOMEM else "limit reached")
 
 
 def _register_with_cuda(memory: torch.Tensor, read_only: bool) -> Callable[[], object]:
-    """cudaHostRegister: page-locked and known to the driver, so that copies run asynchronously at link speed.
+    """cudaHostRegister: page-locked, and mapped for kernels, which read it at link speed.
 
     Returns what undoes it.
     """
@@ -203,7 +212,7 @@ def _register_with_cuda(memory: torch.Tensor, read_only: bool) -> Callable[[], o
         reason = f"cudaHostRegister returned {status}"
         if read_only:
             reason += ": for read-only memory, which not every driver takes; shared_store off needs none"
-        raise ConfigError(_pin_failure(memory.numel(), reason))
+        raise _pin_failure(memory.numel(), reason, on_gpu=True)
     return partial(runtime.cudaHostUnregister, memory.data_ptr())
 
 
@@ -212,11 +221,12 @@ def _release(unregister: Callable[[], object], mapping: mmap.mmap) -> None:
     unregister()
 
 
-def _pin_failure(num_bytes: int, reason: str) -> str:
-    return (
+def _pin_failure(num_bytes: int, reason: str, on_gpu: bool = False) -> ConfigError:
+    remedy = "serve a checkpoint with fewer bits per weight: a GPU reads page-locked memory alone"
+    return ConfigError(
         f"{CONFIG_KEY}: cannot page-lock {num_bytes / 1e6:.1f} MB of host memory ({reason}; memlock limit "
         f"{describe_memlock_limit()}). Raise the limit (`ulimit -l unlimited`, in a container `--ulimit memlock=-1`) "
-        'or set pin_memory to "off", which makes copies slower'
+        f"or {remedy if on_gpu else 'set pin_memory to off'}"
     )
 
 
@@ -224,7 +234,7 @@ def check_can_lock(num_bytes: int) -> None:
     """Raise ConfigError where mlock will not take so much: beyond the limit, without the right to exceed it."""
     limit = memlock_limit_bytes()
     if limit is not None and num_bytes > limit and not _may_exceed_memlock_limit():
-        raise ConfigError(_pin_failure(num_bytes, "more than the limit"))
+        raise _pin_failure(num_bytes, "more than the limit")
 
 
 def _may_exceed_memlock_limit() -> bool:

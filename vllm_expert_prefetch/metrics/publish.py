@@ -14,6 +14,8 @@ from vllm_expert_prefetch.metrics.ledger import Ledger
 from vllm_expert_prefetch.metrics.steps import StepClock
 
 _PERIOD_SECONDS = 0.5
+_UNSEEN_STEPS = 64
+"""So many engine steps, more than any host runs ahead of its GPU, cannot all have passed the layers by."""
 _LOOK_SECONDS = 5.0
 """How often the file of the counters is looked for."""
 _logger = logging.getLogger("vllm.expert_prefetch")
@@ -33,26 +35,34 @@ class Guesser(Protocol):
 
 
 class Publisher:
-    """Publishes one worker's numbers when an engine step ends, and tells look-ahead what its guesses came to.
+    """Publishes one worker's numbers, and tells look-ahead what its guesses came to: when an engine step ends, or on a
+    GPU, where words are written a step later, on a thread of its own twice a second.
 
-    On a GPU the words are written a step later, so that a thread publishes as well, twice a second.
+    Once words say that tokens may be wrong, every step ends in RuntimeError.
     """
 
-    def __init__(self, counters: Counters, caches: Caches | None, look_ahead: Guesser | None) -> None:
-        """`caches`: None where every expert is resident."""
+    def __init__(
+        self, counters: Counters, caches: Caches | None, look_ahead: Guesser | None, layers: Sequence[str] = ()
+    ) -> None:
+        """`caches`: None where every expert is resident. `layers`: their names; else they are numbered."""
         self.counters = counters
         self.clock = StepClock(counters)
         self._caches = caches
         self._look_ahead = look_ahead
+        self._layers = layers or range(0 if caches is None else len(caches.layers))
+        self._on_device = caches is not None and caches.on_device
         self._ledger: Ledger | None = None
-        self._decoded = (0.0, 0.0)
+        self._totals = self.clock.totals
+        self._num_unseen = 0
+        """Engine steps since a layer's words changed."""
+        self._fault = ""
         self._lock = threading.Lock()
         self._looks_at, self._has_complained = 0.0, False
         if caches is not None:
             record_bytes = [0 if cache is None else cache.record_bytes for cache in caches.layers]
             rate = counters.get("link_bytes_per_second")
             self._ledger = Ledger(counters, record_bytes, caches.mirror, rate, caches.ghost_mirror)
-            if caches.on_device:
+            if self._on_device:
                 held = weakref.ref(self)
                 threading.Thread(
                     target=_publish_now_and_then, args=(held,), name="expert-prefetch", daemon=True
@@ -60,14 +70,17 @@ class Publisher:
 
     def step_begins(self, num_prefilling: int, num_decoding: int, continues: bool) -> None:
         """See `StepClock.begin`."""
+        self._check()
         self.clock.begin(num_prefilling, num_decoding, continues)
         if self._look_ahead is not None:
             self._look_ahead.begin_step(self.clock.num_one_token_each)
 
     def step_ended(self) -> None:
-        """One engine step is over: time it, and publish."""
+        """One engine step is over."""
         self.clock.end()
-        self.publish()
+        if not self._on_device:
+            self.publish()
+        self._check()
         if time.monotonic() > self._looks_at:
             self._looks_at = time.monotonic() + _LOOK_SECONDS
             self._keep_file()
@@ -87,16 +100,35 @@ class Publisher:
             return
         with self._lock:
             deltas = self._ledger.publish()
+            before, self._totals = self._totals, self.clock.totals
+            num_steps, num_decodes, spent = (now - then for now, then in zip(self._totals, before, strict=True))
+            self._look_for_faults(deltas, int(num_steps))
             if self._look_ahead is not None:
-                self._look_ahead.note(deltas, self._decode_step_seconds())
+                # Where there were other steps as well, what the words say is not of decode steps alone.
+                self._look_ahead.note(deltas, spent / num_decodes if 0 < num_decodes == num_steps else None)
                 self._look_ahead.publish(self.counters)
 
-    def _decode_step_seconds(self) -> float | None:
-        """What a decode step has taken since the last time; None when there was none."""
-        steps, seconds = (self.counters.get(series) for series in ("steps_total/decode", "step_seconds/decode/sum"))
-        num_steps, spent = steps - self._decoded[0], seconds - self._decoded[1]
-        self._decoded = (steps, seconds)
-        return spent / num_steps if num_steps else None
+    def _look_for_faults(self, deltas: Sequence[Words], num_steps: int) -> None:
+        assert self._caches is not None
+        faults = [
+            f"layer {name}: {delta.errors} copies were refused, {delta.out_of_range} routed ids name no expert"
+            for name, delta in zip(self._layers, deltas, strict=True)
+            if delta.errors or delta.out_of_range
+        ]
+        self._num_unseen = 0 if any(delta.steps for delta in deltas) else self._num_unseen + num_steps
+        needs_all = all(cache is None or cache.expert_map is None for cache in self._caches.layers)
+        if self._on_device and needs_all and self._num_unseen >= _UNSEEN_STEPS:
+            faults.append(f"no MoE layer has seen a token in {self._num_unseen} steps")
+        if faults and not self._fault:
+            self._fault = (
+                f"expert_prefetch: {faults[0]}: tokens since then may be wrong, and none is served any more. Start "
+                "again, with self_check on; if it comes back, serve without the plugin, and please report it"
+            )
+            _logger.error(self._fault)
+
+    def _check(self) -> None:
+        if self._fault:
+            raise RuntimeError(self._fault)
 
 
 def _publish_now_and_then(held: "weakref.ref[Publisher]") -> None:

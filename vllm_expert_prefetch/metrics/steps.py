@@ -29,6 +29,9 @@ class StepClock:
         self._from = self._end = now()
         self.seconds = 0.0
         """What the last step took."""
+        self.totals = 0, 0, 0.0
+        """Steps that have ended, how many of them were decode steps, and the seconds of these. Other threads may read
+        it: it is replaced as a whole."""
 
     def begin(self, num_prefilling: int, num_decoding: int, continues: bool) -> None:
         """A step starts with so many sequences in their prompt and so many beyond their first token.
@@ -52,6 +55,9 @@ class StepClock:
         self._phase = None
         self._end = now = self._now()
         self.seconds = seconds = now - self._from
+        num_steps, num_decodes, spent = self.totals
+        is_decode = phase is _DECODE
+        self.totals = num_steps + 1, num_decodes + is_decode, spent + is_decode * seconds
         bucket = bisect_left(STEP_BUCKETS, seconds)
         self._add(self._steps[phase], 1)
         buckets, total = self._seconds[phase]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vllm_expert_prefetch.config import (
+    BROKEN_GRAPHS,
     CONFIG_KEY,
     DEFAULT_CPU_FRACTION,
     OFF,
@@ -89,16 +90,24 @@ Areas = int | str
 """Of overflow rows: 1, 2, or "auto", which depends on the number of slots."""
 
 
-def areas_asked(config: ExpertPrefetchConfig, on_gpu: bool) -> Areas:
-    """What `areas` comes to: 1 where nothing is looked ahead. Raises ConfigError where 2 were asked for there."""
-    has_link = on_gpu or config.emulated_link_gbps is not None
-    if config.prefetch == "on" or (config.prefetch != OFF and has_link) or config.areas == 1:
+def areas_asked(config: ExpertPrefetchConfig, on_gpu: bool, breaks_graphs: bool = False) -> Areas:
+    """What `areas` comes to: 1 where nothing is looked ahead. Raises ConfigError where 2 were asked for there.
+
+    `breaks_graphs`: as `compat.breaks_graphs` has it.
+    """
+    reason = None
+    if config.prefetch == OFF:
+        reason = "prefetch is off"
+    elif breaks_graphs:
+        reason = BROKEN_GRAPHS
+    elif config.prefetch != "on" and not on_gpu and config.emulated_link_gbps is None:
+        reason = "there is no link to hide on the CPU platform"
+    if reason is None or config.areas == 1:
         return config.areas
     if config.areas == 2:
-        reason = "prefetch is off" if config.prefetch == OFF else "there is no link to hide on the CPU platform"
         raise ConfigError(
-            f"{CONFIG_KEY}: areas is 2, and nothing would be copied to the second one: {reason}. Set areas to auto, or "
-            "prefetch to on"
+            f"{CONFIG_KEY}: areas is 2, and nothing would be copied to the second one: {reason}. Set areas to "
+            f"auto{'' if breaks_graphs else ', or prefetch to on'}"
         )
     return 1
 

@@ -118,10 +118,12 @@ def start_serving(model: Any, vllm_config: Any) -> None:
 
     layers = compat.moe_layers_of(model)
     has_stages = vllm_config.parallel_config.pipeline_parallel_size > 1
-    if has_stages and compat.sum_of_stages(len(layers)) and not layers:
+    num_layers = compat.sum_of_stages(len(layers)) if has_stages else len(layers)
+    if num_layers and not layers:
         compat.logger().info("expert_prefetch: no MoE layer in this stage of the pipeline: nothing to cache here")
         return
     verify_taken_over(layers)
+    layers[0].worker.num_layers = num_layers
     layers[0].worker.start(model)
 
 

@@ -115,22 +115,33 @@ def rows_of(x: "torch.Tensor") -> "int | torch.Tensor":
     each row's token, negative for padding: a tensor that vLLM fills before every step, also before a captured one is
     replayed.
     """
+    return _rows_on_gpu(_forward_context(), x) if x.is_cuda else num_real_tokens(x.shape[0])
+
+
+def _forward_context() -> Any:
     from vllm.forward_context import get_forward_context, is_forward_context_available
 
-    context: Any = get_forward_context() if is_forward_context_available() else None
-    return _slots_of_rows(context, x) if x.is_cuda else num_real_tokens(x.shape[0])
+    return get_forward_context() if is_forward_context_available() else None
 
 
 def num_real_tokens(num_rows: int) -> int:
     """How many of a step's `num_rows` rows are tokens, which are the first ones; 0 in a dummy or profile run."""
-    from vllm.forward_context import get_forward_context, is_forward_context_available
-
-    context: Any = get_forward_context() if is_forward_context_available() else None
+    context = _forward_context()
     metadata = context.attn_metadata if context else None
     if not isinstance(metadata, dict) or not metadata:  # a list belongs to dual-batch overlap, which is refused
         return 0
     first = next(iter(metadata.values()))
     return min(num_rows, getattr(first, "num_actual_tokens", num_rows))
+
+
+def _rows_on_gpu(context: Any, x: "torch.Tensor") -> "torch.Tensor":
+    """What `_slots_of_rows` gives, found once for all layers: vLLM makes a context for each forward pass."""
+    rows: torch.Tensor | None = getattr(context, "expert_prefetch_rows", None)
+    if rows is None or len(rows) != len(x):
+        rows = _slots_of_rows(context, x)
+        if context is not None:
+            context.expert_prefetch_rows = rows
+    return rows
 
 
 def _slots_of_rows(context: Any, x: "torch.Tensor") -> "torch.Tensor":
@@ -211,11 +222,11 @@ def install_offloader(caches: "Caches", beside_others: bool = False) -> None:
     set_offloader(_Joining())
 
 
-def breaks_graphs() -> bool:
+def breaks_graphs(vllm_config: Any) -> bool:
     """Whether vLLM ends captures amid a step, without `join_after_forward`: the default for some architectures."""
     from vllm import envs
 
-    return bool(getattr(envs, "VLLM_USE_BREAKABLE_CUDAGRAPH", False))
+    return bool(getattr(envs, "VLLM_USE_BREAKABLE_CUDAGRAPH", False)) and captures_graphs(vllm_config)
 
 
 def captures_graphs(vllm_config: Any) -> bool:

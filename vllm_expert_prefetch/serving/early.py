@@ -49,7 +49,8 @@ def check_settings(vllm_config: Any, config: ExpertPrefetchConfig) -> None:
         what = "layers" if len(stages) == 1 else "layers in a stage of its pipeline"
         check_distance(config, min(len(stage) for stage in stages), what)
     check_scheduler(vllm_config, config)
-    _check_bytes(vllm_config, config, areas_asked(config, compat.on_cuda_platform()))
+    areas = areas_asked(config, compat.on_cuda_platform(), compat.breaks_graphs(vllm_config))
+    _check_bytes(vllm_config, config, areas)
     if config.profile is not None and not is_first_start(config):
         try:
             read_profile(Path(config.profile), model.model)

@@ -200,6 +200,11 @@ class CachedRoutedExperts(RoutedExperts):
             )
         rows = compat.rows_of(x)
         if isinstance(rows, int) and rows == 0:  # a dummy or profile run: the right shapes and load, nothing to serve
+            if self.worker.is_in_step:
+                raise TakeoverError(
+                    f"expert_prefetch: {self.layer_name} finds no token in a step that has some: how vLLM "
+                    f"{compat.vllm_version()} tells them is not known. Serve without the plugin, and please report it"
+                )
             own_ids = self.cache.local(topk_ids)
             return self.compute(x, topk_weights, own_ids, own_ids)
         look_ahead, routed = self.look_ahead, None

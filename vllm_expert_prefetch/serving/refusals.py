@@ -151,6 +151,13 @@ REFUSALS = (
         "gpu",
     ),
     Refusal(
+        "a host store that is not page-locked on a GPU, whose kernels read it",
+        "pin_memory",
+        "set it to auto; where the memlock limit is too small, raise that (`ulimit -l unlimited`)",
+        lambda vllm_config, config: config.pin_memory == OFF,
+        "gpu",
+    ),
+    Refusal(
         "a recording of routing inside CUDA graphs",
         "trace",
         "add --enforce-eager: nothing on the host sees the routing of a graph",

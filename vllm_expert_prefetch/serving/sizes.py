@@ -36,7 +36,7 @@ class CacheSizes:
         self._vllm_config, self._config = vllm_config, config
         self._shapes: list[LayerShape] = []
         self._page = 0
-        self._areas_asked = areas_asked(config, compat.on_cuda_platform())
+        self._areas_asked = areas_asked(config, compat.on_cuda_platform(), compat.breaks_graphs(vllm_config))
         self.areas = 1
         """Of overflow rows; decided with the slots."""
         self.slots: list[int] = []
@@ -77,6 +77,10 @@ class CacheSizes:
             given = [f"{name} = {getattr(self._config, name)}" for name in self._config.sizes_given]
             self.description = given[0] if given else "default"
         self.areas = num_areas(self._shapes, self.slots, self._page, self._areas_asked)
+
+    def want_one_area(self) -> None:
+        """Nothing is looked ahead: a cache that still grows has no use for a second area."""
+        self._areas_asked = 1
 
     def grow(self, requested: int, activations: int, available: int, sequence: int) -> int:
         """Take what vLLM's KV cache need not have, and return what is left for that. All in bytes.

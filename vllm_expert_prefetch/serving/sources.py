@@ -256,13 +256,14 @@ def create_look_ahead_of(
     caches: Caches | None,
     link_bytes_per_second: float,
     preloads: bool = False,
+    breaks_graphs: bool = False,
 ) -> tuple[LookAhead | None, str]:
     """The look-ahead of a loaded model, and its name for the start-up line; or None, and why there is none.
 
     A model that does not allow it is served without: exactly, and the log says why. Raises ConfigError where something
     was asked for by name and cannot be.
     """
-    reason = why_not(config, len(layers), caches, compat.breaks_graphs())
+    reason = why_not(config, len(layers), caches, breaks_graphs)
     if reason or caches is None:
         if config.execution == SPECULATIVE:
             compat.logger().warning("expert_prefetch: execution is speculative, but serving is exact: %s", reason)
@@ -271,10 +272,10 @@ def create_look_ahead_of(
         gates = [source.gate for source in _sources_of(model, layers)]
         look_ahead = create_look_ahead(config, gates, caches, link_bytes_per_second, layers[0].accelerator, preloads)
     except (NotFound, ArtifactError) as error:
-        if config.prefetch == "on" or config.artifact is not None or config.predictor != AUTO:
+        if config.prefetch == "on" or config.artifact is not None or config.predictor != AUTO or config.areas == 2:
             raise ConfigError(
-                f"{CONFIG_KEY}: {error}. Set prefetch to auto and drop artifact and predictor to serve without looking "
-                "ahead"
+                f"{CONFIG_KEY}: {error}. Set prefetch to auto and drop artifact, predictor and areas to serve without "
+                "looking ahead"
             ) from error
         compat.logger().warning("expert_prefetch: no look-ahead, serving goes on without it: %s", error)
         return None, f"off: {error}"

@@ -10,10 +10,10 @@ import torch
 from vllm_expert_prefetch import __version__
 from vllm_expert_prefetch.cache.base import Caches, LayerCache
 from vllm_expert_prefetch.cache.create import create_caches, create_shared_rows
-from vllm_expert_prefetch.config import AUTO, OFF, ExpertPrefetchConfig, config_of
+from vllm_expert_prefetch.config import OFF, ExpertPrefetchConfig, config_of
 from vllm_expert_prefetch.lookahead.after import LookAhead
 from vllm_expert_prefetch.lookahead.create import depth_of
-from vllm_expert_prefetch.memory.host_memory import HostMemoryOptions, numa_node_of_gpu
+from vllm_expert_prefetch.memory.host_memory import host_memory_options
 from vllm_expert_prefetch.memory.host_store import HostStore, TakeShared
 from vllm_expert_prefetch.memory.link import EmulatedLink
 from vllm_expert_prefetch.memory.row_space import RowSpace
@@ -68,6 +68,10 @@ class Worker:
         self._num_taken_over = 0
         self._began = self._said = 0.0
         """When the first layer was complete, and when the log last said how far the load is."""
+        self.num_layers = 0
+        """MoE layers of the model, those of other stages of a pipeline included; there once it is loaded."""
+        self.is_in_step = False
+        """Whether the engine runs a step that has tokens."""
         self.execution = config.execution
         self._prompt_step: PromptStep | None = None
         self.prefetch = ""
@@ -80,19 +84,7 @@ class Worker:
         self.traces: TraceSwitch | None = None
         """There with the publisher, on the first rank of those that route alike."""
         self.profile_writer: ProfileWriter | None = None
-        on_cuda = compat.on_cuda_platform()
-        node = config.numa_node
-        if node is None and on_cuda:
-            node = numa_node_of_gpu(torch.cuda.current_device())
-        self.host_memory = HostMemoryOptions(
-            pin=config.pin_memory == "on" or (config.pin_memory == AUTO and on_cuda),
-            cuda=on_cuda,
-            numa_node=node,
-            huge_pages=config.huge_pages == "on" or (config.huge_pages == AUTO and on_cuda),
-            must_have_huge_pages=config.huge_pages == "on",
-            must_pin=config.pin_memory == "on",
-            must_bind=config.numa_node is not None,
-        )
+        self.host_memory = host_memory_options(config, compat.on_cuda_platform())
 
     @property
     def layers(self) -> "list[CachedRoutedExperts]":
@@ -210,7 +202,9 @@ class Worker:
         self._verify()
         if self.sizes.grows:
             self._model = weakref.ref(model)
-            self._look_ahead(model, 0.0)  # vLLM measures beside it; it is made anew for the caches that have grown
+            # vLLM measures beside it; it is made anew for the caches that have grown.
+            if self._look_ahead(model, 0.0) is None:
+                self.sizes.want_one_area()
             return
         self._prove()
         link_rate = caches.measure_bandwidth() if caches else 0.0
@@ -248,6 +242,7 @@ class Worker:
     def step_begins(self, num_prefilling: int, num_decoding: int, continues: bool) -> None:
         """An engine step begins; see `StepClock.begin`."""
         assert self.publisher is not None
+        self.is_in_step = True
         self._num_decoding = num_decoding
         if self.traces is not None:
             self.traces.begin_step(num_prefilling, num_decoding)
@@ -255,6 +250,7 @@ class Worker:
 
     def step_ended(self) -> None:
         """The engine step that began is over."""
+        self.is_in_step = False
         if self.publisher is None:
             return
         self.publisher.step_ended()
@@ -274,8 +270,11 @@ class Worker:
 
     def _look_ahead(self, model: torch.nn.Module, link_rate: float) -> LookAhead | None:
         look_ahead, self.prefetch = create_look_ahead_of(
-            model, self.layers, self.config, self.caches, link_rate, self.sizes.areas > 1
+            *(model, self.layers, self.config, self.caches, link_rate, self.sizes.areas > 1),
+            compat.breaks_graphs(self._vllm_config),
         )
+        if look_ahead is not None:
+            look_ahead.num_layers = self.num_layers
         self.execution = describe_execution(self.config, look_ahead, len(self._layers), self.prefetch)
         for layer in self.layers:
             layer.look_ahead = look_ahead
@@ -353,7 +352,7 @@ class Worker:
             counters.set(name, value)
         if self.config.metrics_port is not None:
             serve_counters(counters, self.config.metrics_port + compat.local_rank())
-        return Publisher(counters, self.caches, look_ahead)
+        return Publisher(counters, self.caches, look_ahead, names)
 
     def _proved(self) -> str:
         if self.config.self_check == "on":

@@ -1,6 +1,6 @@
 // The part of CUDA's runtime API that csrc/cuda uses, over threads: what is launched on stream 0 runs at once, what is
 // launched on any other stream is queued for one thread that runs it in order. A kernel's blocks run one after the
-// other, each as one thread. Page-locked memory is ordinary memory.
+// other, each as one thread. Page-locked memory is ordinary memory that was registered.
 //
 // What this cannot show: times, the memory order of a GPU, blocks that run side by side, and capture (tests/gpu does).
 #pragma once
@@ -9,6 +9,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <map>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -76,6 +77,12 @@ class ShimQueue {
 
 inline std::atomic<int64_t> shim_launches[2];  // on stream 0, and on any other
 
+// Host memory that cudaHostRegister has seen: begin and end.
+inline std::map<int64_t, int64_t>& shim_registered() {
+  static auto* registered = new std::map<int64_t, int64_t>;
+  return *registered;
+}
+
 inline cudaError_t cudaGetLastError() {
   return cudaSuccess;
 }
@@ -119,6 +126,9 @@ cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, Kernel) {
   return cudaSuccess;
 }
 inline cudaError_t cudaHostGetDevicePointer(void** device, void* host, unsigned) {
+  const auto address = reinterpret_cast<int64_t>(host);
+  const auto after = shim_registered().upper_bound(address);
+  if (after == shim_registered().begin() || std::prev(after)->second <= address) return cudaErrorInvalidValue;
   *device = host;
   return cudaSuccess;
 }

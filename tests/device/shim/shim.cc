@@ -17,6 +17,14 @@ void Wait(int64_t number) {
   ShimQueue::get().wait(number);
 }
 
+void Register(int64_t address, int64_t num_bytes) {
+  shim_registered()[address] = address + num_bytes;
+}
+
+void Unregister(int64_t address) {
+  shim_registered().erase(address);
+}
+
 // Since the last call.
 tvm::ffi::Array<int64_t> Launches() {
   return {shim_launches[0].exchange(0), shim_launches[1].exchange(0)};
@@ -27,4 +35,6 @@ tvm::ffi::Array<int64_t> Launches() {
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shim_submitted, vep::Submitted);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shim_wait, vep::Wait);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shim_register, vep::Register);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(shim_unregister, vep::Unregister);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(shim_launches, vep::Launches);

@@ -211,10 +211,10 @@ void run_step(TestLayer& layer, Totals& totals) {
     const bool is_left = i >= num_ahead + num_demanded || (i < num_ahead && fates[i] == Fate::kDropped);
     REQUIRE(is_left ? layer.is_untouched(pairs[i].row) : layer.holds(pairs[i]));
   }
-  for (size_t i = static_cast<size_t>(num_experts); i < layer.words.size(); ++i) REQUIRE(layer.words[i] == 0);
   REQUIRE(*layer.lane.demand_active == 0 && *layer.lane.queued == 0);
-  REQUIRE(*layer.lane.errors == num_errors);
-  *layer.lane.errors = 0;
+  REQUIRE(*board.errors == num_errors);
+  *board.errors = 0;
+  for (size_t i = static_cast<size_t>(num_experts); i < layer.words.size(); ++i) REQUIRE(layer.words[i] == 0);
 }
 
 }  // namespace

@@ -78,7 +78,7 @@ struct TestLayer {
   }
   Layer layer() { return {state.data()}; }
   LayerMemory memory(int64_t* mirror) {
-    return {state.data(), static_cast<int>(state.size()), words.data(), &queued, mirror};
+    return {state.data(), static_cast<int>(state.size()), words.data(), &errors, &queued, mirror};
   }
   bool same(const TestLayer& other) const { return state == other.state && words == other.words; }
   int32_t count_queued() const {
@@ -88,7 +88,7 @@ struct TestLayer {
 
   std::vector<int64_t> state;
   std::vector<int32_t> words;
-  int32_t queued = 0;  // as the kernels count
+  int32_t queued = 0, errors = 0;  // as the kernels count
 };
 
 // One thread that does what the kernels do.
@@ -124,6 +124,7 @@ struct Reference {
     }
     write_rows(team, layer, ids, ids.ids, num_ids, out.rows.data(), scratch);
     count_step(layer, counts, is_speculated);
+    layer.header[kErrors] = made.errors;
     std::copy_n(loads.begin(), 2 * out.num_loads, out.loads.begin());
   }
 
@@ -256,6 +257,7 @@ void walk(Totals& totals) {
     REQUIRE(one.same(other));
     REQUIRE(other.queued == other.count_queued());
     play_lane(one);
+    one.errors += pick(0, 1);
   }
   totals.wide += one.state[kWideSteps];
   totals.overflow += one.state[kOverflow];

@@ -267,12 +267,12 @@ class ExpertPrefetchConfig:
     )
     profile: StrictStr | None = _key(
         None,
-        "File that `write_profile`, or `--write-profile` of `trace stop` or `simulate`, has written for this model: its "
+        "File that `write_profile`, or `--write-profile` of `trace stop` or `simulate`, wrote for this model: its "
         "most used experts are in the slots at start. Unset: slots start free.",
     )
     write_profile: StrictStr | None = _key(
         None,
-        "File for `profile`, written at the server's end and once a minute: the experts that have a slot then. Unset: none.",
+        "File for `profile`, written at the server's end and once a minute: the experts with a slot. Unset: none.",
     )
 
     @property

@@ -333,7 +333,7 @@ def test_a_forked_child_is_told_and_does_not_hang():
         sys.exit(0)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     layers.step(3)
-    print(layers.words().late)
+    print(layers.words().used)
     """
     )
     assert run_python(code.format(folder=FOLDER)).split() == ["0", "1"]

@@ -13,7 +13,7 @@ from vllm_expert_prefetch.metrics.counters import Counters
 from vllm_expert_prefetch.metrics.ledger import Ledger
 from vllm_expert_prefetch.metrics.steps import StepClock
 
-_PERIOD_SECONDS = 0.5
+_PERIOD_SECONDS = 0.1
 _UNSEEN_STEPS = 64
 """So many engine steps, more than any host runs ahead of its GPU, cannot all have passed the layers by."""
 _LOOK_SECONDS = 5.0
@@ -36,7 +36,7 @@ class Guesser(Protocol):
 
 class Publisher:
     """Publishes one worker's numbers, and tells look-ahead what its guesses came to: when an engine step ends, or on a
-    GPU, where words are written a step later, on a thread of its own twice a second.
+    GPU, where words are written a step later, on a thread of its own ten times a second.
 
     Once words say that tokens may be wrong, every step ends in RuntimeError.
     """

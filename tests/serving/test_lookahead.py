@@ -78,7 +78,7 @@ def check_conservation(counted, llm):
 
 @pytest.mark.proves("looking ahead")
 @pytest.mark.parametrize("setting", [{"over_fetch": 0}, {"over_fetch": 3, "lookahead_layers": 1}])
-def test_the_router_predictor_is_bit_equal_and_saves_stalls(stock, setting):
+def test_the_router_predictor_is_bit_equal_and_brings_what_steps_use(stock, setting):
     config = LINK | {"prefetch": "on", "metrics_per_layer": True} | setting
     with open_engine(TINY_MODEL, config) as llm:
         assert generate(llm) == stock

@@ -23,9 +23,9 @@ SECONDS = 300
 
 
 def start(*flags: str) -> subprocess.Popen[str]:
-    """The command with the smallest load."""
+    """The command with the smallest load. It hears Ctrl-C even where the tests run in the background."""
     return subprocess.Popen(
-        [*COMMAND, *SMALLEST, *flags],
+        ["env", "--default-signal=INT", *COMMAND, *SMALLEST, *flags],
         env={**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
